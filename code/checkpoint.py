@@ -1,0 +1,119 @@
+"""Files that a run leaves behind: written whole or not at all, read without ever running what is in them."""
+
+import os
+import random
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def write(content: Callable[[Any], None], path: Path) -> None:
+    """Let content(file) write, under a temporary name in the same folder; then force it to the disk and rename it.
+
+    A reader sees the old file or the new one; a crash, a full disk or a pulled plug leaves the old one.
+    """
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            content(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException as error:
+        Path(temporary).unlink(missing_ok=True)
+        # torch reports a failed write as a RuntimeError about its own stream
+        if isinstance(error, OSError) or (isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error)):
+            reason = getattr(error, "strerror", None) or "the disk is full or not writable"
+            raise OSError(f"{path}: cannot be written ({reason}); what was saved before is untouched") from error
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too, has to survive a power cut
+    finally:
+        os.close(folder)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save(content: dict, path: Path) -> None:
+    """Save a checkpoint. Raises OSError, the file that was there before intact."""
+    write(lambda file: torch.save(content, file), path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a text file. Raises OSError, the file that was there before intact."""
+    write(lambda file: file.write(text.encode()), path)
+
+
+def load(path: Path) -> dict:
+    """Read a checkpoint onto the CPU. Nothing in the file is executed: torch's weights_only reader refuses code.
+
+    Raises:
+        FileNotFoundError, OSError: it cannot be read.
+        ValueError: it is no checkpoint, or holds anything but tensors and plain values.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such checkpoint")
+    if path.is_dir():
+        raise ValueError(f"{path}: this is a folder, a checkpoint file is needed")
+    try:
+        with open(path, "rb") as file:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise OSError(f"{path}: cannot be read ({error.strerror or 'input/output error'})") from error
+    except Exception as error:  # what a damaged file sets off in unpickling and unzipping has no common type
+        reason = str(error).partition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+        if "Unsupported global" in reason or "Unsupported operand" in reason or "not allowed" in reason:
+            raise ValueError(
+                f"{path}: refused, it holds more than tensors and plain values ({reason.partition('. ')[0].rstrip('.')})"
+            ) from error
+        raise ValueError(f"{path}: this is no checkpoint, or a damaged one ({type(error).__name__})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: this is no checkpoint, it holds a {type(content).__name__}")
+    return content
+
+
+def network_state(content: dict, path: Path) -> dict[str, torch.Tensor]:
+    """The network's state dict of a checkpoint, ours or a published one. Raises ValueError if it has none."""
+    state = content.get("model_state_dict")
+    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{path}: this is no checkpoint of this project, it has no 'model_state_dict' of tensors")
+    return state
+
+
+def stored_flags(content: dict) -> dict[str, Any]:
+    """Flags that made a checkpoint, by destination; empty for published checkpoints. Plain data, never executed."""
+    flags = content.get("flags")
+    return {str(name): value for name, value in flags.items()} if isinstance(flags, dict) else {}
+
+
+def random_states() -> dict:
+    """States of all random generators of this process, as plain values and tensors."""
+    algorithm, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (algorithm, keys.tolist(), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_states(states: dict) -> None:
+    """Set what random_states() returned."""
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(states["numpy"]))
+    torch.set_rng_state(states["torch"])
+    if len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])

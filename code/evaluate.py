@@ -1,0 +1,182 @@
+"""Score a checkpoint: retrieval among images of classes it was not trained on.
+
+    python code/evaluate.py --model-path logs/glyphs/run_1/glyphs_resnet18_best.pth
+    python code/evaluate.py --dataset cub --model-path logs/          # a folder that holds cub_resnet50_best.pth
+    python code/evaluate.py --model-path FILE --metrics all --json figures.json
+
+Checkpoints of this project know their architecture and data set; for published ones the flags say them.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import checkpoint
+import dataset
+import flags
+import metrics
+import net
+import numpy as np
+import runlog
+import torch
+
+ARCHITECTURE = ("model", "sz_embedding", "add_gmp", "layer_norm")  # cannot differ from what was trained
+TAKEN_FROM_CHECKPOINT = (*ARCHITECTURE, "dataset", "image_size", "train_classes", "amp", "channels_last")
+
+
+def main():
+    parser = flags.evaluate_parser()
+    args, given = parser.parse()
+    names = {"recall", "rp", "map", "nmi"} if "all" in args.metrics else set(args.metrics)
+    device = runlog.choose_device(args.gpu_id)
+    print(f"device: {runlog.describe_device(device)}")
+
+    if args.embeddings:
+        query, gallery, ks, source = *read_embeddings(args.embeddings), str(args.embeddings)
+    else:
+        path = find_checkpoint(args, given)
+        content = checkpoint.load(path)
+        args = adopt_flags(parser, args, given, checkpoint.stored_flags(content), path)
+        benchmark = dataset.load_benchmark(args.dataset, args.data_root, args.train_classes)
+        for warning in benchmark.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        network = net.build(args.model, args.sz_embedding, "none", bool(args.add_gmp), bool(args.layer_norm))
+        net.load_network_state(network, checkpoint.network_state(content, path), path)
+        network.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+        query = embed(network, benchmark.query, device, args)
+        gallery = embed(network, benchmark.gallery, device, args) if benchmark.gallery is not None else None
+        ks, source = benchmark.recall_at, str(path)
+    if args.save_embeddings:
+        save_embeddings(args.save_embeddings, query, gallery, ks)
+        print(f"embeddings: {args.save_embeddings}")
+
+    found = metrics.retrieval(
+        query["embeddings"],
+        query["labels"],
+        *((gallery["embeddings"], gallery["labels"]) if gallery else (None, None)),
+        ks=ks,
+        precision=bool(names & {"rp", "map"}),
+        memory_gib=args.search_memory,
+        device=device,
+        progress=True,
+    )
+    figures = {
+        name: value
+        for name, value in found.figures().items()
+        if name.startswith("R@") or name.split("@")[0].lower() in names
+    }
+    if "nmi" in names:
+        everything = [query, gallery] if gallery else [query]
+        figures["NMI"] = metrics.nmi(
+            torch.cat([part["embeddings"] for part in everything]),
+            torch.cat([part["labels"] for part in everything]),
+            memory_gib=args.search_memory,
+            device=device,
+            progress=True,
+        )
+    report(args, source, query, gallery, found, figures)
+
+
+def report(args, source, query, gallery, found, figures):
+    print(f"checkpoint: {source}")
+    print(
+        f"queries: {found.num_queries:,}, "
+        + (f"gallery: {len(gallery['labels']):,}" if gallery else "each among the others")
+    )
+    if found.num_without_positive:
+        print(f"left out: {found.num_without_positive:,} queries without another image of their class")
+    bad = query["num_bad"] + (gallery["num_bad"] if gallery else 0)
+    if bad:
+        print(f"left out: {bad:,} images that could not be decoded")
+    if args.remark:
+        print(f"remark: {args.remark}")
+    for name, value in figures.items():
+        print(f"{name:<7} {100 * value:.4f}")
+    if args.json:
+        content = {
+            "checkpoint": source,
+            "dataset": args.dataset,
+            "queries": found.num_queries,
+            "gallery": len(gallery["labels"]) if gallery else None,
+            "without_positive": found.num_without_positive,
+            "undecoded": bad,
+            "figures": figures,
+        }
+        checkpoint.write_text(json.dumps(content, indent=2) + "\n", args.json)
+
+
+def find_checkpoint(args, given):
+    """--model-path as a file; in a folder DATASET_MODEL_best.pth, or the only *_best.pth if neither was named."""
+    if not args.model_path:
+        raise ValueError("--model-path is needed: a checkpoint, or a folder that holds DATASET_MODEL_best.pth")
+    path = Path(args.model_path)
+    if not path.is_dir():
+        return path
+    named = path / f"{args.dataset}_{args.model.replace(':', '_').replace('/', '_')}_best.pth"
+    if named.exists():
+        return named
+    candidates = sorted(path.glob("*_best.pth"))
+    if len(candidates) == 1 and not given & {"dataset", "model"}:
+        return candidates[0]
+    there = f"there are {', '.join(c.name for c in candidates)}" if candidates else "there is no *_best.pth at all"
+    raise FileNotFoundError(f"{named}: there is no such checkpoint ({there}); --dataset and --model make up its name")
+
+
+def adopt_flags(parser, args, given, stored, path):
+    """Flags left open come from the checkpoint; those given win, but for what a trained network cannot change."""
+    for name in ARCHITECTURE:
+        if name in given and name in stored and getattr(args, name) != stored[name]:
+            raise ValueError(
+                f"{path} was trained with {name} {stored[name]}, the command line says {getattr(args, name)}"
+            )
+    adopted = parser.command_line({name: stored[name] for name in TAKEN_FROM_CHECKPOINT if name in stored})
+    return parser.parse(adopted + sys.argv[1:])[0]
+
+
+def embed(network, images, device, args):
+    """{'embeddings' (N, D), 'labels' (N,), 'paths', 'num_bad'} of one split."""
+    transform = dataset.eval_transform(args.image_size, network.mean, network.std, network.bgr, network.scale)
+    loader = dataset.make_eval_loader(
+        images, transform, args.sz_batch, args.nb_workers, device.type == "cuda", args.skip_bad_images
+    )
+    embeddings, labels = metrics.embed(network, loader, device, args.amp == "bf16", args.channels_last)
+    bad = set(loader.dataset.bad_paths)
+    paths = [path for path in images.paths if path not in bad]
+    return {"embeddings": embeddings, "labels": labels, "paths": paths, "num_bad": len(bad)}
+
+
+def save_embeddings(path, query, gallery, ks):
+    arrays = {"ks": np.array(ks)}
+    for part, prefix in ((query, ""), (gallery, "gallery_")):
+        if part:
+            arrays |= {
+                f"{prefix}embeddings": part["embeddings"].numpy(),
+                f"{prefix}labels": part["labels"].numpy(),
+                f"{prefix}paths": np.array(part["paths"]),
+            }
+    checkpoint.write(lambda file: np.savez(file, **arrays), path)
+
+
+def read_embeddings(path):
+    """(query, gallery or None, ks) of a file that --save-embeddings wrote."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            parts = []
+            for prefix in ("", "gallery_"):
+                if not prefix or f"{prefix}embeddings" in arrays:
+                    embeddings, labels = arrays[f"{prefix}embeddings"], arrays[f"{prefix}labels"]
+                    parts.append(
+                        {"embeddings": torch.from_numpy(embeddings), "labels": torch.from_numpy(labels), "num_bad": 0}
+                    )
+            ks = tuple(int(k) for k in arrays["ks"]) if "ks" in arrays else (1, 2, 4, 8, 16, 32)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged archive fails in many ways
+        raise ValueError(
+            f"{path}: no embeddings that --save-embeddings wrote ({type(error).__name__}: {error})"
+        ) from error
+    return parts[0], parts[1] if len(parts) > 1 else None, ks
+
+
+if __name__ == "__main__":
+    flags.run_script(main)

@@ -1,0 +1,331 @@
+"""Command-line flags: the ones the scripts share, and each script's own.
+
+Names, destinations and defaults of the original flags are part of the interface: command lines of the paper's code
+work unchanged. Flags can also come from a file, `@recipes/cub.args`, one or more to a line, '#' begins a comment;
+flags behind it on the command line win.
+"""
+
+import argparse
+import math
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+CODE = Path(__file__).resolve().parent
+DATASETS = ("cub", "cars", "SOP", "Inshop", "glyphs", "folder")
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser with one-line errors, recipe files with comments, and no abbreviations."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            fromfile_prefix_chars="@",
+            allow_abbrev=False,
+        )
+
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
+        return shlex.split(line, comments=True)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = [self._locate(arg) for arg in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(args, namespace)
+
+    @staticmethod
+    def _locate(arg: str) -> str:
+        """@recipes/x.args also means the one beside the scripts, wherever they are started from."""
+        if arg.startswith("@") and not Path(arg[1:]).exists() and (CODE / arg[1:]).is_file():
+            return f"@{CODE / arg[1:]}"
+        return arg
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help lists the flags)\n")
+
+    def command_line(self, values: dict[str, object]) -> list[str]:
+        """Flags that say these values (by destination); destinations that this parser lacks are passed over.
+
+        Values that were stored in a checkpoint come back through the parser, and so are checked like typed ones.
+        """
+        words = []
+        for action in self._actions:
+            value = values.get(action.dest)
+            if isinstance(action, argparse._StoreTrueAction):
+                words += action.option_strings[:1] if value is True else []
+            elif action.option_strings and isinstance(value, str | int | float):
+                words.append(f"{action.option_strings[0]}={value}")
+        return words
+
+    def parse(self, argv: list[str] | None = None) -> tuple[argparse.Namespace, set[str]]:
+        """(all flags, destinations of those that were given and not left to their defaults)."""
+        args = self.parse_args(argv)
+        defaults = {action: action.default for action in self._actions}
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
+        given = set(vars(self.parse_args(argv)))
+        for action, default in defaults.items():
+            action.default = default
+        return args, given
+
+
+def run_script(main) -> None:
+    """Run a script's main; what its user can put right is said in one line, with a non-zero exit.
+
+    `python -X dev script.py` shows the traceback instead.
+    """
+    try:
+        main()
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        if sys.flags.dev_mode:
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        message = lines[0]
+        if message.startswith("Caught "):  # a loader's worker process: its own words end the copied traceback
+            message = lines[-1].partition(": ")[2]
+        elif isinstance(error, torch.OutOfMemoryError):
+            message = "the GPU's memory is full: a smaller --batch-size or --amp bf16 needs less"
+        elif isinstance(error, OSError) and error.filename:
+            message = f"{error.filename}: {error.strerror}"
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {message}")
+
+
+def binary(text: str) -> int:
+    """0 or 1; true and false are understood."""
+    values = {"0": 0, "false": 0, "1": 1, "true": 1}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"must be 0 or 1, got {text!r}")
+    return values[text.lower()]
+
+
+def whole(at_least: int):
+    """A type for whole numbers from a bound on."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = at_least - 1
+        if value < at_least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {at_least}, got {text!r}")
+        return value
+
+    return number
+
+
+def real(at_least: float = 0.0, below: float = math.inf, positive: bool = False):
+    """A type for numbers in [at_least, below), zero excluded where positive."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not at_least <= value < below or (positive and value == 0):
+            bounds = "above 0" if positive else f"of at least {at_least:g}"
+            limit = "" if below == math.inf else f" and below {below:g}"
+            raise argparse.ArgumentTypeError(f"must be a number {bounds}{limit}, got {text!r}")
+        return value
+
+    return number
+
+
+def add_network_flags(parser: Parser):
+    group = parser.add_argument_group("network")
+    group.add_argument(
+        "--model",
+        default="resnet50",
+        help="backbone: resnet18, resnet34, resnet50, resnet101, googlenet, "
+        "bn_inception, or timm:NAME for any model of timm",
+    )
+    group.add_argument(
+        "--embedding-size", dest="sz_embedding", type=whole(1), default=512, help="D, dimensions of the embedding"
+    )
+    group.add_argument(
+        "--add-gmp", type=binary, default=1, help="1: global max pooling is added to the global average pooling"
+    )
+    group.add_argument(
+        "--layer-norm", type=binary, default=1, help="1: LayerNorm without affine behind the embedding layer"
+    )
+    return group
+
+
+def add_data_flags(parser: Parser, batch_size: int):
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--dataset", choices=DATASETS, default="cars", help="benchmark, or 'folder' for your own pictures"
+    )
+    group.add_argument(
+        "--data-root",
+        type=Path,
+        default=CODE.parent / "data",
+        help="folder that holds the benchmarks; with --dataset folder the folder of class folders, or a CSV file",
+    )
+    group.add_argument(
+        "--train-classes",
+        type=real(0, 1, positive=True),
+        default=0.5,
+        help="share of the sorted classes "
+        "that trains when --dataset folder has no train/ and test/; the rest is the test split",
+    )
+    group.add_argument(
+        "--image-size",
+        type=whole(8),
+        default=224,
+        help="pixels fed to the network; evaluation first resizes to image-size·256/224",
+    )
+    group.add_argument("--batch-size", dest="sz_batch", type=whole(1), default=batch_size, help="images in a batch")
+    group.add_argument(
+        "--workers",
+        dest="nb_workers",
+        type=whole(0),
+        default=4,
+        help="processes that decode images; does not change results",
+    )
+    group.add_argument(
+        "--skip-bad-images",
+        action="store_true",
+        help="go on past images that cannot be decoded and count them, instead of stopping at the first",
+    )
+    return group
+
+
+def add_device_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("device and speed")
+    group.add_argument(
+        "--gpu-id", type=whole(-1), default=0, help="GPU to use, -1 for the CPU; without any GPU the CPU is used"
+    )
+    group.add_argument(
+        "--amp",
+        choices=("off", "bf16"),
+        default="off",
+        help="bf16: the network computes in bfloat16 where that is safe, the loss in float32; changes results slightly",
+    )
+    group.add_argument(
+        "--channels-last",
+        type=binary,
+        default=0,
+        help="1: channels-last memory layout, faster with --amp bf16; changes results by rounding",
+    )
+    group.add_argument(
+        "--search-memory",
+        type=real(positive=True),
+        default=1.0,
+        help="memory the nearest-neighbour search may take, in GiB",
+    )
+
+
+def train_parser() -> Parser:
+    parser = Parser("Train a network with HIST loss and score it on classes it never saw.")
+    data = add_data_flags(parser, batch_size=32)
+    data.add_argument(
+        "--IPC",
+        type=whole(0),
+        default=0,
+        help="images per class in a batch: batch-size/IPC classes with IPC images each; 0: plain shuffling",
+    )
+    data.add_argument(
+        "--val-classes",
+        type=real(0, 1),
+        default=0.0,
+        help="share of the training classes held out to "
+        "choose the best epoch by; 0: the test split chooses it, as in the paper's protocol",
+    )
+    network = add_network_flags(parser)
+    network.add_argument(
+        "--weights",
+        default="imagenet",
+        help="start of the backbone: imagenet (IMAGENET1K_V1, downloaded), none (random), or a local file",
+    )
+    network.add_argument(
+        "--bn-freeze",
+        type=binary,
+        default=1,
+        help="1: BatchNorm statistics of the backbone stay fixed. "
+        "Its affine parameters start frozen too, but are trained once a warm-up has un-frozen the backbone; "
+        "with --warm 0 they stay frozen. 0: all of BatchNorm trains",
+    )
+
+    loss = parser.add_argument_group("loss")
+    loss.add_argument(
+        "--tau",
+        type=real(positive=True),
+        default=32.0,
+        help="temperature of the distribution loss; the paper uses 16 to 32",
+    )
+    loss.add_argument(
+        "--alpha", type=real(), default=0.9, help="scale of distances in the hypergraph; the paper uses 0.9 to 2"
+    )
+    loss.add_argument("--ls", type=real(), default=1.0, help="lambda_s, weight of the HGNN's cross-entropy")
+    loss.add_argument("--hgnn-hidden", type=whole(1), default=512, help="width of the HGNN's hidden layer")
+
+    optimisation = parser.add_argument_group("optimisation")
+    optimisation.add_argument(
+        "--epochs",
+        dest="nb_epochs",
+        type=whole(0),
+        default=50,
+        help="training epochs; those of the warm-up are not counted",
+    )
+    optimisation.add_argument("--warm", type=whole(0), default=1, help="warm-up epochs with the backbone frozen")
+    optimisation.add_argument(
+        "--optimizer",
+        choices=("adam", "adamw", "sgd", "rmsprop"),
+        default="adam",
+        help="sgd: Nesterov momentum 0.9; rmsprop: alpha 0.9, momentum 0.9",
+    )
+    optimisation.add_argument("--lr", type=real(), default=1e-4, help="learning rate of backbone and embedding layer")
+    optimisation.add_argument("--lr-ds", type=real(), default=1e-1, help="learning rate of the class distributions")
+    optimisation.add_argument("--lr-hgnn-factor", type=real(), default=10.0, help="the HGNN learns at lr times this")
+    optimisation.add_argument("--weight-decay", type=real(), default=1e-4, help="one weight decay for everything")
+    optimisation.add_argument(
+        "--lr-decay-step", type=whole(1), default=10, help="epochs between drops of all learning rates"
+    )
+    optimisation.add_argument("--lr-decay-gamma", type=real(), default=0.5, help="factor of each drop")
+
+    add_device_flags(parser)
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--seed", type=whole(0), default=1, help="governs everything random: initial weights, batches, augmentation"
+    )
+    run.add_argument("--deterministic", action="store_true", help="use deterministic algorithms on the GPU too; slower")
+    run.add_argument(
+        "--log-dir", type=Path, default=CODE.parent / "logs", help="runs are kept under log-dir/DATASET/run_N"
+    )
+    run.add_argument("--run-num", type=whole(0), default=1, help="N of run_N; without this flag the next free number")
+    run.add_argument("--overwrite", action="store_true", help="replace the run of --run-num if it exists")
+    run.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="go on with an interrupted run from its last.pth: "
+        "that of --run-num, of the newest run, or FILE; its stored flags apply",
+    )
+    run.add_argument("--remark", default="", help="a note that is kept with the run")
+    return parser
+
+
+def evaluate_parser() -> Parser:
+    parser = Parser("Score a checkpoint: recall@K of images of classes that were not trained on.")
+    parser.add_argument("--model-path", default="", help="checkpoint, or a folder that holds DATASET_MODEL_best.pth")
+    add_data_flags(parser, batch_size=150)
+    add_network_flags(parser)
+    add_device_flags(parser)
+    parser.add_argument("--remark", default="", help="a note that is printed with the figures")
+    scores = parser.add_argument_group("figures")
+    scores.add_argument(
+        "--metrics",
+        nargs="+",
+        choices=("recall", "rp", "map", "nmi", "all"),
+        default=["recall"],
+        help="rp: R-precision, map: MAP@R, nmi: normalised mutual information of k-means",
+    )
+    scores.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+    scores.add_argument("--save-embeddings", type=Path, metavar="FILE.npz", help="keep embeddings, labels and paths")
+    scores.add_argument(
+        "--embeddings", type=Path, metavar="FILE.npz", help="score these embeddings; no network, no images"
+    )
+    return parser

@@ -1,0 +1,218 @@
+"""HIST loss: Hypergraph-Induced Semantic Tuplet loss for deep metric learning.
+
+J. Lim, S. Yun, S. Park, J. Y. Choi, CVPR 2022, pp. 212-222, doi 10.1109/CVPR52688.2022.00031.
+
+This file needs torch alone: copy it into any project and use it like any other metric-learning loss:
+
+    criterion = HISTLoss(num_classes=100, embedding_size=512)      # has parameters: give them to an optimiser too
+    loss = criterion(embeddings, labels)                           # (N, D) float, (N,) int64 -> scalar
+
+Sizes: N batch, D embedding size, C training classes, E <= C classes present in the batch.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class CDs2Hg(nn.Module):
+    """Class distributions to hypergraph (paper, sections 3.2 and 3.3).
+
+    Every class c is a Gaussian with a learned mean mu_c and a learned diagonal covariance
+    sigma_c^2 = exp(relu6(s_c)): at least 1, and entries of s below 0 receive no gradient.
+
+    Args:
+        num_classes: C.
+        embedding_size: D.
+        tau: temperature of the softmax over distances.
+        alpha: how fast membership in a hyperedge decays with the distance to its class.
+    """
+
+    def __init__(self, num_classes: int, embedding_size: int, tau: float = 32.0, alpha: float = 0.9):
+        super().__init__()
+        self.tau = tau
+        self.alpha = alpha
+        self.means = nn.Parameter(torch.empty(num_classes, embedding_size))  # mu (C, D)
+        self.log_vars = nn.Parameter(torch.empty(num_classes, embedding_size))  # s (C, D)
+        nn.init.kaiming_normal_(self.means, mode="fan_out")
+        nn.init.kaiming_normal_(self.log_vars, mode="fan_out")
+
+    def squared_distances(self, X: Tensor) -> Tensor:
+        """Squared Mahalanobis distances d^2(i, c) = sum_f (x_if - mu_cf)^2 / sigma^2_cf of unit vectors.
+
+        X (N, D) raw embeddings -> (N, C). With the square expanded, the (N, C, D) tensor of the textbook form
+        becomes two matrix products and a constant per class.
+        """
+        x = F.normalize(X, dim=1)  # (N, D)
+        means = F.normalize(self.means, dim=1)  # (C, D)
+        precisions = torch.exp(-F.relu6(self.log_vars))  # 1 / sigma^2 (C, D)
+        weighted_means = means * precisions  # (C, D)
+        constants = torch.linalg.vecdot(weighted_means, means)  # (C,)
+        return torch.addmm(constants, x * x, precisions.T) - 2 * (x @ weighted_means.T)
+
+    def distribution_loss(self, distances: Tensor, T: Tensor) -> Tensor:
+        """L_D = mean_i -log softmax_c(-tau d^2(i, c)) at c = y_i; distances (N, C), T (N,) -> scalar."""
+        return F.cross_entropy(-self.tau * distances, T)
+
+    def incidence(self, distances: Tensor, T: Tensor, columns: Tensor) -> Tensor:
+        """H_ij = 1 if y_i = c_j, else exp(-alpha d^2(i, c_j)), for the classes c_j named by columns.
+
+        distances (N, C), T (N,), columns (M,) -> H (N, M). Gradient flows into X, means and log_vars.
+        """
+        member = T[:, None] == columns[None, :]  # (N, M)
+        # Rounding can leave a distance a hair below 0, which would lift a membership above 1.
+        reach = torch.exp(-self.alpha * distances.index_select(1, columns).clamp(min=0))  # (N, M)
+        return reach.masked_fill(member, 1.0)
+
+    def forward(self, X: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:
+        """X (N, D) raw embeddings, T (N,) labels -> (L_D, H (N, E)), columns in ascending order of class.
+
+        The width E depends on the labels, which costs a device synchronisation; HISTLoss avoids it.
+        """
+        distances = self.squared_distances(X)
+        return self.distribution_loss(distances, T), self.incidence(distances, T, torch.unique(T))
+
+
+def propagate(features: Tensor, H: Tensor, W: Tensor | None = None) -> Tensor:
+    """G features, with G = Dv^-1/2 H W De^-1 H^T Dv^-1/2 (paper, section 3.4).
+
+    features (N, F), incidence H (N, M), hyperedge weights W (M,), ones if not given -> (N, F).
+    Dv holds the weighted row sums of H, De its column sums. Neither the diagonal matrices nor G are formed.
+    """
+    weighted = H if W is None else H * W  # H W (N, M)
+    scale = weighted.sum(dim=1, keepdim=True).rsqrt()  # Dv^-1/2 (N, 1)
+    edges = (H.T @ (scale * features)) / H.sum(dim=0)[:, None]  # De^-1 H^T Dv^-1/2 features (M, F)
+    return scale * (weighted @ edges)
+
+
+class HGNN(nn.Module):
+    """Two-layer hypergraph network that classifies the samples of a batch (paper, section 3.4).
+
+    Z = G theta2( LeakyReLU_0.1( BatchNorm( G theta1(X) ) ) ), on the raw embeddings X.
+    Its BatchNorm always uses batch statistics while training; it is never frozen.
+
+    Args:
+        num_classes: C.
+        embedding_size: D.
+        hidden: width of the hidden layer.
+    """
+
+    def __init__(self, num_classes: int, embedding_size: int, hidden: int = 512):
+        super().__init__()
+        self.theta1 = nn.Linear(embedding_size, hidden)
+        self.bn1 = nn.BatchNorm1d(hidden)
+        self.lrelu = nn.LeakyReLU(0.1)
+        self.theta2 = nn.Linear(hidden, num_classes)
+
+    def forward(self, X: Tensor, H: Tensor, W: Tensor | None = None) -> Tensor:
+        """X (N, D) raw embeddings, incidence H (N, M), hyperedge weights W (M,) -> logits (N, C)."""
+        hidden = propagate(self.theta1(X), H, W)  # (N, hidden)
+        return propagate(self.theta2(self.lrelu(self.bn1(hidden))), H, W)
+
+
+class HISTLoss(nn.Module):
+    """L = L_D + lambda_s L_CE: the distribution loss and the cross-entropy of the HGNN (paper, eq. 11).
+
+    Args:
+        num_classes: C, labels lie in [0, C).
+        embedding_size: D.
+        hgnn_hidden: width of the HGNN's hidden layer.
+        tau: temperature of the distribution loss.
+        alpha: scale of the distances in the incidence matrix.
+        ls: lambda_s, weight of the HGNN's cross-entropy.
+
+    Computes in the precision of its parameters (float32), under autocast too. After a call `dist_loss` and
+    `ce_loss` hold the two terms as detached scalars on the device: nothing waits for them until they are read.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        hgnn_hidden: int = 512,
+        tau: float = 32.0,
+        alpha: float = 0.9,
+        ls: float = 1.0,
+    ):
+        super().__init__()
+        for name, value in (
+            ("num_classes", num_classes),
+            ("embedding_size", embedding_size),
+            ("hgnn_hidden", hgnn_hidden),
+        ):
+            if value < 1:
+                raise ValueError(f"HISTLoss: {name} must be at least 1, got {value}")
+        self.num_classes = num_classes
+        self.embedding_size = embedding_size
+        self.ls = ls
+        self.cds2hg = CDs2Hg(num_classes, embedding_size, tau, alpha)
+        self.hgnn = HGNN(num_classes, embedding_size, hgnn_hidden)
+        self.dist_loss: Tensor | None = None
+        self.ce_loss: Tensor | None = None
+        self._label_range: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Embeddings (N, D) raw, as the network emits them; labels (N,) integers in [0, C) -> scalar loss.
+
+        Labels may stay on the CPU while the embeddings are on a GPU: they are moved.
+
+        Raises:
+            ValueError: wrong shapes, labels that are no integers or out of range, or a single sample while
+                training (the HGNN's BatchNorm needs two). Labels that already lie on a GPU are checked without
+                waiting for the device: an impossible one is reported by the next call.
+        """
+        self._check(embeddings, labels)
+        labels = self._check_range(labels).to(embeddings.device, torch.int64, non_blocking=True)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            X = embeddings.to(self.cds2hg.means.dtype)
+            distances = self.cds2hg.squared_distances(X)  # (N, C)
+            dist_loss = self.cds2hg.distribution_loss(distances, labels)
+            # One column per sample instead of one per class present: a class with n images in the batch has n equal
+            # hyperedges, each of weight 1/n. G is the same, and every shape is known without asking the device.
+            H = self.cds2hg.incidence(distances, labels, labels)  # (N, N)
+            W = (labels[:, None] == labels[None, :]).sum(dim=0).to(H.dtype).reciprocal()  # (N,)
+            ce_loss = F.cross_entropy(self.hgnn(X, H, W), labels)
+            self.dist_loss, self.ce_loss = dist_loss.detach(), ce_loss.detach()
+            return dist_loss + self.ls * ce_loss
+
+    def _check(self, embeddings: Tensor, labels: Tensor) -> None:
+        if embeddings.ndim != 2 or embeddings.shape[1] != self.embedding_size:
+            raise ValueError(
+                f"HISTLoss: embeddings must have shape (N, {self.embedding_size}), got {tuple(embeddings.shape)}"
+            )
+        if labels.shape != embeddings.shape[:1]:
+            raise ValueError(
+                f"HISTLoss: labels must have shape ({len(embeddings)},), one per embedding, got {tuple(labels.shape)}"
+            )
+        if not embeddings.is_floating_point():
+            raise ValueError(f"HISTLoss: embeddings must be floating point, got {embeddings.dtype}")
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise ValueError(f"HISTLoss: labels must be integers, got {labels.dtype}")
+        if len(embeddings) < (2 if self.training else 1):
+            raise ValueError(f"HISTLoss: a training batch needs at least 2 samples, got {len(embeddings)}")
+
+    def _check_range(self, labels: Tensor) -> Tensor:
+        """Labels, checked to lie in [0, C); on a GPU clamped to it, and checked one call later.
+
+        Reading a value back would stall the device at every step. Instead the smallest and largest label are copied
+        in the background and looked at by the next call; the clamp keeps the kernels of this one within bounds.
+        """
+        if self._label_range is not None:
+            host, copied = self._label_range
+            self._label_range = None
+            copied.synchronize()  # a copy queued one whole step ago: there is nothing left to wait for
+            self._raise_if_outside(*host.tolist(), call="the previous call")
+        if labels.device.type != "cuda":
+            self._raise_if_outside(*torch.stack(torch.aminmax(labels)).tolist(), call="this call")
+            return labels
+        host = torch.stack(torch.aminmax(labels)).to("cpu", non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        self._label_range = (host, copied)
+        return labels.clamp(0, self.num_classes - 1)
+
+    def _raise_if_outside(self, lowest: int, highest: int, call: str) -> None:
+        if lowest < 0 or highest >= self.num_classes:
+            raise ValueError(
+                f"HISTLoss: labels must lie in [0, {self.num_classes}), {call} had labels from {lowest} to {highest}"
+            )

@@ -1,0 +1,180 @@
+"""The networks, by the name that --model gives them, and the loading of their weights.
+
+network = net.build('resnet50', embedding_size=512)
+embeddings = network(images)            # (N, 3, 224, 224) → (N, 512)
+"""
+
+import difflib
+from pathlib import Path
+
+import torch
+from torchvision import models
+
+from .bn_inception import BNInception
+from .googlenet import GoogLeNet
+from .head import EmbeddingNet
+from .resnet import ResNet
+from .timm_model import TimmModel
+
+__all__ = ["MODELS", "EmbeddingNet", "build", "load_network_state"]
+
+MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "googlenet", "bn_inception")
+
+
+def build(name, embedding_size=512, weights="imagenet", add_gmp=True, layer_norm=True, bn_freeze=True):
+    """Builds a network on the CPU → EmbeddingNet.
+
+    name            one of MODELS, or 'timm:NAME' for a model of timm
+    embedding_size  D, dimensions of an embedding
+    weights         'imagenet': downloaded by torchvision, or by timm; 'none': random; or a file for
+                    torch.load: the backbone's state dict as torchvision publishes it (bn_inception:
+                    pretrained-models.pytorch; timm: timm), or a checkpoint of this project. The embedding
+                    layer is taken from a checkpoint if its size fits and is otherwise new
+    add_gmp, layer_norm, bn_freeze      see EmbeddingNet
+
+    Raises ValueError (unknown name; a file that holds no weights or does not fit), FileNotFoundError (no such
+    file) and OSError (no download), each with a message of one line.
+    """
+    if name not in MODELS and not name.startswith("timm:"):
+        nearest = difflib.get_close_matches(name, MODELS, 1, cutoff=0)[0]
+        raise ValueError(
+            f"unknown model '{name}', did you mean '{nearest}'? The choices are {', '.join(MODELS)} and timm:NAME"
+        )
+
+    # The weights first: what is wrong with them should not take a network to find out.
+    state = None
+    if weights == "imagenet" and name in MODELS:
+        state = download_imagenet(name)
+    elif weights not in ("imagenet", "none"):
+        state = read_weights(weights)
+
+    options = dict(embedding_size=embedding_size, add_gmp=add_gmp, layer_norm=layer_norm, bn_freeze=bn_freeze)
+    if name in MODELS:
+        network = construct(name, **options)
+    else:
+        network = TimmModel(name, pretrained=weights == "imagenet", **options)
+    if state is not None:
+        load_backbone(network, state, weights)
+    return network
+
+
+def construct(name, **options):
+    """The network `name` of MODELS with random weights."""
+    classes = {"googlenet": GoogLeNet, "bn_inception": BNInception}
+    return classes.get(name, ResNet)(name, **options)
+
+
+def download_imagenet(name):
+    """torchvision's ImageNet state dict of `name`, from torch's cache or downloaded; OSError without either.
+
+    IMAGENET1K_V1 are the weights there were when the paper was written (ResNet-50: 76.1 % top-1). V2, today's
+    default, comes from a much longer training (80.9 %): another starting point, whose results do not compare.
+    """
+    if name == "bn_inception":
+        raise ValueError(
+            "bn_inception has no ImageNet weights to download: give --weights FILE, the "
+            "bn_inception-52deb4733.pth of pretrained-models.pytorch, or --weights none"
+        )
+    url = models.get_model_weights(name).IMAGENET1K_V1.url
+    file = url.rsplit("/", 1)[1]
+    try:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+    except Exception as error:  # no connection, a wrong hash, a damaged file in the cache
+        place = Path(torch.hub.get_dir(), "checkpoints")
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise OSError(
+            f"no ImageNet weights: {file} could not be loaded from {url} ({reason}); "
+            f"torch looks for it in {place}: put it there, or give --weights FILE or "
+            f"--weights none"
+        ) from error
+
+
+def read_weights(path):
+    """The state dict in a backbone's file or a checkpoint, names without the latter's 'model.'."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file '{path}': --weights takes imagenet, none or a file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises nearly anything on a file that is not its own
+        raise ValueError(f"{path}: torch.load cannot read it as weights ({type(error).__name__})") from error
+    state = content.get("model_state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no state dict: neither tensors by name nor a model_state_dict")
+    return {key.removeprefix("model."): value for key, value in state.items()}
+
+
+def load_backbone(network, state, path):
+    """Loads a backbone's state dict (names without 'model.') into the network; ValueError if it does not fit.
+
+    Classifier, auxiliary heads and embedding layer are taken where they fit and may be missing; so may
+    num_batches_tracked, which old files lack. Some old files hold BatchNorm's vectors as (1, C).
+    """
+    own = network.model.state_dict()
+    fitting = {}
+    for key, value in state.items():
+        if key in own and own[key].ndim == 1 and value.shape == (1, *own[key].shape):
+            value = value[0]
+        if not key.startswith(network.optional) or (key in own and own[key].shape == value.shape):
+            fitting[key] = value
+    counters = [key for key in own if key.endswith("num_batches_tracked")]
+    complain_unless_fitting(network, own, fitting, (*network.optional, *counters), path)
+    network.model.load_state_dict(fitting, strict=False)
+
+
+def load_network_state(network, state_dict, path):
+    """Loads the state dict of a whole network ('model.…', as in a checkpoint), strictly.
+
+    Only GoogLeNet's auxiliary heads may be missing: forward does not use them.
+    Raises a ValueError of one line that names `path`, what does not fit, and the flags that would.
+    """
+    complain_unless_fitting(network, network.state_dict(), state_dict, ("model.aux1.", "model.aux2."), path)
+    network.load_state_dict(state_dict, strict=False)
+
+
+def compare(own, state, optional):
+    """The names that `state` lacks (`optional` prefixes aside), has too many, and has in another shape."""
+    missing = [key for key in own if key not in state and not key.startswith(optional)]
+    unexpected = [key for key in state if key not in own]
+    reshaped = [key for key in state if key in own and state[key].shape != own[key].shape]
+    return missing, unexpected, reshaped
+
+
+def complain_unless_fitting(network, own, state, optional, path):
+    """ValueError of one line unless `state` fits `own`, the state dict of the network or its backbone."""
+    missing, unexpected, reshaped = compare(own, state, optional)
+    if not (missing or unexpected or reshaped):
+        return
+    example = (missing + unexpected + reshaped)[0]
+    if example in reshaped:
+        example += f" is {tuple(state[example].shape)} instead of {tuple(own[example].shape)}"
+    message = (
+        f"{path} does not fit {network.name} with embedding size {network.embedding_size}: "
+        f"{len(missing)} keys missing, {len(unexpected)} unexpected, {len(reshaped)} of another "
+        f"shape, for example {example}"
+    )
+
+    flags = []
+    backbone = {key.removeprefix("model."): value for key, value in state.items()}
+    looks_like = find_model(backbone)
+    if looks_like not in (None, network.name):
+        message += f"; it looks like {looks_like}"
+        flags.append(f"--model {looks_like}")
+    embedding = state.get("model.embedding.weight")
+    if embedding is not None and len(embedding) != network.embedding_size:
+        message += f"; its embedding size is {len(embedding)}, not {network.embedding_size}"
+        flags.append(f"--embedding-size {len(embedding)}")
+    raise ValueError(message + (f": give {' '.join(flags)}" if flags else ""))
+
+
+def find_model(backbone):
+    """The name in MODELS whose backbone has these names and shapes, or None."""
+    for name in MODELS:
+        with torch.device("meta"):  # names and shapes only: no memory, no random numbers drawn
+            network = construct(name)
+        own = network.model.state_dict()
+        relevant = {key: value for key, value in backbone.items() if not key.startswith(network.optional)}
+        counters = tuple(key for key in own if key.endswith("num_batches_tracked"))
+        if not any(compare(own, relevant, network.optional + counters)):
+            return name
+    return None

@@ -1,0 +1,106 @@
+"""What every network of this project shares: pooling, the embedding layer, and which parameters may train.
+
+A backbone file (resnet.py, googlenet.py, bn_inception.py, timm_model.py) adds one method, features().
+"""
+
+from torch import nn
+from torch.nn import functional as F
+
+
+class EmbeddingNet(nn.Module):
+    """A backbone with its classifier replaced by an embedding layer.
+
+    forward: images (N, 3, H, W), normalised as `mean`, `std`, `bgr` and `scale` say → embeddings (N, D), not
+    L2-normalised. Source: Lim et al., CVPR 2022, and the names and shapes in the published checkpoints.
+
+    model           the bare backbone; all parameters live in it, so every key of the state dict starts with
+                    'model.', as in the published checkpoints, and the embedding layer is model.embedding
+    name            what --model calls this network
+    num_features    channels of the backbone's last layer
+    embedding_size  D
+    add_gmp         add the global maximum to the global average of each channel
+    layer_norm      normalise each embedding to mean 0, variance 1 (LayerNorm without affine parameters)
+    bn_freeze       start with the affine parameters of the backbone's BatchNorm2d frozen
+    unused          prefixes of the names, inside `model`, of what forward does not use: classifier, auxiliary
+                    heads. Kept only because the published state dicts hold them
+    """
+
+    # The input this network wants: values in [0, 1] times scale, in BGR order if bgr, minus mean, over std;
+    # H = W = image_size pixels.
+    mean = (0.485, 0.456, 0.406)
+    std = (0.229, 0.224, 0.225)
+    bgr = False
+    scale = 1.0
+    image_size = 224
+
+    def __init__(
+        self, model, name, num_features, embedding_size=512, add_gmp=True, layer_norm=True, bn_freeze=True, unused=()
+    ):
+        super().__init__()
+        self.name = name
+        self.embedding_size = embedding_size
+        self.add_gmp = add_gmp
+        self.unused = unused
+        # Parts that a weights file may lack, or hold in another shape.
+        self.optional = (*unused, "embedding.")
+
+        self.model = model
+        self.model.embedding = nn.Linear(num_features, embedding_size)
+        nn.init.kaiming_normal_(self.model.embedding.weight, mode="fan_out")
+        nn.init.zeros_(self.model.embedding.bias)
+        self.layer_norm = nn.Identity()
+        if layer_norm:
+            self.layer_norm = nn.LayerNorm(embedding_size, elementwise_affine=False)
+
+        for parameter_name, parameter in self.model.named_parameters():
+            if parameter_name.startswith(self.unused):
+                parameter.requires_grad_(False)
+        if bn_freeze:
+            for module in self._batchnorms():
+                for parameter in module.parameters():
+                    parameter.requires_grad_(False)
+
+    def features(self, images):
+        """Images (N, 3, H, W) → what pool() takes: feature maps (N, C, h, w)."""
+        raise NotImplementedError
+
+    def pool(self, maps):
+        """Feature maps (N, C, h, w) → (N, C): global average, plus global maximum with add_gmp."""
+        pooled = F.adaptive_avg_pool2d(maps, 1)
+        if self.add_gmp:
+            pooled = pooled + F.adaptive_max_pool2d(maps, 1)
+        return pooled.flatten(1)
+
+    def forward(self, images):
+        """Images (N, 3, H, W) → embeddings (N, D), float32 or the type of the surrounding autocast."""
+        pooled = self.pool(self.features(images))  # (N, C)
+        return self.layer_norm(self.model.embedding(pooled))
+
+    def backbone_parameters(self):
+        """Every parameter but the embedding layer's, in order of definition (unused classifier included)."""
+        return [p for name, p in self.model.named_parameters() if not name.startswith("embedding.")]
+
+    def embedding_parameters(self):
+        """Weight (D, C) and bias (D,) of the embedding layer."""
+        return list(self.model.embedding.parameters())
+
+    def set_backbone_trainable(self, trainable):
+        """Freezes the backbone for the warm-up epochs (False) or lets it train (True).
+
+        True reaches the affine parameters of BatchNorm too, also those that bn_freeze froze at construction:
+        with a warm-up they train from then on and only the statistics stay fixed (106 tensors of ResNet-50);
+        without a warm-up this is never called and they stay frozen. The research code behaves so and the
+        published figures depend on it.
+        What forward does not use stays frozen: data parallel training would wait for its gradients for ever.
+        """
+        for name, parameter in self.model.named_parameters():
+            if not name.startswith(("embedding.", *self.unused)):
+                parameter.requires_grad_(trainable)
+
+    def freeze_batchnorm_statistics(self):
+        """Puts every BatchNorm2d of the backbone in eval mode. train() undoes it: call this after train()."""
+        for module in self._batchnorms():
+            module.eval()
+
+    def _batchnorms(self):
+        return [module for module in self.model.modules() if isinstance(module, nn.BatchNorm2d)]

@@ -1,0 +1,78 @@
+"""Any image model of timm (https://github.com/huggingface/pytorch-image-models) as --model timm:NAME.
+
+timm is optional: it is imported only when a model of it is asked for.
+"""
+
+import difflib
+
+import torch
+
+from .head import EmbeddingNet
+
+
+class TimmModel(EmbeddingNet):
+    """timm's model NAME with an embedding layer; mean, std and image size are the model's own.
+
+    Where its last layer gives maps (N, C, h, w), as convolutional models do, they are pooled like a ResNet's.
+    Where it gives tokens, as vision transformers do, timm's own pooling is used (class token or mean, and the
+    norms that belong to it): add_gmp does not apply.
+
+    name        'timm:NAME'
+    pretrained  fetch timm's weights for NAME
+
+    Raises ValueError when timm is not installed or does not know NAME, OSError when the weights do not come.
+    """
+
+    def __init__(self, name, pretrained, **options):
+        model = create_model(name.removeprefix("timm:"), pretrained)
+        config = model.pretrained_cfg
+        image_size = config["input_size"][-1]
+
+        # One image through the model in eval mode shows what comes out and which parameters had no part in it
+        # (a convolutional model's own norm before its classifier, position embeddings that timm keeps fixed).
+        model.eval()
+        maps = model.forward_features(torch.zeros(1, 3, image_size, image_size))
+        gives_maps = maps.ndim == 4 and getattr(model, "output_fmt", "NCHW") == "NCHW"
+        pooled = maps.mean((2, 3)) if gives_maps else model.forward_head(maps, pre_logits=True)
+        trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(pooled.sum(), [p for _, p in trainable], allow_unused=True)
+        used = {n for (n, _), gradient in zip(trainable, gradients, strict=True) if gradient is not None}
+        model.train()
+
+        unused = tuple(n for n, _ in model.named_parameters() if n not in used)
+        super().__init__(model, name, pooled.shape[1], unused=unused, **options)
+        self.gives_maps = gives_maps
+        self.mean, self.std, self.image_size = tuple(config["mean"]), tuple(config["std"]), image_size
+        # A weights file comes with the classifier that num_classes=0 left out.
+        classifier = config.get("classifier") or ()
+        classifier = (classifier,) if isinstance(classifier, str) else classifier
+        self.optional = (*self.optional, *(part + "." for part in classifier))
+
+    def features(self, images):
+        """Images (N, 3, H, W) → maps (N, C, h, w), or tokens in timm's own layout."""
+        return self.model.forward_features(images)
+
+    def pool(self, maps):
+        """Maps (N, C, h, w) or tokens → (N, C)."""
+        return super().pool(maps) if self.gives_maps else self.model.forward_head(maps, pre_logits=True)
+
+
+def create_model(name, pretrained):
+    """timm's model `name` (without 'timm:'), without classifier; raises what TimmModel raises."""
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError(f"--model timm:{name} needs timm: pip install timm ({error})") from error
+    if not timm.is_model(name):
+        nearest = difflib.get_close_matches(name, timm.list_models(), 1, cutoff=0)[0]
+        raise ValueError(f"timm {timm.__version__} has no model '{name}'; the nearest name is '{nearest}'")
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0)
+    except Exception as error:  # timm passes on whatever its downloader raises, of many libraries
+        reason = " ".join(str(error).split())
+        if not pretrained:
+            raise ValueError(f"timm cannot build '{name}': {reason}") from error
+        raise OSError(
+            f"no pretrained weights for timm's '{name}' ({type(error).__name__}: {reason}); "
+            f"give --weights FILE or --weights none"
+        ) from error

@@ -1,0 +1,132 @@
+"""What a run tells about itself: one row per epoch for console and CSV, its folder, and what made it."""
+
+import csv
+import io
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import torch
+import torchvision
+
+CODE = Path(__file__).resolve().parent
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Commit, versions and device that made a run, for its checkpoints and files."""
+    return {
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": numpy.__version__,
+        "device": describe_device(device),
+    }
+
+
+def _commit() -> str:
+    """Commit of the code, '+changes' where the tree differs from it; 'unknown' outside git."""
+    try:
+        git = ["git", "-C", str(CODE)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changes = subprocess.run([*git, "status", "--porcelain", "--", "."], capture_output=True, text=True, check=True)
+        return commit + ("+changes" if changes.stdout.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def describe_device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} {torch.cuda.get_device_name(device)}"
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+def choose_device(gpu_id: int) -> torch.device:
+    """The GPU of that number if there is any GPU, else the CPU. Raises ValueError for a number out of range."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpu_id < 0 or count == 0:
+        return torch.device("cpu")
+    if gpu_id >= count:
+        raise ValueError(f"--gpu-id {gpu_id}: there are {count} GPUs, numbered from 0; -1 is the CPU")
+    torch.cuda.set_device(gpu_id)
+    return torch.device("cuda", gpu_id)
+
+
+def new_run_folder(parent: Path, run_num: int | None) -> Path:
+    """Make and return parent/run_N: the next free number, or the given one.
+
+    Making a folder either succeeds or finds it there, so two runs that start at once never share one.
+
+    Raises:
+        FileExistsError: the given number is taken.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    numbers = [run_num] if run_num is not None else range(1, sys.maxsize)
+    for number in numbers:
+        try:
+            (parent / f"run_{number}").mkdir()
+            return parent / f"run_{number}"
+        except FileExistsError:
+            continue
+    raise FileExistsError(
+        f"{parent / f'run_{run_num}'} exists: give --resume to go on with it, --overwrite to replace it, "
+        "or no --run-num for the next free number"
+    )
+
+
+def newest_run_folder(parent: Path) -> Path:
+    """The run_N of the highest N that can be resumed. Raises FileNotFoundError."""
+    runs = [folder for folder in parent.glob("run_*") if (folder / "last.pth").exists() and folder.name[4:].isdigit()]
+    if not runs:
+        raise FileNotFoundError(f"{parent}: no run to resume, none of its run_N folders holds a last.pth")
+    return max(runs, key=lambda folder: int(folder.name[4:]))
+
+
+def csv_text(rows: list[dict]) -> str:
+    """Rows as CSV with one header; a row may lack columns that others have."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def percent(figures: dict[str, float]) -> str:
+    """{'R@1': 0.714, …} -> 'R@1 71.40  …', in percent."""
+    return "  ".join(f"{name} {100 * value:.2f}" for name, value in figures.items())
+
+
+def recalls(row: dict) -> dict[str, float]:
+    """The R@K of a row."""
+    return {name: value for name, value in row.items() if name.startswith("R@")}
+
+
+def epoch_title(row: dict, num_epochs: int) -> str:
+    if row["phase"] == "train":
+        return f"epoch {row['epoch']}/{num_epochs}"
+    return row["phase"]
+
+
+def console_line(row: dict, num_epochs: int) -> str:
+    """One epoch in one line: loss and its terms, R@K in percent, learning rate, images per second."""
+    parts = [f"{epoch_title(row, num_epochs):>12}"]
+    if "loss" in row:
+        parts.append(f"loss {row['loss']:.4f} = dist {row['dist_loss']:.4f} + ls · ce {row['ce_loss']:.4f}")
+    if "val R@1" in row:
+        parts.append(f"val R@1 {100 * row['val R@1']:.2f}")
+    parts.append(percent(recalls(row)))
+    if "loss" in row:
+        parts.append(f"lr {row['lr']:.3g}  {row['images_per_s']:.0f} img/s")
+    parts.append(f"{row['seconds']:.1f} s")
+    return "   ".join(parts)
+
+
+def clear_folder(folder: Path) -> None:
+    """Remove the files of a run that is to be replaced."""
+    for path in folder.iterdir():
+        if path.is_file() or path.is_symlink():
+            os.unlink(path)
