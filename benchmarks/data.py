@@ -1,10 +1,10 @@
 """Measures the data side, each figure against what one would use instead, in one run (Linux, no GPU needed):
 
-- setting up Stanford Online Products, 120,053 files: seconds until the first batch is drawn up, and the memory that
-  this takes on top of the imported libraries, each in a process of its own; against the reader of
-  pytorch-metric-learning and against torchvision's ImageFolder on the same tree;
-- decoding and augmenting: images per second of the training loader, against a plain ImageFolder loader with the
-  same transform, batch size and workers, taking turns.
+- setting up Stanford Online Products, 120,053 files: seconds until the first batch is drawn up, and the
+  memory that this takes on top of the imported libraries, each in a process of its own; against the reader
+  of pytorch-metric-learning and torchvision's ImageFolder on the same tree;
+- decoding and augmenting: images per second of the training loader, against a plain ImageFolder loader with
+  the same transform, batch size and workers, taking turns.
 
     python benchmarks/data.py                          # two to three minutes on two cores
     python benchmarks/data.py --workers 8 --images 8000
@@ -23,53 +23,54 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / 'code'))
+sys.path.insert(0, str(ROOT / "code"))
 
 
 def write_sop(root: Path, num_images: int = 120_053, num_classes: int = 22_634) -> None:
     """The lists of Stanford Online Products, its 12 folders and its file names; the files are empty."""
-    home = root / 'Stanford_Online_Products'
+    home = root / "Stanford_Online_Products"
     for product in range(12):
-        (home / f'product_{product:02d}_final').mkdir(parents=True)
-    rows = {'train': [], 'test': []}
+        (home / f"product_{product:02d}_final").mkdir(parents=True)
+    rows = {"train": [], "test": []}
     for i in range(num_images):
         class_id = 1 + i * num_classes // num_images
         product = class_id % 12
-        path = f'product_{product:02d}_final/1112{class_id:08d}_{i % 7}.JPG'
+        path = f"product_{product:02d}_final/1112{class_id:08d}_{i % 7}.JPG"
         (home / path).touch()
-        split = 'train' if class_id <= 11_318 else 'test'
-        rows[split].append(f'{i + 1} {class_id} {product + 1} {path}')
+        split = "train" if class_id <= 11_318 else "test"
+        rows[split].append(f"{i + 1} {class_id} {product + 1} {path}")
     for split, lines in rows.items():
-        text = '\n'.join(['image_id class_id super_class_id path', *lines])
-        (home / f'Ebay_{split}.txt').write_text(text + '\n')
+        text = "\n".join(["image_id class_id super_class_id path", *lines])
+        (home / f"Ebay_{split}.txt").write_text(text + "\n")
 
 
 def write_photos(root: Path, num_images: int, per_class: int = 50) -> None:
-    """JPEGs of 500×375 pixels (as in CUB) with structure at all scales, root/train/<class>/ and root/test/."""
+    """JPEGs of 500×375 pixels (as in CUB) with structure at all scales: root/train/<class>/, root/test/."""
     random = np.random.RandomState(0)
     for i in range(num_images + 1):
         pixels = np.full((375, 500, 3), 128.0)
         for scale in (4, 16, 64):
             coarse = Image.fromarray(random.randint(0, 256, (scale, scale, 3), dtype=np.uint8))
-            pixels += (np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)) - 127.5) * (2 / scale**0.5)
-        folder = root / 'train' / f'c{i // per_class:04d}' if i < num_images else root / 'test' / 'other'
+            smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC))
+            pixels += (smooth - 127.5) * 2 / scale**0.5
+        folder = root / "train" / f"c{i // per_class:04d}" if i < num_images else root / "test" / "other"
         folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f'{i:06d}.jpg', quality=90)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i:06d}.jpg", quality=90)
 
 
 def memory(field: str) -> float:
     """MB of VmRSS (now) or VmHWM (highest) of this process."""
-    for line in Path('/proc/self/status').read_text().splitlines():
+    for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) / 1024
-    raise OSError(f'/proc/self/status has no {field}')
+    raise OSError(f"/proc/self/status has no {field}")
 
 
 def set_up_ours(root: Path):
     import dataset
     transform = dataset.train_transform()
     yield
-    benchmark = dataset.load_benchmark('SOP', root)
+    benchmark = dataset.load_benchmark("SOP", root)
     train = dataset.make_train_loader(benchmark.train, transform, 32, seed=1)
     next(iter(train.batch_sampler))
     yield benchmark, train, dataset.make_eval_loader(benchmark.query, transform, 32)
@@ -79,7 +80,7 @@ def set_up_metric_learning(root: Path):
     from pytorch_metric_learning.datasets import StanfordOnlineProducts
     from torch.utils.data import DataLoader
     yield
-    train, test = (StanfordOnlineProducts(str(root), split=split) for split in ('train', 'test'))
+    train, test = (StanfordOnlineProducts(str(root), split=split) for split in ("train", "test"))
     loader = DataLoader(train, 32, shuffle=True)
     next(iter(loader.batch_sampler))
     yield train, test, loader
@@ -89,30 +90,31 @@ def set_up_image_folder(root: Path):
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
     yield
-    images = ImageFolder(str(root / 'Stanford_Online_Products'))  # 12 classes: it knows nothing of the lists
+    images = ImageFolder(str(root / "Stanford_Online_Products"))  # 12 classes: it knows nothing of the lists
     loader = DataLoader(images, 32, shuffle=True)
     next(iter(loader.batch_sampler))
     yield images, loader
 
 
 def measure_set_up(kind: str, root: Path, results) -> None:
-    steps = {'this project': set_up_ours, 'pytorch-metric-learning': set_up_metric_learning,
-             'ImageFolder (no split)': set_up_image_folder}[kind](root)
+    steps = {"this project": set_up_ours, "pytorch-metric-learning": set_up_metric_learning,
+             "ImageFolder (no split)": set_up_image_folder}[kind](root)
     next(steps)  # imports
-    before = memory('VmRSS')
-    Path('/proc/self/clear_refs').write_text('5')  # VmHWM starts anew from here
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew from here
     start = time.perf_counter()
-    kept = next(steps)
+    kept = next(steps)  # named, or else it would be freed before its memory is measured
     seconds = time.perf_counter() - start
-    results.put((seconds, memory('VmHWM') - before, memory('VmRSS') - before, before, len(kept)))
+    results.put((seconds, memory("VmHWM") - before, memory("VmRSS") - before, before))
+    del kept
 
 
 def bench_set_up(root: Path, repeats: int) -> None:
     write_sop(root)
-    print(f'\nset-up, Stanford Online Products, 120,053 files (median of {repeats}, files in the page cache)')
+    print(f"\nset-up, Stanford Online Products, 120,053 files (median of {repeats}, files in the page cache)")
     print(f'{"":<26}{"seconds":>9}{"peak MB":>9}{"kept MB":>9}{"imports alone MB":>18}')
-    context = multiprocessing.get_context('spawn')
-    for kind in ('this project', 'pytorch-metric-learning', 'ImageFolder (no split)'):
+    context = multiprocessing.get_context("spawn")
+    for kind in ("this project", "pytorch-metric-learning", "ImageFolder (no split)"):
         rows = []
         for _ in range(repeats):
             results = context.Queue()
@@ -120,15 +122,13 @@ def bench_set_up(root: Path, repeats: int) -> None:
             process.start()
             rows.append(results.get(timeout=300))
             process.join()
-        seconds, peak, kept, imports, _ = (statistics.median(column) for column in zip(*rows, strict=True))
-        print(f'{kind:<26}{seconds:>9.2f}{peak:>9.0f}{kept:>9.0f}{imports:>18.0f}')
+        seconds, peak, kept, imports = (statistics.median(column) for column in zip(*rows, strict=True))
+        print(f"{kind:<26}{seconds:>9.2f}{peak:>9.0f}{kept:>9.0f}{imports:>18.0f}")
 
 
-def images_per_second(loader, epochs: int = 1) -> float:
-    start, images = time.perf_counter(), 0
-    for _ in range(epochs):
-        for batch, _ in loader:
-            images += len(batch)
+def images_per_second(loader) -> float:
+    start = time.perf_counter()
+    images = sum(len(batch) for batch, _ in loader)
     return images / (time.perf_counter() - start)
 
 
@@ -140,35 +140,35 @@ def bench_loading(root: Path, num_images: int, workers: int, repeats: int) -> No
 
     write_photos(root, num_images)
     transform = train_transform(224)
-    ours = make_train_loader(load_benchmark('folder', root).train, transform, 32, seed=1, workers=workers)
-    keep_workers = {'persistent_workers': True, 'prefetch_factor': 4} if workers else {}
-    plain = DataLoader(ImageFolder(str(root / 'train'), transform), 32, shuffle=True, drop_last=True,
+    ours = make_train_loader(load_benchmark("folder", root).train, transform, 32, seed=1, workers=workers)
+    keep_workers = {"persistent_workers": True, "prefetch_factor": 4} if workers else {}
+    plain = DataLoader(ImageFolder(str(root / "train"), transform), 32, shuffle=True, drop_last=True,
                        num_workers=workers, **keep_workers)
     torch.set_num_threads(1)  # matters with 0 workers only: workers have one thread each anyway
-    rates = {'this project': [], 'ImageFolder loader': []}
+    rates = {"this project": [], "ImageFolder loader": []}
     for turn in range(repeats + 1):
-        for kind, loader in (('this project', ours), ('ImageFolder loader', plain)):
+        for kind, loader in (("this project", ours), ("ImageFolder loader", plain)):
             rate = images_per_second(loader)
             if turn > 0:  # the first turn starts the workers and fills the page cache
                 rates[kind].append(rate)
-    print(f'\ntraining loader, {num_images:,} JPEGs of 500×375, batch 32, {workers} workers '
-          f'({repeats} epochs each, taking turns)')
+    print(f"\ntraining loader, {num_images:,} JPEGs of 500×375, batch 32, {workers} workers "
+          f"({repeats} epochs each, taking turns)")
     print(f'{"":<26}{"images/s":>9}{"lowest":>9}{"highest":>9}')
     for kind, values in rates.items():
-        print(f'{kind:<26}{statistics.median(values):>9.0f}{min(values):>9.0f}{max(values):>9.0f}')
+        print(f"{kind:<26}{statistics.median(values):>9.0f}{min(values):>9.0f}{max(values):>9.0f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument('--workers', type=int, default=2, help='worker processes of both loaders (default 2)')
-    parser.add_argument('--images', type=int, default=1600, help='JPEGs for the loader figures (default 1600)')
-    parser.add_argument('--repeats', type=int, default=5, help='repetitions of every figure (default 5)')
+    parser.add_argument("--workers", type=int, default=2, help="worker processes of both loaders (default 2)")
+    parser.add_argument("--images", type=int, default=1600, help="JPEGs for the loaders (default 1600)")
+    parser.add_argument("--repeats", type=int, default=5, help="repetitions of every figure (default 5)")
     args = parser.parse_args()
-    print(f'{os.cpu_count()} cores, Python {sys.version.split()[0]}')
+    print(f"{os.cpu_count()} cores, Python {sys.version.split()[0]}")
     with tempfile.TemporaryDirectory() as scratch:
-        bench_set_up(Path(scratch) / 'sop', args.repeats)
-        bench_loading(Path(scratch) / 'photos', args.images, args.workers, args.repeats)
+        bench_set_up(Path(scratch) / "sop", args.repeats)
+        bench_loading(Path(scratch) / "photos", args.images, args.workers, args.repeats)
 
 
-if __name__ == '__main__':
+if __name__ == "__main__":
     main()

@@ -16,9 +16,9 @@ def write(content: Callable[[Any], None], path: Path) -> None:
 
     A reader sees the old file or the new one; a crash, a full disk or a pulled plug leaves the old one.
     """
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    path, temporary = Path(path), None
     try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         with os.fdopen(handle, "wb") as file:
             content(file)
             file.flush()
@@ -26,10 +26,12 @@ def write(content: Callable[[Any], None], path: Path) -> None:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        # torch reports a failed write as a RuntimeError about its own stream
-        if isinstance(error, OSError) or (isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error)):
-            reason = getattr(error, "strerror", None) or "the disk is full or not writable"
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        # A write that fails inside torch.save surfaces as a RuntimeError of its archive writer.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, OSError) or "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
+            reason = getattr(cause, "strerror", None) or "is the disk full?"
             raise OSError(f"{path}: cannot be written ({reason}); what was saved before is untouched") from error
         raise
     folder = os.open(path.parent, os.O_RDONLY)
@@ -73,11 +75,10 @@ def load(path: Path) -> dict:
     except OSError as error:
         raise OSError(f"{path}: cannot be read ({error.strerror or 'input/output error'})") from error
     except Exception as error:  # what a damaged file sets off in unpickling and unzipping has no common type
-        reason = str(error).partition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
-        if "Unsupported global" in reason or "Unsupported operand" in reason or "not allowed" in reason:
-            raise ValueError(
-                f"{path}: refused, it holds more than tensors and plain values ({reason.partition('. ')[0].rstrip('.')})"
-            ) from error
+        refusals = [line for line in str(error).splitlines() if "GLOBAL" in line]  # a name that code would be run by
+        if refusals:
+            reason = refusals[0].removeprefix("WeightsUnpickler error: ").strip().partition(". ")[0]
+            raise ValueError(f"{path}: refused, it holds more than tensors and plain values ({reason})") from error
         raise ValueError(f"{path}: this is no checkpoint, or a damaged one ({type(error).__name__})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: this is no checkpoint, it holds a {type(content).__name__}")

@@ -21,10 +21,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
-from torchvision.datasets.utils import calculate_md5
-from tqdm import tqdm
-
 from dataset import (
     DATA_ROOT,
     DATASETS,
@@ -43,6 +39,9 @@ from dataset import (
     split_by_class,
 )
 from glyphs import ensure_glyphs, load_font
+from PIL import Image, ImageDraw, ImageOps
+from torchvision.datasets.utils import calculate_md5
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -52,30 +51,30 @@ class Archive:
 
     @property
     def file_name(self) -> str:
-        return self.url.rpartition('/')[2]
+        return self.url.rpartition("/")[2]
 
 
 ARCHIVES = {
-    'cub': Archive('https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz',
-                   '97eceeb196236b17998738112f37df78'),
-    'SOP': Archive('http://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip',
-                   '7f73d41a2f44250d4779881525aea32e'),
+    "cub": Archive("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
+                   "97eceeb196236b17998738112f37df78"),
+    "SOP": Archive("http://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip",
+                   "7f73d41a2f44250d4779881525aea32e"),
 }
 
 BY_HAND = {
-    'cars': '''Cars-196 is not downloaded: its own pages are gone. Any one of these under {home} is found:
+    "cars": """Cars-196 is not downloaded: its own pages are gone. Any one of these under {home} is found:
   1. car_ims.tgz (md5 d5c8f0aa497503f355e17dc7886c3f14), unpacked to car_ims/,
      and cars_annos.mat (md5 b407c6086d669747186bd1d764ff9dbc)
   2. cars_train/ and cars_test/, car_devkit.tgz (md5 c3b158d763b6e2245038c8ad08e45376), unpacked to devkit/,
      and cars_test_annos_withlabels.mat (md5 b0a2b23655a3edd16d84508592a98d10);
      the cars_test_annos.mat of the devkit has no labels
   3. "stanford-car-dataset-by-classes-folder" on Kaggle (user jutrera), unpacked:
-     names.csv, anno_train.csv, anno_test.csv and car_data/''',
-    'Inshop': '''In-Shop Clothes is not downloaded: it is given out to those who agree to its terms, on the
+     names.csv, anno_train.csv, anno_test.csv and car_data/""",
+    "Inshop": """In-Shop Clothes is not downloaded: it is given out to those who agree to its terms, on the
 pages of DeepFashion (The Chinese University of Hong Kong), as "In-shop Clothes Retrieval Benchmark".
 Under {home} go
   1. Img/img.zip, unpacked to Img/img/ (img_highres.zip is not what results are reported on)
-  2. Eval/list_eval_partition.txt''',
+  2. Eval/list_eval_partition.txt""",
 }
 
 
@@ -93,18 +92,18 @@ def try_decode(path: str) -> str | None:
 def decode_all(listing: Listing) -> list[str]:
     """Decodes every image of the listing on all cores; a line for each that fails."""
     paths = [os.path.join(listing.root, path) for pairs in listing.splits.values() for path, _ in pairs]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with ProcessPoolExecutor(cores) as pool:
-        results = tqdm(pool.map(try_decode, paths, chunksize=16), 'decoding', len(paths), unit='image')
+        results = tqdm(pool.map(try_decode, paths, chunksize=16), "decoding", len(paths), unit="image")
         return [result for result in results if result]
 
 
 def print_counts(name: str, listing: Listing) -> None:
     print(f'{"split":<10}{"images":>10}{"classes":>10}{"published images":>20}{"classes":>10}')
     for split, pairs in listing.splits.items():
-        published = PUBLISHED.get(name, {}).get(split, ('-', '-'))
-        cells = [f'{n:,}' if isinstance(n, int) else n for n in (*count(pairs), *published)]
-        print(f'{split:<10}{cells[0]:>10}{cells[1]:>10}{cells[2]:>20}{cells[3]:>10}')
+        published = PUBLISHED.get(name, {}).get(split, ("-", "-"))
+        cells = [f"{n:,}" if isinstance(n, int) else n for n in (*count(pairs), *published)]
+        print(f"{split:<10}{cells[0]:>10}{cells[1]:>10}{cells[2]:>20}{cells[3]:>10}")
 
 
 def check(name: str, data_root: Path, decode: bool = False) -> bool:
@@ -113,25 +112,25 @@ def check(name: str, data_root: Path, decode: bool = False) -> bool:
     Raises ValueError or OSError if the lists cannot be read at all.
     """
     listing = read_listing(name, data_root)
-    if 'all' in listing.splits:
+    if "all" in listing.splits:
         split_by_class(listing, 0.5)
-    print(f'{name} in {listing.root}')
+    print(f"{name} in {listing.root}")
     print_counts(name, listing)
     for note in listing.notes:
-        print(f'note: {note}')
+        print(f"note: {note}")
     problems = compare_counts(name, listing)
     try:
         check_splits(listing)
     except ValueError as error:
         problems.append(str(error))
     missing = missing_files(listing)
-    problems += [f'{listing.root / path}: the file is not there' for path in missing[:5]]
+    problems += [f"{listing.root / path}: the file is not there" for path in missing[:5]]
     if len(missing) > 5:
-        problems.append(f'... and {len(missing) - 5:,} more files that are not there')
+        problems.append(f"... and {len(missing) - 5:,} more files that are not there")
     if decode:
         problems += decode_all(listing)
     for problem in problems:
-        print(f'off: {problem}')
+        print(f"off: {problem}")
     if not problems:
         print(f'{name}: nothing is off{"" if decode else " (images not opened; --decode opens them)"}')
     return not problems
@@ -145,15 +144,15 @@ def fetch(url: str, part: Path, bar: tqdm) -> bool:
     Raises OSError if the server refuses; a cut line is no error but gives False.
     """
     start = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={'Range': f'bytes={start}-', 'User-Agent': 'Mozilla/5.0'})
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-", "User-Agent": "Mozilla/5.0"})
     try:
         with contextlib.closing(urllib.request.urlopen(request, timeout=30)) as answer:
             if answer.status != 206:  # the server sends everything from the beginning
                 start = 0
-            length = answer.headers.get('Content-Length')
+            length = answer.headers.get("Content-Length")
             total = start + int(length) if length else None
             bar.total, bar.n = total, start
-            with open(part, 'ab' if start else 'wb') as file:
+            with open(part, "ab" if start else "wb") as file:
                 while chunk := answer.read(1 << 20):
                     file.write(chunk)
                     bar.update(len(chunk))
@@ -161,9 +160,9 @@ def fetch(url: str, part: Path, bar: tqdm) -> bool:
     except urllib.error.HTTPError as error:
         if error.code == 416 and start:  # nothing is left to send; the md5 will tell whether it is right
             return True
-        raise OSError(f'{url}: the server says {error.code} {error.reason}') from None
+        raise OSError(f"{url}: the server says {error.code} {error.reason}") from None
     except urllib.error.URLError as error:
-        raise OSError(f'{url}: {error.reason}') from None
+        raise OSError(f"{url}: {error.reason}") from None
     except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError):
         return False
 
@@ -176,29 +175,30 @@ def fetch_archive(archive: Archive, url: str, data_root: Path, attempts: int = 5
     """
     whole = data_root / archive.file_name
     if not whole.exists():
-        part = data_root / f'{archive.file_name}.part'
-        with tqdm(desc=archive.file_name, unit='B', unit_scale=True) as bar:
-            size = in_vain = 0
+        part = data_root / f"{archive.file_name}.part"
+        with tqdm(desc=archive.file_name, unit="B", unit_scale=True) as bar:
+            size = part.stat().st_size if part.exists() else 0
+            in_vain = 0
             while not fetch(url, part, bar):
                 size, earlier = part.stat().st_size if part.exists() else 0, size
                 in_vain = 0 if size > earlier else in_vain + 1
                 if in_vain == attempts:
-                    raise OSError(f'{url}: the line was cut {attempts} times; {size:,} bytes are in {part}, the same '
-                                  'command goes on from there')
+                    raise OSError(f"{url}: the line was cut {attempts} times; {size:,} bytes are in {part}, "
+                                  "the same command goes on from there")
                 time.sleep(pause * (in_vain + 1))
         found = calculate_md5(part)
         if found != archive.md5:
             part.unlink()
-            raise ValueError(f'{url}: the md5 of what it gave is {found}, not {archive.md5}; it was deleted')
+            raise ValueError(f"{url}: the md5 of what it gave is {found}, not {archive.md5}; it was deleted")
         os.replace(part, whole)
     elif calculate_md5(whole) != archive.md5:
-        raise ValueError(f'{whole}: its md5 is not {archive.md5}; remove the file to download it again')
+        raise ValueError(f"{whole}: its md5 is not {archive.md5}; remove the file to download it again")
     return whole
 
 
 def archive_members(archive: Path, file: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
     """(name, content) of the files in a .zip or a (compressed) .tar; a link or device is a ValueError."""
-    if archive.suffix == '.zip':
+    if archive.suffix == ".zip":
         with zipfile.ZipFile(file) as zipped:
             for info in zipped.infolist():
                 if not info.is_dir():
@@ -209,7 +209,7 @@ def archive_members(archive: Path, file: BinaryIO) -> Iterator[tuple[str, Binary
                 if member.isfile():
                     yield member.name, tar.extractfile(member)
                 elif not member.isdir():
-                    raise ValueError(f'{archive}: {member.name!r} is no file or folder; nothing was unpacked')
+                    raise ValueError(f"{archive}: {member.name!r} is no file or folder; nothing was unpacked")
 
 
 def extract(archive: Path, home: Path) -> None:
@@ -217,23 +217,23 @@ def extract(archive: Path, home: Path) -> None:
 
     Raises ValueError for a broken archive, one without that folder, or one with a path outside of it.
     """
-    with tempfile.TemporaryDirectory(prefix='.unpacking-', dir=home.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=home.parent) as scratch:
         try:
             size = archive.stat().st_size
-            bar = tqdm(desc='unpacking', total=size, unit='B', unit_scale=True)
-            with bar, open(archive, 'rb') as file:
+            bar = tqdm(desc="unpacking", total=size, unit="B", unit_scale=True)
+            with bar, open(archive, "rb") as file:
                 for name, content in archive_members(archive, file):
-                    if re.match(r'[A-Za-z]:|[\\/]', name) or '..' in re.split(r'[\\/]', name):
-                        raise ValueError(f'{archive}: {name!r} leads out of the folder; nothing was unpacked')
+                    if re.match(r"[A-Za-z]:|[\\/]", name) or ".." in re.split(r"[\\/]", name):
+                        raise ValueError(f"{archive}: {name!r} leads out of the folder; nothing was unpacked")
                     target = Path(scratch) / name
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    with content, open(target, 'wb') as out:
+                    with content, open(target, "wb") as out:
                         shutil.copyfileobj(content, out)
                     bar.update(file.tell() - bar.n)
         except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-            raise ValueError(f'{archive}: broken archive ({one_line(error)}); nothing was unpacked') from None
+            raise ValueError(f"{archive}: broken archive ({one_line(error)}); nothing was unpacked") from None
         if not (Path(scratch) / home.name).is_dir():
-            raise ValueError(f'{archive}: there is no {home.name} in it')
+            raise ValueError(f"{archive}: there is no {home.name} in it")
         os.rename(Path(scratch) / home.name, home)
 
 
@@ -242,8 +242,8 @@ def download(name: str, data_root: Path, url: str | None = None) -> None:
 
     Raises ValueError or OSError with one line.
     """
-    if name == 'glyphs':
-        print(f'glyphs: {ensure_glyphs(data_root)}')
+    if name == "glyphs":
+        print(f"glyphs: {ensure_glyphs(data_root)}")
         return
     if name not in HOMES:
         raise ValueError(f'{name!r} cannot be downloaded; there are {", ".join(HOMES)} and glyphs')
@@ -252,12 +252,12 @@ def download(name: str, data_root: Path, url: str | None = None) -> None:
         print(BY_HAND[name].format(home=home))
         return
     if home.exists():
-        print(f'{home} is there already; `python code/dataset.py check {name}` looks whether it is complete')
+        print(f"{home} is there already; `python code/dataset.py check {name}` looks whether it is complete")
         return
     home.parent.mkdir(parents=True, exist_ok=True)
     archive = fetch_archive(ARCHIVES[name], url or ARCHIVES[name].url, home.parent)
     extract(archive, home)
-    print(f'{home} is ready; {archive} is not needed any more')
+    print(f"{home} is ready; {archive} is not needed any more")
 
 
 # ---------------------------------------------------------------- show
@@ -276,62 +276,62 @@ def draw_split(title: str, images, num_classes: int, images_per_class: int) -> I
     present = np.unique(images.labels)
     classes = present[spread(len(present), num_classes)]
     row_height = THUMBNAIL + CAPTION + MARGIN
-    sheet = Image.new('RGB', (width, 2 * CAPTION + row_height * len(classes)), 'white')
+    sheet = Image.new("RGB", (width, 2 * CAPTION + row_height * len(classes)), "white")
     draw = ImageDraw.Draw(sheet)
-    heading = f'{title}: {len(images):,} images, {len(present):,} classes'
-    draw.text((MARGIN, MARGIN), heading, 'black', load_font(16))
+    heading = f"{title}: {len(images):,} images, {len(present):,} classes"
+    draw.text((MARGIN, MARGIN), heading, "black", load_font(16))
     for row, c in enumerate(classes):
         top = 2 * CAPTION + row * row_height
         members = np.flatnonzero(images.labels == c)
-        caption = f'{images.class_names[c]} ({len(members)})'
-        draw.text((MARGIN, top), caption[:int(width / 7)], 'black', load_font(12))
+        caption = f"{images.class_names[c]} ({len(members)})"
+        draw.text((MARGIN, top), caption[:int(width / 7)], "black", load_font(12))
         for column, i in enumerate(spread(len(members), images_per_class)):
             path = os.path.join(images.root, images.paths[members[i]])
             corner = MARGIN + column * (THUMBNAIL + MARGIN), top + CAPTION
             try:
-                sheet.paste(ImageOps.pad(read_rgb(path), (THUMBNAIL, THUMBNAIL), color='lightgrey'), corner)
+                sheet.paste(ImageOps.pad(read_rgb(path), (THUMBNAIL, THUMBNAIL), color="lightgrey"), corner)
             except UnreadableImage:
-                draw.text(corner, 'unreadable', 'red', load_font(12))
+                draw.text(corner, "unreadable", "red", load_font(12))
     return sheet
 
 
 def show(name: str, data_root: Path, output: Path, num_classes: int = 8, images_per_class: int = 6) -> None:
     """Writes a contact sheet (PNG): some classes of each split, some images of each class."""
     benchmark = load_benchmark(name, data_root)
-    parts = {'train': benchmark.train, 'test' if benchmark.gallery is None else 'query': benchmark.query}
+    parts = {"train": benchmark.train, "test" if benchmark.gallery is None else "query": benchmark.query}
     if benchmark.gallery is not None:
-        parts['gallery'] = benchmark.gallery
-    columns = [draw_split(f'{name} {part}', images, num_classes, images_per_class)
+        parts["gallery"] = benchmark.gallery
+    columns = [draw_split(f"{name} {part}", images, num_classes, images_per_class)
                for part, images in parts.items()]
     width = sum(column.width for column in columns) + 16 * (len(columns) - 1)
-    sheet = Image.new('RGB', (width, max(column.height for column in columns)), 'white')
+    sheet = Image.new("RGB", (width, max(column.height for column in columns)), "white")
     left = 0
     for column in columns:
         sheet.paste(column, (left, 0))
         left += column.width + 16
-    sheet.save(output, format='PNG')
-    print(f'{output}: {sheet.width} × {sheet.height} pixels')
+    sheet.save(output, format="PNG")
+    print(f"{output}: {sheet.width} × {sheet.height} pixels")
 
 
 # ---------------------------------------------------------------- command line
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog='dataset.py', allow_abbrev=False,
-                                     description='Check, download and look at the benchmarks.')
-    commands = parser.add_subparsers(dest='command', required=True)
-    for command, text in (('check', 'compare what is on disk with what was published; exit status 1 if off'),
-                          ('download', 'fetch cub or SOP; say where to get cars and Inshop'),
-                          ('show', 'draw a contact sheet of some classes of each split')):
+    parser = argparse.ArgumentParser(prog="dataset.py", allow_abbrev=False,
+                                     description="Check, download and look at the benchmarks.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command, text in (("check", "compare what is on disk with what was published; exit status 1 if off"),
+                          ("download", "fetch cub or SOP; say where to get cars and Inshop"),
+                          ("show", "draw a contact sheet of some classes of each split")):
         sub = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
-        sub.add_argument('name', metavar='NAME', help=f'one of {", ".join(DATASETS)}')
-        sub.add_argument('--data-root', type=Path, default=DATA_ROOT, metavar='DIR',
-                         help='where the datasets lie; for folder, it or its .csv (default %(default)s)')
-        if command == 'check':
-            sub.add_argument('--decode', action='store_true', help='also decode every image, on all cores')
-        if command == 'download':
-            sub.add_argument('--url', help='fetch the same archive from another place (its md5 is checked)')
-        if command == 'show':
-            sub.add_argument('--output', type=Path, metavar='FILE.png', help='default: NAME.png, here')
+        sub.add_argument("name", metavar="NAME", help=f'one of {", ".join(DATASETS)}')
+        sub.add_argument("--data-root", type=Path, default=DATA_ROOT, metavar="DIR",
+                         help="where the datasets lie; for folder, it or its .csv (default %(default)s)")
+        if command == "check":
+            sub.add_argument("--decode", action="store_true", help="also decode every image, on all cores")
+        if command == "download":
+            sub.add_argument("--url", help="fetch the same archive from another place (its md5 is checked)")
+        if command == "show":
+            sub.add_argument("--output", type=Path, metavar="FILE.png", help="default: NAME.png, here")
     return parser
 
 
@@ -340,15 +340,15 @@ def main() -> None:
     args = parser.parse_args()
     sound = True
     try:
-        if args.command == 'check':
+        if args.command == "check":
             sound = check(args.name, args.data_root, args.decode)
-        elif args.command == 'download':
+        elif args.command == "download":
             download(args.name, args.data_root, args.url)
         else:
-            show(args.name, args.data_root, args.output or Path(f'{args.name}.png'))
+            show(args.name, args.data_root, args.output or Path(f"{args.name}.png"))
     except (ValueError, OSError) as error:
-        parser.exit(1, f'dataset.py: error: {one_line(error)}\n')
+        parser.exit(1, f"dataset.py: error: {one_line(error)}\n")
     except KeyboardInterrupt:
-        parser.exit(130, 'dataset.py: interrupted\n')
+        parser.exit(130, "dataset.py: interrupted\n")
     if not sound:
         parser.exit(1)

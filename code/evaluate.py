@@ -20,7 +20,13 @@ import numpy as np
 import runlog
 import torch
 
-ARCHITECTURE = ("model", "sz_embedding", "add_gmp", "layer_norm")  # cannot differ from what was trained
+# What cannot differ from what was trained, by destination
+ARCHITECTURE = {
+    "model": "--model",
+    "sz_embedding": "--embedding-size",
+    "add_gmp": "--add-gmp",
+    "layer_norm": "--layer-norm",
+}
 TAKEN_FROM_CHECKPOINT = (*ARCHITECTURE, "dataset", "image_size", "train_classes", "amp", "channels_last")
 
 
@@ -124,10 +130,10 @@ def find_checkpoint(args, given):
 
 def adopt_flags(parser, args, given, stored, path):
     """Flags left open come from the checkpoint; those given win, but for what a trained network cannot change."""
-    for name in ARCHITECTURE:
+    for name, option in ARCHITECTURE.items():
         if name in given and name in stored and getattr(args, name) != stored[name]:
             raise ValueError(
-                f"{path} was trained with {name} {stored[name]}, the command line says {getattr(args, name)}"
+                f"{path} was trained with {option} {stored[name]}, the command line says {getattr(args, name)}"
             )
     adopted = parser.command_line({name: stored[name] for name in TAKEN_FROM_CHECKPOINT if name in stored})
     return parser.parse(adopted + sys.argv[1:])[0]

@@ -90,6 +90,8 @@ def run_script(main) -> None:
         elif isinstance(error, OSError) and error.filename:
             message = f"{error.filename}: {error.strerror}"
         sys.exit(f"{Path(sys.argv[0]).name}: error: {message}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def binary(text: str) -> int:

@@ -20,7 +20,7 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-FONT_FILE = Path(matplotlib.get_data_path()) / 'fonts' / 'ttf' / 'DejaVuSans.ttf'
+FONT_FILE = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 
 # How much the drawings of one letter differ. With these the nearest neighbour on raw pixels is of the right
 # class for about a third of the images of the last 100 classes.
@@ -43,7 +43,7 @@ def draw_letter(letter: str, pixels: int) -> Image.Image:
     """The letter alone, white on black and cut to its ink ('L' image); 0×0 if it draws nothing."""
     font = load_font(pixels)
     left, top, right, bottom = font.getbbox(letter)
-    image = Image.new('L', (max(1, right - left), max(1, bottom - top)))
+    image = Image.new("L", (max(1, right - left), max(1, bottom - top)))
     ImageDraw.Draw(image).text((-left, -top), letter, fill=255, font=font)
     return image.crop(image.getbbox() or (0, 0, 0, 0))
 
@@ -55,10 +55,10 @@ def distinct_letters() -> tuple[str, ...]:
     Of letters that look the same (Latin, Greek and Cyrillic A) only the first is kept. They are compared cut
     to their ink, because every image shifts its letter anyway.
     """
-    seen = {draw_letter('\uffff', 40).tobytes()}  # what the font draws for a letter that it does not have
+    seen = {draw_letter("\uffff", 40).tobytes()}  # what the font draws for a letter that it does not have
     letters = []
     for code in sorted(FT2Font(str(FONT_FILE)).get_charmap()):
-        if not unicodedata.category(chr(code)).startswith('L'):
+        if not unicodedata.category(chr(code)).startswith("L"):
             continue
         image = draw_letter(chr(code), 40)
         picture = image.size, image.tobytes()
@@ -97,16 +97,16 @@ def write_glyphs(folder: Path, num_classes: int, images_per_class: int, size: in
     letters = distinct_letters()
     # RandomState, not default_rng: NumPy promises that its stream never changes.
     chosen = np.random.RandomState(seed).permutation(len(letters))[:num_classes]
-    for number, index in enumerate(tqdm(chosen, 'drawing glyphs', unit='class', disable=not progress), 1):
+    for number, index in enumerate(tqdm(chosen, "drawing glyphs", unit="class", disable=not progress), 1):
         letter = letters[index]
         name = f'{number:03d}.{unicodedata.name(letter, f"U{ord(letter):04X}").replace(" ", "_")}'
-        class_folder = folder / 'images' / name
+        class_folder = folder / "images" / name
         class_folder.mkdir(parents=True)
         for i in range(images_per_class):
             # An image's own stream: it stays the same when there are more classes or images.
             random = np.random.RandomState([seed, ord(letter), i])
             image = draw_image(letter, size, random)
-            image.save(class_folder / f'{name}_{i + 1:02d}.png', compress_level=1)
+            image.save(class_folder / f"{name}_{i + 1:02d}.png", compress_level=1)
 
 
 def ensure_glyphs(root: Path, num_classes=200, images_per_class=20, size=64, seed=0, progress=True) -> Path:
@@ -120,18 +120,18 @@ def ensure_glyphs(root: Path, num_classes=200, images_per_class=20, size=64, see
     Raises ValueError for parameters that make no set, OSError when root cannot be written.
     """
     if num_classes < 2 or images_per_class < 1 or size < 8 or not 0 <= seed < 2**32:
-        raise ValueError(f'glyphs: {num_classes} classes (at least 2), {images_per_class} images per class '
-                         f'(at least 1), {size} pixels (at least 8), seed {seed} (0 to 2**32 - 1): no set')
-    name = 'glyphs'
+        raise ValueError(f"glyphs: {num_classes} classes (at least 2), {images_per_class} images per class "
+                         f"(at least 1), {size} pixels (at least 8), seed {seed} (0 to 2**32 - 1): no set")
+    name = "glyphs"
     if (num_classes, images_per_class, size, seed) != (200, 20, 64, 0):
-        name += f'_{num_classes}x{images_per_class}_{size}' + (f'_seed{seed}' if seed else '')
+        name += f"_{num_classes}x{images_per_class}_{size}" + (f"_seed{seed}" if seed else "")
     target = Path(root) / name
     if target.is_dir():
         return target
     if num_classes > len(distinct_letters()):
-        raise ValueError(f'glyphs: {num_classes} classes wanted, there are {len(distinct_letters())} letters')
+        raise ValueError(f"glyphs: {num_classes} classes wanted, there are {len(distinct_letters())} letters")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f'.{name}-', dir=target.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent) as scratch:
         half_written = Path(scratch) / name
         write_glyphs(half_written, num_classes, images_per_class, size, seed, progress)
         try:

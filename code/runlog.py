@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 import platform
 import subprocess
 import sys
@@ -20,7 +19,7 @@ def environment(device: torch.device) -> dict[str, str]:
     return {
         "commit": _commit(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a class of its own, which weights_only refuses
         "torchvision": torchvision.__version__,
         "numpy": numpy.__version__,
         "device": describe_device(device),
@@ -87,7 +86,8 @@ def newest_run_folder(parent: Path) -> Path:
 
 def csv_text(rows: list[dict]) -> str:
     """Rows as CSV with one header; a row may lack columns that others have."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+    fullest_first = sorted(rows, key=len, reverse=True)
+    columns = list(dict.fromkeys(name for row in fullest_first for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
@@ -125,8 +125,8 @@ def console_line(row: dict, num_epochs: int) -> str:
     return "   ".join(parts)
 
 
-def clear_folder(folder: Path) -> None:
-    """Remove the files of a run that is to be replaced."""
-    for path in folder.iterdir():
+def clear_folder(folder: Path, pattern: str = "*") -> None:
+    """Remove the files of a run that is to be replaced; with ".*.tmp" only what a kill in mid-write left behind."""
+    for path in folder.glob(pattern):
         if path.is_file() or path.is_symlink():
-            os.unlink(path)
+            path.unlink()

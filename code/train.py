@@ -70,7 +70,6 @@ class StopSignals:
 
 
 def main():
-    stop = StopSignals()
     args, state, run_folder = parse_flags()
     seed_everything(args.seed, args.deterministic)
     device = runlog.choose_device(args.gpu_id)
@@ -86,100 +85,42 @@ def main():
     print(describe_data(benchmark, train_images, validation_images))
 
     # Network, loss, optimiser
-    network = net.build(
-        args.model,
-        args.sz_embedding,
-        "none" if state else args.weights,
-        bool(args.add_gmp),
-        bool(args.layer_norm),
-        bool(args.bn_freeze),
-    )
+    weights = "none" if state else args.weights
+    network = net.build(args.model, args.sz_embedding, weights, args.add_gmp, args.layer_norm, args.bn_freeze)
+    network.to(device, memory_format=memory_format(args))
     criterion = HISTLoss(train_images.num_classes, args.sz_embedding, args.hgnn_hidden, args.tau, args.alpha, args.ls)
-    network.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     criterion.to(device)
     optimizer = make_optimizer(network, criterion, args)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_decay_step, args.lr_decay_gamma)
-    print(
-        f"network: {args.model}, {args.sz_embedding} dimensions, "
-        f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters; "
-        f"loss: {sum(p.numel() for p in criterion.parameters()) / 1e6:.1f} M"
-    )
+    millions = [sum(p.numel() for p in module.parameters()) / 1e6 for module in (network, criterion)]
+    print(f"network: {args.model}, {millions[0]:.1f} M parameters; loss: {millions[1]:.1f} M")
 
     # Loaders
-    input_format = dict(
-        image_size=args.image_size, mean=network.mean, std=network.std, bgr=network.bgr, scale=network.scale
-    )
-    loader_options = dict(workers=args.nb_workers, pin_memory=device.type == "cuda", skip_bad=args.skip_bad_images)
-    train_loader = dataset.make_train_loader(
-        train_images, dataset.train_transform(**input_format), args.sz_batch, args.seed, args.IPC, **loader_options
-    )
-
-    def evaluation_loader(images):
-        if images is None:
-            return None
-        return dataset.make_eval_loader(
-            images, dataset.eval_transform(**input_format), EVALUATION_BATCH, **loader_options
-        )
-
-    test_loaders = evaluation_loader(benchmark.query), evaluation_loader(benchmark.gallery)
-    validation_loader = evaluation_loader(validation_images)
-
-    def evaluate(row):
-        options = dict(
-            ks=benchmark.recall_at,
-            device=device,
-            amp=args.amp == "bf16",
-            channels_last=args.channels_last,
-            memory_gib=args.search_memory,
-            after_batch=stop.check,
-        )
-        if validation_loader is not None:
-            found = metrics.evaluate(network, validation_loader, None, **options)
-            row |= {f"val {name}": value for name, value in found.figures().items()}
-        row |= metrics.evaluate(network, *test_loaders, **options).figures()
+    train_loader, evaluation_sets = make_loaders(args, network, benchmark, train_images, validation_images, device)
 
     # Resume, or begin a folder
-    epoch, history, best = -args.warm, [], None
+    epoch, history, best = -args.warm, [], None  # warm-up epochs are counted up to 0, training epochs from 1
     if state:
-        epoch, history, best = restore(state, network, criterion, optimizer, scheduler, args)
+        epoch, history, best = restore(state, network, criterion, optimizer, scheduler, args.resume)
+        runlog.clear_folder(run_folder, ".*.tmp")
     else:
         run_folder = begin_run_folder(args)
-    made_by = {**runlog.environment(device), "command": shlex.join(sys.argv)}
     print(f"run: {run_folder}" + (f", resumed behind epoch {epoch}" if state else ""))
-    stored_flags = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
-    stored_flags |= {"resume": None, "overwrite": False, "run_num": int(run_folder.name.removeprefix("run_"))}
-    checkpoint.write_text(
-        json.dumps({"flags": stored_flags, "made_by": made_by}, indent=2) + "\n", run_folder / "args.json"
-    )
+    origin = describe_origin(args, run_folder, device)
+    checkpoint.write_text(json.dumps(origin, indent=2) + "\n", run_folder / "args.json")
+    stop = StopSignals()
 
-    def finish_epoch(row):
-        """Print an epoch's row and save: the best network first and last.pth behind it, which says what is done."""
-        nonlocal best
-        chosen_by = "val R@1" if validation_images else "R@1"
+    def finish_epoch(row, started):
+        row |= evaluate(network, evaluation_sets, benchmark.recall_at, device, args, stop)
+        row["seconds"] = time.monotonic() - started
         history.append(row)
-        common = {
-            "model_state_dict": network.state_dict(),
-            "flags": stored_flags,
-            "epoch": row["epoch"],
-            "figures": runlog.recalls(row),
-            "made_by": made_by,
-        }
-        if row["phase"] == "train" and (best is None or row[chosen_by] > best[chosen_by]):
-            best = row
-            checkpoint.save(common, best_path(run_folder, args))
-            checkpoint.write_text(results_text(best, args), results_path(run_folder, args))
-        checkpoint.save({**common, "criterion_state_dict": criterion.state_dict(),
-                         "optimizer_state_dict": optimizer.state_dict(), "scheduler_state_dict": scheduler.state_dict(),
-                         "random_states": checkpoint.random_states(), "history": history, "best": best},
-                        run_folder / "last.pth")  # fmt: skip
-        checkpoint.write_text(runlog.csv_text(history), run_folder / "results.csv")
         tqdm.write(runlog.console_line(row, args.nb_epochs))
+        return save_epoch(run_folder, args, origin, network, criterion, optimizer, scheduler, history, best)
 
+    # Epochs
     try:
         if not history:
-            row, started = {"phase": "untrained", "epoch": epoch}, time.monotonic()
-            evaluate(row)
-            finish_epoch(row | {"seconds": time.monotonic() - started})
+            best = finish_epoch({"phase": "untrained", "epoch": epoch}, time.monotonic())
         while epoch < args.nb_epochs:
             epoch += 1
             warming_up = epoch <= 0
@@ -187,17 +128,15 @@ def main():
             if args.warm > 0:
                 network.set_backbone_trainable(not warming_up)
             train_loader.batch_sampler.set_epoch(epoch + args.warm)
-            row |= train_epoch(
-                network, criterion, train_loader, optimizer, device, args, runlog.epoch_title(row, args.nb_epochs), stop
-            )
+            title = runlog.epoch_title(row, args.nb_epochs)
+            row |= train_epoch(network, criterion, train_loader, optimizer, device, args, title, stop)
             if not warming_up:
                 scheduler.step()
-            evaluate(row)
-            finish_epoch(row | {"seconds": time.monotonic() - started})
+            best = finish_epoch(row, started)
     except Interrupted:
         print(f"\n{signal.Signals(stop.number).name}: stopped. {kept(run_folder, history)}", file=sys.stderr)
         sys.exit(128 + stop.number)
-    print(summary(run_folder, args, history, best, num_bad=train_loader.dataset.num_bad))
+    print(summary(run_folder, args, history, best, train_loader.dataset.num_bad))
 
 
 def parse_flags():
@@ -242,6 +181,7 @@ def parse_flags():
             f"{path} was made with other flags ({'; '.join(changed)}): leave them out to resume it, or start a new run"
         )
     args, _ = parser.parse(parser.command_line(stored) + sys.argv[1:])
+    args.resume = str(path)
     return args, state, path.resolve().parent
 
 
@@ -288,13 +228,47 @@ def make_optimizer(network, criterion, args):
     return torch.optim.RMSprop(groups, alpha=0.9, momentum=0.9, **options)
 
 
+def memory_format(args):
+    return torch.channels_last if args.channels_last else torch.contiguous_format
+
+
+def make_loaders(args, network, benchmark, train_images, validation_images, device):
+    """(training loader, [(prefix of its figures' names, query loader, gallery loader or None), …])."""
+    pixels = dict(mean=network.mean, std=network.std, bgr=network.bgr, scale=network.scale)
+    options = dict(workers=args.nb_workers, pin_memory=device.type == "cuda", skip_bad=args.skip_bad_images)
+    transform = dataset.train_transform(args.image_size, **pixels)
+    train_loader = dataset.make_train_loader(train_images, transform, args.sz_batch, args.seed, args.IPC, **options)
+
+    def evaluation_loader(images):
+        if images is None:
+            return None
+        transform = dataset.eval_transform(args.image_size, **pixels)
+        return dataset.make_eval_loader(images, transform, EVALUATION_BATCH, **options)
+
+    evaluation_sets = [("", evaluation_loader(benchmark.query), evaluation_loader(benchmark.gallery))]
+    if validation_images is not None:
+        evaluation_sets.insert(0, ("val ", evaluation_loader(validation_images), None))
+    return train_loader, evaluation_sets
+
+
+def evaluate(network, evaluation_sets, ks, device, args, stop):
+    """{'R@1': …, 'R@2': …} of the test split, and before it {'val R@1': …} of held-out classes if there are any."""
+    figures = {}
+    for prefix, query_loader, gallery_loader in evaluation_sets:
+        options = dict(amp=args.amp == "bf16", channels_last=args.channels_last, after_batch=stop.check)
+        found = metrics.evaluate(
+            network, query_loader, gallery_loader, ks, device, memory_gib=args.search_memory, **options
+        )
+        figures |= {prefix + name: value for name, value in found.figures().items()}
+    return figures
+
+
 def train_epoch(network: nn.Module, criterion, loader, optimizer, device, args, title, stop) -> dict[str, float]:
     """One pass over the training images, warm-up or not: means of the loss and its terms, rates, images per second."""
     network.train()
     criterion.train()
     if args.bn_freeze:
         network.freeze_batchnorm_statistics()
-    layout = torch.channels_last if args.channels_last else torch.contiguous_format
     totals, started = np.zeros(3), time.monotonic()
     rates = {
         name: group["lr"]
@@ -302,7 +276,7 @@ def train_epoch(network: nn.Module, criterion, loader, optimizer, device, args, 
     }
     with tqdm(total=len(loader) * args.sz_batch, desc=title, unit="img", disable=None, leave=False) as bar:
         for step, (images, labels) in enumerate(loader, start=1):
-            images = images.to(device, non_blocking=True, memory_format=layout)
+            images = images.to(device, non_blocking=True, memory_format=memory_format(args))
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
                 embeddings = network(images)
             loss = criterion(embeddings, labels)
@@ -313,9 +287,10 @@ def train_epoch(network: nn.Module, criterion, loader, optimizer, device, args, 
             arrived()
             if not math.isfinite(terms[0]):
                 paths = [loader.dataset.images.paths[index] for index, _ in list(loader.batch_sampler)[step - 1]]
+                speeds = ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items())
                 raise ValueError(
                     f"the loss is {terms[0]:.4g} in {title}, step {step} of {len(loader)} (dist {terms[1]:.4g}, "
-                    f"ce {terms[2]:.4g}; {', '.join(f'{name} {rate:.3g}' for name, rate in rates.items())}); stopped before "
+                    f"ce {terms[2]:.4g}; {speeds}); stopped before "
                     f"the optimiser's step, last.pth holds the epoch before. Images of the batch: {', '.join(paths)}"
                 )
             optimizer.step()
@@ -338,9 +313,33 @@ def to_host(values):
     return host, event.synchronize
 
 
-def restore(state, network, criterion, optimizer, scheduler, args):
+def save_epoch(run_folder, args, origin, network, criterion, optimizer, scheduler, history, best):
+    """Save what the newest row of history reached, and return the best row so far.
+
+    The best network goes first and last.pth behind it: killed in between, a resumed run does the epoch again.
+    """
+    row = history[-1]
+    common = {"model_state_dict": network.state_dict(), "epoch": row["epoch"], "figures": runlog.recalls(row), **origin}
+    chosen_by = "val R@1" if args.val_classes > 0 else "R@1"
+    if row["phase"] == "train" and (best is None or row[chosen_by] > best[chosen_by]):
+        best = row
+        checkpoint.save(common, best_path(run_folder, args))
+        checkpoint.write_text(results_text(best, args), results_path(run_folder, args))
+    progress = {
+        "criterion_state_dict": criterion.state_dict(),
+        "optimizer_state_dict": optimizer.state_dict(),
+        "scheduler_state_dict": scheduler.state_dict(),
+        "random_states": checkpoint.random_states(),
+        "history": history,
+        "best": best,
+    }
+    checkpoint.save(common | progress, run_folder / "last.pth")
+    checkpoint.write_text(runlog.csv_text(history), run_folder / "results.csv")
+    return best
+
+
+def restore(state, network, criterion, optimizer, scheduler, path):
     """Put a checkpoint back: (epoch that was completed, history, best row)."""
-    path = Path(args.resume or "last.pth")
     net.load_network_state(network, checkpoint.network_state(state, path), path)
     try:
         criterion.load_state_dict(state["criterion_state_dict"])
@@ -350,6 +349,13 @@ def restore(state, network, criterion, optimizer, scheduler, args):
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: does not fit this run: {' '.join(str(error).split())[:200]}") from error
     return state["epoch"], list(state["history"]), state["best"]
+
+
+def describe_origin(args, run_folder, device):
+    """What made a run: its flags by destination (plain values), commit, versions, device, command."""
+    stored = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    stored |= {"resume": None, "overwrite": False, "run_num": int(run_folder.name.removeprefix("run_"))}
+    return {"flags": stored, "made_by": {**runlog.environment(device), "command": shlex.join(sys.argv)}}
 
 
 def begin_run_folder(args):
@@ -370,7 +376,7 @@ def results_path(run_folder, args):
 
 
 def results_text(best, args):
-    lines = [f"Best epoch: {best['epoch']} of {args.nb_epochs}", f"Chosen by: {protocol(args)}"]
+    lines = [f"Best epoch: {best['epoch']}", f"Chosen by: {protocol(args)}"]
     lines += [f"{name}: {100 * value:.4f}" for name, value in best.items() if "R@" in name]
     return "\n".join([*lines, f"Seed: {args.seed}", f"Remark: {args.remark}"]) + "\n"
 

@@ -3,6 +3,7 @@
 A backbone file (resnet.py, googlenet.py, bn_inception.py, timm_model.py) adds one method, features().
 """
 
+import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -72,9 +73,13 @@ class EmbeddingNet(nn.Module):
         return pooled.flatten(1)
 
     def forward(self, images):
-        """Images (N, 3, H, W) → embeddings (N, D), float32 or the type of the surrounding autocast."""
+        """Images (N, 3, H, W) → embeddings (N, D), in the parameters' precision, under autocast too.
+
+        The embedding layer costs next to nothing, and the 8 bits of a bfloat16 would make distances coarse.
+        """
         pooled = self.pool(self.features(images))  # (N, C)
-        return self.layer_norm(self.model.embedding(pooled))
+        with torch.autocast(pooled.device.type, enabled=False):
+            return self.layer_norm(self.model.embedding(pooled.to(self.model.embedding.weight.dtype)))
 
     def backbone_parameters(self):
         """Every parameter but the embedding layer's, in order of definition (unused classifier included)."""

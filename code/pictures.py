@@ -1,0 +1,347 @@
+"""Pictures of a run, each a function from plain values to a PNG file that appears whole or not at all.
+
+Figures are drawn off screen without matplotlib's pyplot: nothing is shared between calls, no window is needed.
+"""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+DPI = 100
+GREEN, RED, GREY = "#1a7f37", "#cf222e", "#d0d0d0"
+THUMBNAIL = 128  # pixels of the longer side of a picture among the neighbours
+MOST_NAMES = 32  # class names beside an incidence matrix; of more classes every second, third, … is named
+FEWEST_FOR_TSNE = 30  # t-SNE of fewer points shows nothing that PCA does not
+
+
+def curves(history: Sequence[dict], path: Path) -> None:
+    """Loss with its two terms, and R@K in percent, over the epochs of a run.
+
+    history: rows as train.py keeps them, from the first on: 'phase' (untrained, warm-up or train), 'epoch', in all but
+    the untrained one 'loss', 'dist_loss', 'ce_loss', and R@K as fractions: 'R@1', …, with held-out classes 'val R@1'.
+    """
+    figure = Figure(figsize=(9, 7), dpi=DPI, layout="constrained")
+    loss_axes, recall_axes = figure.subplots(2, 1, sharex=True)
+    _draw_losses(loss_axes, history)
+    _draw_recalls(recall_axes, history)
+    epochs = [row["epoch"] for row in history] or [0]
+    recall_axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
+    recall_axes.set_xlabel("epoch")
+    recall_axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    warm = [row["epoch"] for row in history if row["phase"] == "warm-up"]
+    for axes in (loss_axes, recall_axes):
+        if warm:
+            axes.axvspan(min(warm) - 0.5, max(warm) + 0.5, color="#eeeeee", zorder=0, label="warm-up")
+        axes.grid(alpha=0.3)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False)
+    _save(figure, path)
+
+
+def _draw_losses(axes, history: Sequence[dict]) -> None:
+    for name, label, color, linewidth in (
+        ("loss", r"loss = $L_D$ + $\lambda_s$ $L_{CE}$", "black", 2),
+        ("dist_loss", "distribution loss $L_D$", "#0969da", 1.5),
+        ("ce_loss", "cross-entropy $L_{CE}$", "#bc4c00", 1.5),
+    ):
+        _plot(axes, history, name, 1, label=label, color=color, linewidth=linewidth)
+    axes.set_ylabel("mean over the epoch (nats)")
+    axes.set_ylim(bottom=0)
+    if not any("loss" in row for row in history):
+        axes.set_ylim(0, 1)
+        axes.text(0.5, 0.5, "no epoch trained yet", transform=axes.transAxes, ha="center", color="grey")
+
+
+def _draw_recalls(axes, history: Sequence[dict]) -> None:
+    names = list(dict.fromkeys(name for row in history for name in row if name.startswith("R@")))
+    shades = colormaps["viridis"](np.linspace(0, 0.85, len(names)))
+    for name, shade in reversed(list(zip(names, shades, strict=True))):  # in the legend as they lie above each other
+        _plot(axes, history, name, 100, label=name, color=shade, linewidth=2 if name == names[0] else 1.2)
+    if any("val R@1" in row for row in history):
+        _plot(axes, history, "val R@1", 100, label="R@1 of held-out\nclasses", color=RED, linestyle="--")
+    untrained = [(row["epoch"], 100 * row[name]) for row in history if row["phase"] == "untrained" for name in names]
+    if untrained:
+        hollow = {"s": 45, "marker": "s", "facecolors": "none", "edgecolors": "grey", "zorder": 3}
+        axes.scatter(*zip(*untrained, strict=True), label="untrained", **hollow)
+    trained = [row for row in history if row["phase"] == "train" and "R@1" in row]
+    if trained:
+        best = max(trained, key=lambda row: row.get("val R@1", row["R@1"]))
+        chosen_by = "R@1 of held-out classes" if "val R@1" in best else "test R@1"
+        star = {"s": 200, "marker": "*", "color": "#bf8700", "zorder": 5, "clip_on": False}
+        axes.scatter(best["epoch"], 100 * best["R@1"], label=f"best epoch {best['epoch']}", **star)
+        axes.set_title(f"R@1 {100 * best['R@1']:.2f} % in epoch {best['epoch']}, the best by {chosen_by}", fontsize=10)
+    axes.set_ylabel("R@K of the test classes (%)")
+    axes.set_ylim(0, 101)  # a line at 100 stays whole
+    axes.set_yticks(range(0, 101, 10))
+
+
+def _plot(axes, history: Sequence[dict], name: str, scale: float, **look) -> None:
+    """One column over the epochs that have it; dots on the epochs as long as they can be told apart."""
+    rows = [row for row in history if name in row]
+    marker = "o" if len(history) <= 30 else None
+    values = [scale * row[name] for row in rows]
+    axes.plot([row["epoch"] for row in rows], values, marker=marker, markersize=3.5, **look)
+
+
+def choose_queries(scores: np.ndarray, count_worst: int, count_random: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Queries worth a look: (indices of the worst, worst first; indices of random others), each in no other.
+
+    scores (Q,): how well each query went, more is better, NaN for queries that do not count. The seed decides between
+    equal scores and draws the random ones; the same arguments give the same choice. There may be fewer than asked for.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    shuffled = np.random.default_rng(seed).permutation(len(scores))
+    shuffled = shuffled[~np.isnan(scores[shuffled])]
+    worst = shuffled[np.argsort(scores[shuffled], kind="stable")][:count_worst]
+    others = shuffled[~np.isin(shuffled, worst)]
+    return worst, others[:count_random]
+
+
+def neighbours(
+    query_paths: Sequence[Path | str],
+    neighbour_paths: Sequence[Sequence[Path | str]],
+    neighbour_right: Sequence[Sequence[bool]],
+    similarities: Sequence[Sequence[float]],
+    titles: Sequence[str],
+    path: Path,
+) -> None:
+    """One row per query: the image, then its nearest ones, the right ones in a green frame, the others in red dashes.
+
+    Args:
+        query_paths: Q image files.
+        neighbour_paths: for each query the files of its nearest images, nearest first; as many as there are.
+        neighbour_right: whether each of these is of the query's class.
+        similarities: their cosine similarities.
+        titles: a line of text above each row.
+
+    An image that cannot be read becomes a grey square that says so. Raises ValueError where the lengths differ.
+    """
+    parts = (query_paths, neighbour_paths, neighbour_right, similarities, titles)
+    if len({len(part) for part in parts}) != 1 or any(
+        not len(a) == len(b) == len(c) for a, b, c in zip(*parts[1:4], strict=True)
+    ):
+        raise ValueError("neighbours: paths, right and similarities need the same shape, and one title per query")
+    if not len(query_paths):
+        raise ValueError("neighbours: there is no query to draw")
+
+    # Everything stands in one coordinate system whose unit is the side of a picture.
+    step, first, row_height = 1.08, 1.3, 1.62
+    width = max(6.5, first + step * max(len(row) for row in neighbour_paths))
+    height = row_height * len(query_paths) + 0.55
+    inches = 1.25
+    figure = Figure(figsize=((width + 0.08) * inches, height * inches), dpi=DPI)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(-0.08, width), ylim=(height, 0))
+    axes.set_axis_off()
+    looks = {True: dict(color=GREEN, linewidth=4), False: dict(color=RED, linewidth=3, linestyle=(0, (2.5, 1.5)))}
+    for text, x, look in (
+        ("query", 0.0, dict(color="black", linewidth=1.5)),
+        ("✓ same class", first, looks[True]),
+        ("✗ another class", first + 1.5, looks[False]),
+    ):
+        axes.add_patch(Rectangle((x, 0.12), 0.17, 0.17, fill=False, **look))
+        axes.text(x + 0.26, 0.21, text, va="center", fontsize=10)
+    axes.text(first + 3.2, 0.21, "below: cosine similarity", va="center", fontsize=10)
+
+    for number, (query, found, right, similar, title) in enumerate(zip(*parts, strict=True)):
+        top = 0.5 + number * row_height
+        axes.text(0, top + 0.11, _short(title, int(width * 13)), va="center", fontsize=10, weight="bold")
+        _draw_image(axes, query, 0.0, top + 0.25, dict(color="black", linewidth=1.5))
+        for place, (file, is_right, similarity) in enumerate(zip(found, right, similar, strict=True)):
+            x = first + place * step
+            _draw_image(axes, file, x, top + 0.25, looks[bool(is_right)])
+            axes.text(
+                x + 0.5,
+                top + 1.37,
+                f"{'✓' if is_right else '✗'} {similarity:.3f}",
+                ha="center",
+                va="center",
+                fontsize=10,
+                color=looks[bool(is_right)]["color"],
+            )
+    _save(figure, path)
+
+
+def _draw_image(axes, file: Path | str, x: float, y: float, frame: dict) -> None:
+    """The image in the unit square whose upper left corner is (x, y), in its proportions, and a frame around it."""
+    pixels = _read_thumbnail(file)
+    if pixels is None:
+        axes.add_patch(Rectangle((x, y), 1, 1, color=GREY))
+        axes.text(x + 0.5, y + 0.5, "cannot\nbe read", ha="center", va="center", fontsize=9)
+    else:
+        h, w = (side / max(pixels.shape[:2]) for side in pixels.shape[:2])
+        left, top = x + (1 - w) / 2, y + (1 - h) / 2
+        axes.imshow(pixels, extent=(left, left + w, top + h, top), aspect="auto")
+        axes.add_patch(Rectangle((x, y), 1, 1, color="#f4f4f4", zorder=-1))
+    axes.add_patch(Rectangle((x, y), 1, 1, fill=False, zorder=3, **frame))
+
+
+def _read_thumbnail(file: Path | str) -> np.ndarray | None:
+    """(H, W, 3) bytes, the longer side at most THUMBNAIL; None if the file holds no image."""
+    try:
+        with Image.open(file) as image:
+            image.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))  # large JPEGs: decode no more than needed
+            if image.mode.startswith("I"):  # 16 bit: Pillow would clip to 255 instead of scaling
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+            image = image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        return np.asarray(image)
+    except Exception:  # what Pillow raises depends on where the file is broken
+        return None
+
+
+def hypergraph(H: np.ndarray, labels: np.ndarray, class_names: Sequence[str], path: Path) -> None:
+    """The incidence matrix of a batch: how far each sample belongs to the hyperedge of each class.
+
+    H (N, E) in [0, 1], its columns the classes present in ascending order; labels (N,) of the samples, indices into
+    class_names. Samples are grouped by class. Raises ValueError where the shapes do not fit.
+    """
+    H, labels = np.asarray(H), np.asarray(labels)
+    classes, sizes = np.unique(labels, return_counts=True)
+    if H.shape != (len(labels), len(classes)) or not len(labels):
+        raise ValueError(f"hypergraph: H must be {(len(labels), len(classes))} for these labels, got {H.shape}")
+    figure = Figure(figsize=(11, 9.5), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(
+        H[np.argsort(labels, kind="stable")], vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest"
+    )
+    figure.colorbar(image, label="membership H (1: the sample's own class, else exp(−α d²))", shrink=0.6, pad=0.02)
+
+    every = -(-len(classes) // MOST_NAMES)
+    named = np.arange(0, len(classes), every)
+    names = [_short(class_names[classes[column]], 30) for column in named]
+    ends = np.cumsum(sizes)  # of the rows of each class
+    size = 8 if len(named) <= 20 else 7
+    axes.set_xticks(named, names, rotation=90, fontsize=size)
+    axes.set_yticks((ends - (sizes + 1) / 2)[named], names, fontsize=size)
+    if len(classes) <= 2 * MOST_NAMES:  # of more, the lines would hide what they divide
+        axes.hlines(ends[:-1] - 0.5, -0.5, len(classes) - 0.5, color="white", linewidth=0.6)
+        axes.vlines(np.arange(len(classes) - 1) + 0.5, -0.5, len(labels) - 0.5, color="white", linewidth=0.6)
+    thinned = "" if every == 1 else f"; one class of {every} is named"
+    axes.set_xlabel(f"hyperedges: {len(classes)} classes in the batch")
+    axes.set_ylabel(f"{len(labels)} samples, grouped by class{thinned}")
+    axes.set_title("Incidence matrix of one batch")
+    _save(figure, path)
+
+
+def embedding_map(
+    embeddings: np.ndarray,
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    path: Path,
+    method: str = "tsne",
+    seed: int = 0,
+    max_points: int = 2000,
+    max_classes: int = 20,
+) -> None:
+    """Embeddings of a few classes on a plane: points that are close are similar by cosine.
+
+    embeddings (N, D) of any length; labels (N,) indices into class_names. Whole classes are drawn by the seed, as many
+    as max_classes and max_points let in; the title says how many of how many. method: tsne, or pca, which also takes
+    over for few points.
+
+    Raises:
+        ValueError: an unknown method, no embeddings, shapes that do not fit, NaN or Inf.
+    """
+    if method not in ("tsne", "pca"):
+        raise ValueError(f"embedding_map: method must be tsne or pca, got {method!r}")
+    embeddings, labels = np.asarray(embeddings), np.asarray(labels)
+    if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1] or not len(labels):
+        raise ValueError(f"embedding_map: (N, D) and (N,) expected, got {embeddings.shape} and {labels.shape}")
+    classes, sizes = np.unique(labels, return_counts=True)
+    chosen, points = _choose_points(labels, classes, sizes, seed, max_points, max_classes)
+    X = embeddings[points].astype(np.float64)
+    if not np.isfinite(X).all():
+        raise ValueError("embedding_map: the embeddings hold NaN or Inf")
+    X /= np.linalg.norm(X, axis=1, keepdims=True).clip(min=1e-12)
+
+    plane, method_name, axis_names = _project(X, method, seed)
+    columns = -(-len(chosen) // 24)
+    figure = Figure(figsize=(9 + 2.3 * columns, 8), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    for number, label in enumerate(chosen):
+        mine = labels[points] == label
+        axes.scatter(
+            *plane[mine].T,
+            s=np.clip(4000 / len(points), 14, 60),
+            marker="os^Dv"[number // 10 % 5],
+            color=colormaps["tab10"](number % 10),
+            alpha=0.8,
+            linewidths=0,
+            label=_short(class_names[label], 30),
+        )
+    axes.set(xlabel=axis_names[0], ylabel=axis_names[1], xticks=[], yticks=[])
+    axes.set_aspect("equal", adjustable="datalim")
+    of_how_many = f"{len(points):,} of {len(labels):,} images, {len(chosen):,} of {len(classes):,} classes"
+    axes.set_title(f"{method_name} of {of_how_many}")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.01), frameon=False, fontsize=8, ncols=columns, markerscale=1.3)
+    _save(figure, path)
+
+
+def _choose_points(labels, classes, sizes, seed, max_points, max_classes) -> tuple[np.ndarray, np.ndarray]:
+    """(classes drawn, ascending; indices of all their images). A class that alone is too large gives a sample."""
+    random = np.random.default_rng(seed)
+    order = random.permutation(len(classes))[:max_classes]
+    fitting = max(1, int((sizes[order].cumsum() <= max_points).sum()))
+    chosen = np.sort(classes[order[:fitting]])
+    points = np.flatnonzero(np.isin(labels, chosen))
+    if len(points) > max_points:
+        points = np.sort(random.choice(points, max_points, replace=False))
+    return chosen, points
+
+
+def _project(X: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, str, list[str]]:
+    """Unit vectors X (n, D) -> points on a plane (n, 2), the name of the method that was used, names of the axes."""
+    plane, shares = _principal_components(X)
+    spread = plane[:, 0].std()
+    if method == "pca" or len(X) < FEWEST_FOR_TSNE or spread == 0:
+        names = [f"principal component {i} ({100 * share:.0f} % of the variance)" for i, share in enumerate(shares, 1)]
+        return plane, "PCA", names
+    from sklearn.manifold import TSNE  # slow to import, and only this needs it
+    from threadpoolctl import threadpool_limits
+
+    start = (plane / spread * 1e-4).astype(np.float32)
+    # Its threads wait for each other in busy loops: beside loaders at work, one thread alone is several times faster.
+    with threadpool_limits(1):
+        perplexity = min(30, (len(X) - 1) / 3)
+        plane = TSNE(perplexity=perplexity, init=start, random_state=seed).fit_transform(X.astype(np.float32))
+    return plane, "t-SNE", ["t-SNE 1 (no unit)", "t-SNE 2 (no unit)"]
+
+
+def _principal_components(X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """X (n, D) -> its first two principal components (n, 2), and the shares of the variance that they hold (2,)."""
+    U, S, _ = np.linalg.svd(X - X.mean(axis=0), full_matrices=False)
+    S = np.pad(S, (0, max(0, 2 - len(S))))  # a single point or dimension has no second one
+    U = np.pad(U, ((0, 0), (0, max(0, 2 - U.shape[1]))))
+    return U[:, :2] * S[:2], S[:2] ** 2 / max((S**2).sum(), 1e-30)
+
+
+def _short(text: str, length: int) -> str:
+    """A name on one line, shortened in its middle; a dollar sign stays one and begins no formula."""
+    text = " ".join(str(text).encode("utf-8", "replace").decode().split())
+    if len(text) > length:
+        tail = (length - 1) // 2  # names often differ at their ends only
+        text = text[: length - 1 - tail] + "…" + text[-tail:]
+    return text.replace("$", r"\$")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write a PNG under a temporary name in the same folder, then rename it: nobody ever sees half a picture."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph")  # a class name in a script that the font lacks
+            figure.savefig(temporary, format="png", metadata={"Software": None})
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()

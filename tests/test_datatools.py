@@ -1,0 +1,354 @@
+"""check, download (against a local server that misbehaves) and show."""
+
+import hashlib
+import http.server
+import io
+import re
+import sys
+import tarfile
+import threading
+import zipfile
+from pathlib import Path
+
+import dataset
+import datatools
+import numpy as np
+import pytest
+import trees
+from PIL import Image
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs dataset.py inside this process; gives exit status, stdout, stderr."""
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["dataset.py", *map(str, arguments)])
+        try:
+            datatools.main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+    return run
+
+
+# ---------------------------------------------------------------- check
+
+def publish(monkeypatch, name, root):
+    """Makes the counts of a tiny tree the published ones."""
+    listing = dataset.read_listing(name, root)
+    if "all" in listing.splits:
+        dataset.split_by_class(listing, 0.5)
+    counts = {split: dataset.count(pairs) for split, pairs in listing.splits.items()}
+    monkeypatch.setitem(dataset.PUBLISHED, name, counts)
+
+
+@pytest.mark.parametrize("name, make", [("cub", trees.make_cub), ("cars", trees.make_cars), ("SOP", trees.make_sop),
+                                        ("Inshop", trees.make_inshop)])
+def test_check_is_content_with_what_was_published(tmp_path, monkeypatch, capsys, name, make):
+    make(tmp_path, classes=4, images=4, size=8)
+    publish(monkeypatch, name, tmp_path)
+    assert datatools.check(name, tmp_path, decode=True)
+    out = capsys.readouterr().out
+    assert "nothing is off" in out and "off:" not in out
+    splits = ("train", "query", "gallery") if name == "Inshop" else ("train", "test")
+    for split in splits:
+        images, classes = dataset.PUBLISHED[name][split]
+        assert re.search(rf"^{split} +{images} +{classes} +{images} +{classes}$", out, re.MULTILINE)
+
+
+def test_check_finds_all_that_is_off_at_once(tmp_path, monkeypatch, capsys):
+    home = trees.make_sop(tmp_path, classes=4, images=8, size=8)
+    publish(monkeypatch, "SOP", tmp_path)
+    for i in range(7):
+        (home / f"cabinet_final/111000000004_{i}.JPG").unlink()
+    (home / "bicycle_final/111000000001_5.JPG").write_text("not an image")
+    list_file = home / "Ebay_test.txt"
+    list_file.write_text(list_file.read_text().replace(" 3 1 ", " 1 1 ", 1))
+    assert not datatools.check("SOP", tmp_path, decode=True)
+    out = capsys.readouterr().out
+    assert "counts differ" in out and "share 1 classes" in out
+    assert out.count("off: ") == 2 + 6 + 8  # counts, classes; five missing files and the rest; eight not decoded
+    assert "... and 2 more files" in out
+    assert "111000000001_5.JPG: cannot be decoded (not an image" in out
+
+
+def test_check_knows_the_2010_edition(tmp_path, monkeypatch, capsys):
+    trees.make_cub(tmp_path, classes=4, images=3, size=8)
+    pairs = [(f"{i}.jpg", 1 + i % 200) for i in range(6033)]
+    monkeypatch.setattr(datatools, "read_listing", lambda *_: dataset.Listing(tmp_path, {"all": pairs}))
+    assert not datatools.check("cub", tmp_path)
+    assert "2010 edition" in capsys.readouterr().out
+
+
+def test_check_command(tmp_path, command, script):
+    trees.make_cub(tmp_path, classes=4, images=3, size=8)
+    status, out, err = script("dataset.py", "check", "cub", "--data-root", tmp_path, "--decode")
+    assert status == 1 and "off: cub: the counts differ" in out and "decoding" in err
+    status, out, err = command("check", "cars", "--data-root", tmp_path)
+    assert status == 1 and err.startswith("dataset.py: error: ") and err.count("\n") == 1 and "cars_annos.mat" in err
+    trees.make_folder(tmp_path / "own", "train+test", 4, 3, 8)
+    status, out, err = command("check", "folder", "--data-root", tmp_path / "own")
+    assert status == 0 and "folder: nothing is off" in out and err == ""
+
+
+# ---------------------------------------------------------------- download
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `content` under any path; cut_after: sends that many bytes and hangs up, in each of cuts answers."""
+
+    content = b""
+    cut_after = cuts = 0
+    ranges = True
+    status = None
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked_from = []
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/archive"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        server = self.server
+        asked = self.headers.get("Range")
+        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and server.ranges else 0
+        server.asked_from.append(start)
+        if server.status or start > len(server.content) or asked and start and start == len(server.content):
+            self.send_error(server.status or 416)
+            return
+        self.send_response(206 if asked and server.ranges else 200)
+        self.send_header("Content-Length", str(len(server.content) - start))
+        self.end_headers()
+        rest = server.content[start:]
+        if server.cuts:
+            server.cuts -= 1
+            rest = rest[:server.cut_after]
+        self.wfile.write(rest)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def tar_of(tmp_path):
+    """The bytes of a CUB archive as published: a .tgz with the folder and a file beside it."""
+    home = trees.make_cub(tmp_path / "source", classes=4, images=3, size=24)
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        tar.add(home, "CUB_200_2011")
+        tar.add(home / "images/002.Bird_2/Bird_2_0000.jpg", "./attributes.txt")
+    return buffer.getvalue()
+
+
+def zip_of(tmp_path):
+    home = trees.make_sop(tmp_path / "source", classes=4, images=3, size=24)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as zipped:
+        zipped.writestr("Stanford_Online_Products/", "")
+        for path in home.rglob("*.*"):
+            zipped.write(path, f"Stanford_Online_Products/{path.relative_to(home)}")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def fetch_cub(tmp_path, server, monkeypatch):
+    """Serves an archive as CUB's, the md5 being right, and downloads it to tmp_path/data."""
+    monkeypatch.setattr(datatools.time, "sleep", lambda seconds: None)
+
+    def run(content):
+        server.content = content
+        md5 = hashlib.md5(content).hexdigest()
+        monkeypatch.setitem(datatools.ARCHIVES, "cub", datatools.Archive("http://x/CUB_200_2011.tgz", md5))
+        datatools.download("cub", tmp_path / "data", server.url)
+        return tmp_path / "data"
+    return run
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_download_and_unpack(tmp_path, server, fetch_cub, capsys):
+    root = fetch_cub(tar_of(tmp_path))
+    assert names(root) == ["CUB_200_2011", "CUB_200_2011.tgz"]
+    benchmark = dataset.load_benchmark("cub", root)
+    assert len(benchmark.train) == len(benchmark.query) == 6
+    original = dataset.load_benchmark("cub", tmp_path / "source")
+    for path in original.train.paths:
+        assert (benchmark.train.root / path).read_bytes() == (original.train.root / path).read_bytes()
+    assert server.asked_from == [0]
+    datatools.download("cub", root, server.url)  # again: nothing to do
+    assert server.asked_from == [0] and "is there already" in capsys.readouterr().out
+
+
+def test_download_zip(tmp_path, server, monkeypatch):
+    server.content = zip_of(tmp_path)
+    md5 = hashlib.md5(server.content).hexdigest()
+    monkeypatch.setitem(datatools.ARCHIVES, "SOP", datatools.Archive("http://x/Stanford_Online_Products.zip", md5))
+    datatools.download("SOP", tmp_path, server.url)
+    assert len(dataset.load_benchmark("SOP", tmp_path).train) == 6
+
+
+def test_download_goes_on_after_a_cut_line(tmp_path, server, fetch_cub):
+    content = tar_of(tmp_path)
+    server.cut_after, server.cuts = len(content) // 9, 7  # more cuts than it would bear without progress
+    root = fetch_cub(content)
+    assert server.asked_from == [i * server.cut_after for i in range(8)]
+    assert len(dataset.load_benchmark("cub", root).train) == 6
+
+
+def test_download_goes_on_in_a_later_call(tmp_path, server, fetch_cub):
+    content = tar_of(tmp_path)
+    server.cut_after, server.cuts = 0, 99
+    (tmp_path / "data").mkdir()
+    part = tmp_path / "data" / "CUB_200_2011.tgz.part"
+    part.write_bytes(content[:1000])
+    with pytest.raises(OSError, match="was cut 5 times; 1,000 bytes are in .*goes on from there"):
+        fetch_cub(content)
+    assert names(tmp_path / "data") == ["CUB_200_2011.tgz.part"] and part.read_bytes() == content[:1000]
+    server.cuts = 0
+    fetch_cub(content)
+    assert server.asked_from == [1000] * 6
+    assert names(tmp_path / "data") == ["CUB_200_2011", "CUB_200_2011.tgz"]
+
+
+def test_download_from_a_server_that_cannot_resume(tmp_path, server, fetch_cub):
+    content = tar_of(tmp_path)
+    server.ranges, server.cut_after, server.cuts = False, 1000, 1
+    assert len(dataset.load_benchmark("cub", fetch_cub(content)).train) == 6
+    assert server.asked_from == [0, 0]
+
+
+def test_download_that_was_whole_but_not_unpacked(tmp_path, server, fetch_cub):
+    content = tar_of(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "CUB_200_2011.tgz.part").write_bytes(content)
+    assert len(dataset.load_benchmark("cub", fetch_cub(content)).train) == 6  # the server says 416
+    assert server.asked_from == [len(content)]
+
+
+def test_download_with_another_md5_is_thrown_away(tmp_path, server, command):
+    server.content = tar_of(tmp_path)
+    status, out, err = command("download", "cub", "--data-root", tmp_path / "data", "--url", server.url)
+    last = err.splitlines()[-1]
+    assert status == 1 and last.startswith("dataset.py: error: ") and "97eceeb196236b17998738112f37df78" in last
+    assert hashlib.md5(server.content).hexdigest() in last
+    assert list((tmp_path / "data").iterdir()) == []
+    (tmp_path / "data" / "CUB_200_2011.tgz").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="its md5 is not 97ec.*remove the file"):
+        datatools.download("cub", tmp_path / "data", server.url)
+    assert (tmp_path / "data" / "CUB_200_2011.tgz").read_bytes() == b"mine"
+
+
+def test_server_that_refuses(tmp_path, server):
+    server.status = 404
+    with pytest.raises(OSError, match="archive: the server says 404"):
+        datatools.download("cub", tmp_path, server.url)
+    with pytest.raises(OSError, match="^http://127.0.0.1:9/x: "):
+        datatools.download("cub", tmp_path, "http://127.0.0.1:9/x")
+    with pytest.raises(ValueError, match="unknown url type"):
+        datatools.download("cub", tmp_path, "not-a-url")
+    assert list(tmp_path.iterdir()) == []
+
+
+def tar_with(name, kind=tarfile.REGTYPE, link=""):
+    """A .tgz with one good file and one odd member."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for member_name, member_kind in (("CUB_200_2011/images/001.a/a.jpg", tarfile.REGTYPE), (name, kind)):
+            member = tarfile.TarInfo(member_name)
+            member.type, member.linkname = member_kind, link
+            member.size = 4 if member_kind == tarfile.REGTYPE else 0
+            tar.addfile(member, io.BytesIO(b"evil"))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("content, words", [
+    (tar_with("../evil.txt"), "'../evil.txt' leads out of the folder"),
+    (tar_with("CUB_200_2011/../../evil.txt"), "leads out"),
+    (tar_with("/tmp/evil-of-a-test.txt"), "leads out"),
+    (tar_with("C:\\evil.txt"), "leads out"),
+    (tar_with("CUB_200_2011/link", tarfile.SYMTYPE, "/etc"), "is no file or folder"),
+    (tar_with("CUB_200_2011/pipe", tarfile.FIFOTYPE), "is no file or folder"),
+    (tar_with("CUB_200_2011/more.txt")[:-40], "broken archive"),
+    (b"<html>moved</html>", "broken archive"),
+])
+def test_bad_archives_leave_nothing_behind(tmp_path, fetch_cub, content, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        fetch_cub(content)
+    assert "\n" not in str(caught.value)
+    assert names(tmp_path) == ["data"] and names(tmp_path / "data") == ["CUB_200_2011.tgz"]
+    assert not Path("/tmp/evil-of-a-test.txt").exists()
+
+
+def test_zip_that_leads_out_and_archive_of_something_else(tmp_path):
+    archive = tmp_path / "a.zip"
+    with zipfile.ZipFile(archive, "w") as zipped:
+        zipped.writestr("Stanford_Online_Products/a.txt", "a")
+        zipped.writestr("../evil.txt", "evil")
+    with pytest.raises(ValueError, match="leads out"):
+        datatools.extract(archive, tmp_path / "Stanford_Online_Products")
+    with zipfile.ZipFile(archive, "w") as zipped:
+        zipped.writestr("other/a.txt", "a")
+    with pytest.raises(ValueError, match="there is no Stanford_Online_Products in it"):
+        datatools.extract(archive, tmp_path / "Stanford_Online_Products")
+    assert names(tmp_path) == ["a.zip"]
+
+
+def test_download_says_where_to_get_what_it_may_not_fetch(tmp_path, command):
+    status, out, err = command("download", "cars", "--data-root", tmp_path)
+    assert status == 0 and err == "" and str(tmp_path / "cars196") in out and "cars_test_annos_withlabels.mat" in out
+    status, out, err = command("download", "Inshop", "--data-root", tmp_path)
+    assert status == 0 and str(tmp_path / "Inshop_Clothes") in out and "list_eval_partition.txt" in out
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="'folder' cannot be downloaded"):
+        datatools.download("folder", tmp_path)
+
+
+def test_published_md5s():
+    assert {name: archive.file_name for name, archive in datatools.ARCHIVES.items()} == {
+        "cub": "CUB_200_2011.tgz", "SOP": "Stanford_Online_Products.zip"}
+
+
+# ---------------------------------------------------------------- show
+
+@pytest.mark.parametrize("name, make, columns", [("cub", trees.make_cub, 2), ("Inshop", trees.make_inshop, 3)])
+def test_show_draws_classes_of_every_split(tmp_path, capsys, name, make, columns):
+    make(tmp_path, classes=6, images=6, size=24)
+    datatools.show(name, tmp_path, tmp_path / "sheet.png")
+    assert f"{tmp_path / 'sheet.png'}: " in capsys.readouterr().out
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"), dtype=int)
+    # the first picture of the first class of each split, in its colour
+    column_width = (sheet.shape[1] - 16 * (columns - 1)) // columns
+    for column, class_id in zip(range(columns), (1, 4, 4), strict=False):
+        left = column * (column_width + 16)
+        pixels = sheet[60:140, left + 10:left + 90].mean((0, 1))
+        assert np.abs(pixels - np.random.RandomState(class_id).uniform(60, 200, 3)).max() < 20
+
+
+def test_show_command(tmp_path, command, script):
+    trees.make_cub(tmp_path, classes=4, images=3, size=24)
+    (tmp_path / "CUB_200_2011/images/001.Bird_1/Bird_1_0000.jpg").write_text("not an image")
+    status, out, err = command("show", "cub", "--data-root", tmp_path, "--output", tmp_path / "sheet.png")
+    assert status == 0 and Image.open(tmp_path / "sheet.png").width > 1000
+    status, out, err = script("dataset.py", "show", "CUB", "--data-root", tmp_path)
+    assert status == 1 and err.startswith("dataset.py: error: 'CUB' is no dataset") and err.count("\n") == 1
+
+
+def test_spread():
+    assert datatools.spread(3, 8) == [0, 1, 2]
+    assert datatools.spread(100, 3) == [0, 50, 99]

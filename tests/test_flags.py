@@ -1,0 +1,153 @@
+"""The command line: the original's flags and values, recipes, one-line errors, and every command of the README."""
+
+import re
+import shlex
+from pathlib import Path
+
+import flags
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Command lines as published for the three benchmarks, and what they mean.
+PUBLISHED = {
+    "cub": (
+        "--gpu-id 0 --dataset cub --model resnet50 --embedding-size 512 --tau 32 --alpha 1.1 --epochs 40 --lr 1.2e-4 "
+        "--lr-ds 1e-1 --lr-hgnn-factor 5 --weight-decay 5e-5 --lr-decay-step 5",
+        dict(tau=32, alpha=1.1, nb_epochs=40, lr=1.2e-4, lr_ds=0.1, lr_hgnn_factor=5, weight_decay=5e-5,
+             lr_decay_step=5),
+    ),
+    "cars": (
+        "--gpu-id 0 --dataset cars --model resnet50 --embedding-size 512 --tau 32 --alpha 0.9 --epochs 50 --lr 1e-4 "
+        "--lr-ds 1e-1 --lr-hgnn-factor 10 --weight-decay 1e-4 --lr-decay-step 10",
+        dict(tau=32, alpha=0.9, nb_epochs=50, lr=1e-4, lr_ds=0.1, lr_hgnn_factor=10, weight_decay=1e-4,
+             lr_decay_step=10),
+    ),
+    "SOP": (
+        "--gpu-id 0 --dataset SOP --model resnet50 --embedding-size 512 --tau 16 --alpha 2 --epochs 60 --lr 1e-4 "
+        "--lr-ds 1e-2 --lr-hgnn-factor 10 --weight-decay 1e-4 --lr-decay-step 10 --bn-freeze 0",
+        dict(tau=16, alpha=2, nb_epochs=60, lr=1e-4, lr_ds=0.01, lr_hgnn_factor=10, weight_decay=1e-4, bn_freeze=0),
+    ),
+}  # fmt: skip
+
+DEFAULTS = dict(
+    gpu_id=0, nb_workers=4, dataset="cars", model="resnet50", sz_embedding=512, hgnn_hidden=512, add_gmp=1, sz_batch=32,
+    nb_epochs=50, optimizer="adam", lr=1e-4, lr_ds=1e-1, lr_hgnn_factor=10, weight_decay=1e-4, lr_decay_step=10,
+    lr_decay_gamma=0.5, tau=32, alpha=0.9, ls=1, IPC=0, warm=1, bn_freeze=1, layer_norm=1, remark="", run_num=1,
+)  # fmt: skip
+EVALUATE_DEFAULTS = dict(
+    dataset="cars", sz_embedding=512, sz_batch=150, gpu_id=0, nb_workers=4, model="resnet50", layer_norm=1,
+    model_path="", remark="",
+)  # fmt: skip
+
+
+def parsed(parser, words):
+    return vars(parser.parse(words)[0])
+
+
+def test_defaults_are_the_originals():
+    assert parsed(flags.train_parser(), []).items() >= DEFAULTS.items()
+    assert parsed(flags.evaluate_parser(), []).items() >= EVALUATE_DEFAULTS.items()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_command_lines_mean_what_they_meant(name):
+    line, expected = PUBLISHED[name]
+    expected = DEFAULTS | expected | {"dataset": name}
+    assert parsed(flags.train_parser(), line.split()).items() >= expected.items()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipes_are_the_published_command_lines(name):
+    line, _ = PUBLISHED[name]
+    parser = flags.train_parser()
+    assert parsed(parser, [f"@recipes/{name.lower()}.args"]) == parsed(parser, line.split())
+
+
+def test_given_names_exactly_what_was_typed():
+    _, given = flags.train_parser().parse(["--lr", "1e-4", "--dataset=cub", "--deterministic"])
+    assert given == {"lr", "dataset", "deterministic"}
+
+
+def test_recipe_with_comments_and_flags_behind_it(tmp_path):
+    recipe = tmp_path / "my.args"
+    recipe.write_text("# tuned\n--tau 24 --alpha 1.15   # both\n\n--remark 'two words'\n")
+    args, given = flags.train_parser().parse([f"@{recipe}", "--tau", "20"])
+    assert (args.tau, args.alpha, args.remark) == (20, 1.15, "two words")
+    assert given == {"tau", "alpha", "remark"}
+
+
+def test_recipes_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert flags.train_parser().parse(["@recipes/cub.args"])[0].dataset == "cub"
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "code" / "recipes").glob("*.args")), ids=lambda path: path.name)
+def test_every_recipe_parses(recipe):
+    flags.train_parser().parse([f"@{recipe}"])
+
+
+def test_stored_flags_come_back_through_the_parser():
+    parser = flags.train_parser()
+    args, _ = parser.parse(["--lr", "0.00012", "--dataset", "cub", "--deterministic", "--remark", "--odd remark"
+                            .replace("--odd", "odd")])  # fmt: skip
+    stored = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    again, _ = parser.parse(parser.command_line(stored))
+    assert again == args
+    assert parser.parse(parser.command_line({"remark": "--lr 5"}))[0].remark == "--lr 5"
+
+
+@pytest.mark.parametrize(
+    "words, match",
+    [
+        ("--no-such-flag 1", "unrecognized arguments: --no-such-flag 1"),
+        ("--epoch 3", "unrecognized arguments"),  # no abbreviations: they change meaning when flags are added
+        ("--dataset mnist", "invalid choice: 'mnist'"),
+        ("--batch-size 0", "--batch-size: must be a whole number of at least 1, got '0'"),
+        ("--batch-size 1.5", "--batch-size"),
+        ("--lr x", "--lr: must be a number of at least 0, got 'x'"),
+        ("--lr nan", "--lr"),
+        ("--lr inf", "--lr"),
+        ("--tau 0", "--tau: must be a number above 0"),
+        ("--val-classes 1", "--val-classes: must be a number of at least 0 and below 1"),
+        ("--bn-freeze 2", "--bn-freeze: must be 0 or 1"),
+        ("--optimizer lion", "invalid choice: 'lion'"),
+        ("--gpu-id -2", "--gpu-id"),
+        ("@no/such.args", "no/such.args"),
+    ],
+)
+def test_wrong_flags_are_one_line(refused, words, match):
+    refused("train.py", *words.split(), match=re.escape(match))
+
+
+def test_zero_or_one_flags_take_words():
+    assert [flags.binary(word) for word in ("0", "1", "true", "False")] == [0, 1, 1, 0]
+
+
+def readme_commands():
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    for block in re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.DOTALL):
+        for line in block.splitlines():
+            for part in line.partition("#")[0].split("&&"):
+                words = shlex.split(part)
+                places = [n for n, word in enumerate(words) if word.endswith(".py")]
+                if places:
+                    yield Path(words[places[0]]).name, words[places[0] + 1 :], part.strip()
+
+
+@pytest.mark.parametrize(
+    "name, words", [(n, w) for n, w, _ in readme_commands()], ids=[c for _, _, c in readme_commands()]
+)
+def test_every_command_of_the_readme_parses(name, words):
+    if (ROOT / "benchmarks" / name).is_file():
+        return
+    parsers = {"train.py": flags.train_parser, "evaluate.py": flags.evaluate_parser}
+    assert name in parsers or (ROOT / "code" / name).is_file()
+    if name in parsers:
+        parsers[name]().parse(words)
+
+
+def test_continuous_integration_runs_the_test_line_of_the_readme():
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    line = next(line for block in blocks for line in block.splitlines() if "pytest" in line)
+    assert line in (ROOT / ".ci" / "run").read_text().splitlines()

@@ -1,0 +1,113 @@
+"""The embedded benchmark: letters that differ, sets that are whole, the same bytes everywhere."""
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import glyphs
+import numpy as np
+import pytest
+from PIL import Image
+
+CODE = Path(glyphs.__file__).parent
+SMALL = {"num_classes": 6, "images_per_class": 4, "size": 32, "progress": False}
+
+
+def digest(folder):
+    """Of all names and bytes under the folder."""
+    total = hashlib.sha256()
+    for path in sorted(folder.rglob("*.png")):
+        total.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return total.hexdigest()
+
+
+def test_letters_are_many_and_look_different():
+    letters = glyphs.distinct_letters()
+    assert len(letters) > 2500
+    assert "A" in letters and "А" not in letters  # the second is Cyrillic
+    pictures = {(image.size, image.tobytes()) for image in (glyphs.draw_letter(x, 40) for x in letters)}
+    assert len(pictures) == len(letters)
+
+
+def test_layout_is_that_of_cub(tmp_path):
+    folder = glyphs.ensure_glyphs(tmp_path, **SMALL)
+    assert folder == tmp_path / "glyphs_6x4_32"
+    classes = sorted((folder / "images").iterdir())
+    assert [c.name.partition(".")[0] for c in classes] == [f"{i:03d}" for i in range(1, 7)]
+    for c in classes:
+        images = [Image.open(path) for path in sorted(c.glob("*.png"))]
+        assert [image.size for image in images] == [(32, 32)] * 4
+        assert len({image.tobytes() for image in images}) == 4
+        assert all(np.ptp(np.asarray(image)) > 20 for image in images)  # there is ink on it
+    assert [p.name for p in tmp_path.iterdir()] == [folder.name]  # nothing is left lying about
+
+
+def test_same_parameters_give_the_same_bytes_in_any_process(tmp_path):
+    here = glyphs.ensure_glyphs(tmp_path / "here", **SMALL)
+    line = f"import glyphs; glyphs.ensure_glyphs({str(tmp_path / 'there')!r}, **{SMALL})"
+    subprocess.run([sys.executable, "-c", line], cwd=CODE, check=True)
+    assert digest(here) == digest(tmp_path / "there" / here.name)
+
+
+def test_parameters_change_the_set_and_its_folder(tmp_path):
+    digests = {}
+    for change in ({}, {"seed": 1}, {"size": 40}, {"num_classes": 7}, {"images_per_class": 5}):
+        folder = glyphs.ensure_glyphs(tmp_path, **(SMALL | change))
+        digests[folder] = digest(folder)
+    assert len(digests) == len(set(digests.values())) == 5
+    # more images or classes leave those that were there as they were
+    first = next((tmp_path / "glyphs_6x4_32").rglob("*_01.png"))
+    assert first.read_bytes() == (tmp_path / "glyphs_6x5_32" / first.relative_to(first.parents[2])).read_bytes()
+
+
+def test_what_is_there_is_used_as_it_is(tmp_path, monkeypatch):
+    folder = glyphs.ensure_glyphs(tmp_path, **SMALL)
+    monkeypatch.setattr(glyphs, "write_glyphs", None)
+    assert glyphs.ensure_glyphs(tmp_path, **SMALL) == folder
+
+
+def test_interrupted_set_is_not_taken_for_whole(tmp_path, monkeypatch):
+    draw, calls = glyphs.draw_image, []
+
+    def draw_a_few(*arguments):
+        calls.append(1)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        return draw(*arguments)
+
+    monkeypatch.setattr(glyphs, "draw_image", draw_a_few)
+    with pytest.raises(KeyboardInterrupt):
+        glyphs.ensure_glyphs(tmp_path, **SMALL)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(glyphs, "draw_image", draw)
+    assert len(list(glyphs.ensure_glyphs(tmp_path, **SMALL).rglob("*.png"))) == 24
+
+
+def test_processes_that_start_at_once_both_succeed(tmp_path):
+    line = f"import glyphs; print(glyphs.ensure_glyphs({str(tmp_path)!r}, 30, 20, 32, progress=False))"
+    both = [subprocess.Popen([sys.executable, "-c", line], cwd=CODE, stdout=subprocess.PIPE, text=True) for _ in "ab"]
+    assert [p.communicate(timeout=60)[0].strip() for p in both] == [str(tmp_path / "glyphs_30x20_32")] * 2
+    assert [p.returncode for p in both] == [0, 0]
+    assert len(list(tmp_path.rglob("*.png"))) == 600
+    assert [p.name for p in tmp_path.iterdir()] == ["glyphs_30x20_32"]
+
+
+@pytest.mark.parametrize("change", [{"num_classes": 1}, {"num_classes": 100_000}, {"images_per_class": 0},
+                                    {"size": 4}, {"seed": -1}])
+def test_parameters_that_make_no_set(tmp_path, change):
+    with pytest.raises(ValueError, match="glyphs: .*" + str(next(iter(change.values())))):
+        glyphs.ensure_glyphs(tmp_path, **(SMALL | change))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_raw_pixels_tell_about_a_third(tmp_path):
+    """The last 100 classes: a third of the images has an image of its class as the nearest on raw pixels."""
+    folder = glyphs.ensure_glyphs(tmp_path, progress=False)
+    paths = sorted(folder.rglob("*.png"))[2000:]
+    pixels = np.stack([np.asarray(Image.open(path), dtype=np.float32).ravel() for path in paths])
+    pixels /= np.linalg.norm(pixels, axis=1, keepdims=True)
+    similarity = pixels @ pixels.T
+    np.fill_diagonal(similarity, -1)
+    labels = np.repeat(np.arange(100), 20)
+    assert 0.28 < (labels[similarity.argmax(1)] == labels).mean() < 0.36

@@ -1,0 +1,254 @@
+"""Training and scoring as a user does it: the scripts' own command lines on tiny data."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import dataset
+import net
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import train
+from conftest import TINY
+from PIL import Image
+from trees import make_cub
+
+
+@pytest.fixture(scope="module")
+def cub(tmp_path_factory):
+    """A tiny CUB with grey, palette, RGBA and CMYK images and macOS's ._ files in it."""
+    root = tmp_path_factory.mktemp("data")
+    make_cub(root)
+    return root
+
+
+def load(path):
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def test_train_then_evaluate_agree_to_the_last_digit(script, cub, tmp_path):
+    trained = script("train.py", *TINY, "--dataset", "cub", "--data-root", cub, "--log-dir", tmp_path, "--workers", 2)
+    assert trained.code == 0, trained.err
+    run = tmp_path / "cub" / "run_1"
+    best = load(run / "cub_resnet18_best.pth")
+    figures = tmp_path / "figures.json"
+    # The line that the summary prints is the one that is run.
+    line = next(line for line in trained.out.splitlines() if line.startswith("score"))
+    words = shlex.split(line)[2:]
+    assert words[0].endswith("evaluate.py")
+    words[words.index("--model-path") + 1] = str(run / "cub_resnet18_best.pth")
+    scored = script("evaluate.py", *words[1:], "--gpu-id", -1, "--json", figures)
+    assert scored.code == 0, scored.err
+    rows = pd.read_csv(run / "results.csv")
+    row = rows[(rows["phase"] == "train") & (rows["epoch"] == best["epoch"])].iloc[0]
+    again = json.loads(figures.read_text())["figures"]
+    assert list(again) == [f"R@{k}" for k in (1, 2, 4, 8, 16, 32)]
+    assert again == {name: row[name] for name in again} == best["figures"]
+    # what the user is told
+    assert "the paper's protocol" in trained.out
+    assert re.search(r"best +epoch \d", trained.out) and re.search(r"last +epoch 2", trained.out)
+    text = (run / "cub_resnet18_best_results.txt").read_text()
+    assert f"R@1: {100 * again['R@1']:.4f}" in text
+
+
+def test_scripts_run_from_the_code_folder_too(script, cub, tmp_path):
+    code = Path(train.__file__).parent
+    options = [*TINY, "--dataset", "cub", "--data-root", cub, "--log-dir", tmp_path, "--epochs", 0, "--warm", 0]
+    assert script("train.py", *options, cwd=code).code == 0
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A checkpoint as the authors publish them: nothing but the state dict of a ResNet-50 of 512 dimensions."""
+    folder = tmp_path_factory.mktemp("published")
+    torch.manual_seed(0)
+    torch.save({"model_state_dict": net.build("resnet50", 512, "none").state_dict()}, folder / "cub_resnet50_best.pth")
+    return folder
+
+
+def test_published_checkpoint_scores_from_file_and_folder(call, cub, published):
+    options = ["--dataset", "cub", "--data-root", cub, "--image-size", 64, "--workers", 0, "--gpu-id", -1]
+    keys = json.loads((Path(__file__).parent / "golden" / "resnet50_state_dict_keys.json").read_text())
+    state = load(published / "cub_resnet50_best.pth")["model_state_dict"]
+    assert {name: list(value.shape) for name, value in state.items()} == keys
+    from_file = call("evaluate.py", *options, "--model-path", published / "cub_resnet50_best.pth")
+    from_folder = call("evaluate.py", *options, "--model-path", published)
+    assert from_file.code == from_folder.code == 0, from_file.err
+    assert "R@1" in from_file.out and from_file.out == from_folder.out
+
+
+def test_our_checkpoint_has_the_published_keys(call, cub, tmp_path):
+    options = [*TINY, "--model", "resnet50", "--embedding-size", 512, "--epochs", 1, "--warm", 0]
+    assert call("train.py", *options, "--dataset", "cub", "--data-root", cub, "--log-dir", tmp_path).code == 0
+    keys = json.loads((Path(__file__).parent / "golden" / "resnet50_state_dict_keys.json").read_text())
+    state = load(tmp_path / "cub" / "run_1" / "cub_resnet50_best.pth")["model_state_dict"]
+    assert {name: list(value.shape) for name, value in state.items()} == keys
+
+
+@pytest.mark.parametrize(
+    "flags_given, affine_moves, statistics_move",
+    [
+        (["--warm", 1, "--bn-freeze", 1], True, False),  # un-freezing the backbone reaches BatchNorm's weights
+        (["--warm", 0, "--bn-freeze", 1], False, False),
+        (["--warm", 0, "--bn-freeze", 0], True, True),
+    ],
+)
+def test_batchnorm_behaviour(call, cub, tmp_path, flags_given, affine_moves, statistics_move):
+    outcome = call("train.py", *TINY, *flags_given, "--dataset", "cub", "--data-root", cub, "--log-dir", tmp_path)
+    assert outcome.code == 0, outcome.err
+    state = load(tmp_path / "cub" / "run_1" / "last.pth")["model_state_dict"]
+    norms = [name.removesuffix(".running_mean") for name in state if name.endswith("running_mean")]
+    assert len(norms) == 20  # of ResNet-18
+    for norm in norms:
+        weight, mean = state[f"{norm}.weight"], state[f"{norm}.running_mean"]
+        assert torch.equal(weight, torch.ones_like(weight)) != affine_moves, norm
+        assert torch.equal(mean, torch.zeros_like(mean)) != statistics_move, norm
+    assert all(torch.equal(state[f"{norm}.num_batches_tracked"] > 0, torch.tensor(statistics_move)) for norm in norms)
+
+
+def test_warm_up_freezes_the_backbone_alone(call, cub, tmp_path):
+    options = [*TINY, "--dataset", "cub", "--data-root", cub, "--log-dir", tmp_path, "--warm", 2, "--epochs", 0]
+    assert call("train.py", *options).code == 0
+    torch.manual_seed(1)
+    untrained = net.build("resnet18", 16, "none").state_dict()
+    content = load(tmp_path / "cub" / "run_1" / "last.pth")
+    moved = {n for n, value in content["model_state_dict"].items() if not torch.equal(value, untrained[n])}
+    assert moved == {"model.embedding.weight", "model.embedding.bias"}
+    assert [(row["phase"], row["epoch"]) for row in content["history"]] == [
+        ("untrained", -2), ("warm-up", -1), ("warm-up", 0),
+    ]  # fmt: skip
+    assert not list((tmp_path / "cub" / "run_1").glob("*_best.pth"))  # a warm-up is no result
+
+
+def test_schedule_counts_training_epochs_only(call, cub, tmp_path):
+    options = "--warm 2 --epochs 5 --lr 1e-3 --lr-ds 1e-1 --lr-hgnn-factor 5 --lr-decay-step 2 --lr-decay-gamma 0.1"
+    outcome = call("train.py", *TINY, *options.split(), "--dataset", "cub", "--data-root", cub, "--log-dir", tmp_path)
+    assert outcome.code == 0
+    rows = pd.read_csv(tmp_path / "cub" / "run_1" / "results.csv")
+    trained = rows[rows["phase"] != "untrained"]
+    np.testing.assert_allclose(trained["lr"], [1e-3] * 4 + [1e-4] * 2 + [1e-5])
+    np.testing.assert_allclose(trained["lr_embedding"], trained["lr"])
+    np.testing.assert_allclose(trained["lr_ds"], 100 * trained["lr"])
+    np.testing.assert_allclose(trained["lr_hgnn"], 5 * trained["lr"])
+    np.testing.assert_allclose(trained["loss"], trained["dist_loss"] + trained["ce_loss"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "rmsprop"])
+def test_optimiser_groups_come_in_a_fixed_order(name):
+    args = train.flags.train_parser().parse(
+        f"--optimizer {name} --lr 1e-4 --lr-ds 1e-2 --lr-hgnn-factor 5 --weight-decay 5e-5".split()
+    )[0]
+    network, criterion = net.build("resnet18", 8, "none"), train.HISTLoss(3, 8, 4)
+    optimizer = train.make_optimizer(network, criterion, args)
+    groups = optimizer.param_groups
+    np.testing.assert_allclose([group["lr"] for group in groups], [1e-4, 1e-4, 1e-2, 5e-4])
+    assert {group["weight_decay"] for group in groups} == {5e-5}
+    names = {parameter: name for name, parameter in [*network.named_parameters(), *criterion.named_parameters()]}
+    owners = [{names[parameter].split(".")[-2] for parameter in group["params"]} for group in groups[1:]]
+    assert owners[0] == {"embedding"} and owners[1] == {"cds2hg"} and owners[2] == {"theta1", "bn1", "theta2"}
+    assert sum(len(group["params"]) for group in groups) == len(names)
+    expected = {"sgd": dict(momentum=0.9, nesterov=True), "rmsprop": dict(alpha=0.9, momentum=0.9)}.get(name, {})
+    assert groups[0].items() >= expected.items()
+
+
+def test_balanced_batches_and_other_flags_train(call, cub, tmp_path):
+    options = (
+        "--IPC 2 --optimizer sgd --add-gmp 0 --layer-norm 0 --amp bf16 --channels-last 1 --val-classes 0.5 --epochs 1"
+    )
+    outcome = call("train.py", *TINY, *options.split(), "--batch-size", 4, "--dataset", "cub", "--data-root", cub,
+                   "--log-dir", tmp_path, "--remark", "a note")  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert "val R@1" in outcome.out and "held out" in outcome.out
+    run = tmp_path / "cub" / "run_1"
+    rows = pd.read_csv(run / "results.csv")
+    assert {"val R@1", "R@1"} <= set(rows.columns)
+    recorded = json.loads((run / "args.json").read_text())
+    assert recorded["flags"]["IPC"] == 2 and recorded["flags"]["remark"] == "a note"
+    assert {"commit", "torch", "device", "command"} <= recorded["made_by"].keys()
+    # evaluate.py takes all that from the checkpoint
+    scored = call("evaluate.py", "--model-path", run, "--data-root", cub, "--gpu-id", -1, "--workers", 0)
+    assert scored.code == 0 and f"R@1     {100 * rows['R@1'].iloc[-1]:.4f}" in scored.out
+
+
+def test_architecture_on_the_command_line_must_not_contradict_the_checkpoint(call, refused, cub, tmp_path):
+    assert (
+        call("train.py", *TINY, "--epochs", 1, "--dataset", "cub", "--data-root", cub, "--log-dir", tmp_path).code == 0
+    )
+    path = tmp_path / "cub" / "run_1" / "cub_resnet18_best.pth"
+    options = ["--model-path", path, "--data-root", cub, "--gpu-id", -1, "--workers", 0]
+    refused("evaluate.py", *options, "--model", "resnet50", match="trained with --model resnet18, .* resnet50")
+    refused("evaluate.py", *options, "--embedding-size", 512, match="trained with --embedding-size 16, .* 512")
+    refused("evaluate.py", *options, "--layer-norm", 0, match="trained with --layer-norm 1, .* 0")
+    assert call("evaluate.py", *options, "--model", "resnet18", "--dataset", "cub", "--image-size", 40).code == 0
+
+
+def test_embeddings_saved_and_scored_without_a_network(call, cub, published, tmp_path):
+    saved, first, second = tmp_path / "e.npz", tmp_path / "1.json", tmp_path / "2.json"
+    options = ["--dataset", "cub", "--data-root", cub, "--image-size", 64, "--workers", 0, "--gpu-id", -1]
+    done = call("evaluate.py", *options, "--model-path", published, "--metrics", "all", "--json", first,
+                "--save-embeddings", saved)  # fmt: skip
+    assert done.code == 0, done.err
+    arrays = np.load(saved)
+    images = dataset.load_benchmark("cub", cub).query
+    assert arrays["embeddings"].shape == (len(images), 512)
+    assert arrays["paths"].tolist() == images.paths and (arrays["labels"] == images.labels).all()
+    assert call("evaluate.py", "--embeddings", saved, "--metrics", "all", "--json", second, "--gpu-id", -1).code == 0
+    one, two = json.loads(first.read_text())["figures"], json.loads(second.read_text())["figures"]
+    assert one == two and {"R@1", "RP", "MAP@R", "NMI"} <= one.keys()
+    shown = call("evaluate.py", "--embeddings", saved, "--metrics", "map", "--gpu-id", -1).out
+    assert "MAP@R" in shown and "RP " not in shown
+
+
+def test_skip_bad_images_goes_on_and_counts(call, refused, cub, tmp_path):
+    make_cub(tmp_path / "data")
+    images = tmp_path / "data" / "CUB_200_2011" / "images"
+    classes = sorted(path for path in images.iterdir() if path.is_dir())
+    for folder in (classes[1], classes[-1]):  # one of each split
+        victim = sorted(folder.glob("[!.]*.jpg"))[0]
+        victim.write_bytes(victim.read_bytes()[:300])
+    options = [
+        *TINY,
+        "--epochs",
+        1,
+        "--dataset",
+        "cub",
+        "--data-root",
+        tmp_path / "data",
+        "--log-dir",
+        tmp_path / "logs",
+    ]
+    refused("train.py", *options, match=r"\.jpg: cannot be decoded")
+    outcome = call("train.py", *options, "--skip-bad-images")
+    assert outcome.code == 0 and "could not be decoded" in outcome.out
+    outcome = call("evaluate.py", "--model-path", tmp_path / "logs" / "cub" / "run_2", "--data-root", tmp_path / "data",
+                   "--gpu-id", -1, "--skip-bad-images", "--workers", 0)  # fmt: skip
+    assert outcome.code == 0 and "left out: 1 images that could not be decoded" in outcome.out
+
+
+def test_undecodable_image_in_a_worker_process_is_one_line(script, tmp_path):
+    make_cub(tmp_path)
+    for folder in (tmp_path / "CUB_200_2011" / "images").iterdir():
+        for victim in folder.glob("[!.]*.jpg"):
+            victim.write_bytes(victim.read_bytes()[:200])
+    outcome = script(
+        "train.py", *TINY, "--workers", 2, "--dataset", "cub", "--data-root", tmp_path, "--log-dir", tmp_path
+    )
+    assert outcome.code == 1
+    warning, error = outcome.err.splitlines()
+    assert warning.startswith("warning: cub: the counts differ from the published ones")
+    assert error.startswith("train.py: error: ") and ".jpg: cannot be decoded" in error
+
+
+def test_glyphs_are_made_on_first_use(call, tmp_path, monkeypatch):
+    import glyphs
+
+    made = []
+    small = glyphs.ensure_glyphs(tmp_path, num_classes=8, images_per_class=4, size=32)
+    monkeypatch.setattr(dataset, "ensure_glyphs", lambda root, **options: made.append(root) or small)
+    outcome = call("train.py", *TINY, "--dataset", "glyphs", "--data-root", tmp_path, "--log-dir", tmp_path)
+    assert outcome.code == 0 and made == [tmp_path]
+    image = Image.open(next(small.rglob("*.png")))
+    assert image.size == (32, 32)
