@@ -15,6 +15,48 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class SquaredMahalanobis(torch.autograd.Function):
+    """d^2(i, c) = sum_f (x_if - m_cf)^2 / sigma^2_cf with m = mu / |mu| and sigma^2 = exp(relu6(s)).
+
+    With the square expanded, and p = 1 / sigma^2, the (N, C, D) tensor of the textbook form becomes two matrix
+    products and a constant per class:
+
+        d^2(i, c) = sum_f x_if^2 p_cf  -  2/|mu_c| sum_f x_if p_cf mu_cf  +  1/|mu_c|^2 sum_f p_cf mu_cf^2
+
+    At 11,318 classes what remains is mostly reading and writing (C, D) tensors. The backward pass is written out
+    because it gets by with half of those that autograd would make.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, means: Tensor, log_vars: Tensor) -> Tensor:
+        """x (N, D) unit vectors, means and log_vars (C, D) -> (N, C)."""
+        p = log_vars.clamp(0, 6).neg_().exp_()  # (C, D)
+        p_means = p * means  # (C, D)
+        scale = torch.linalg.vector_norm(means, dim=1).clamp_(min=1e-12).reciprocal_()  # 1/|mu| (C,)
+        constants = torch.linalg.vecdot(p_means, means) * scale**2  # (C,)
+        ctx.save_for_backward(x, means, log_vars, p, p_means, scale)
+        return torch.addmm(constants, x * x, p.T).sub_(x @ p_means.T * (2 * scale))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """grad (N, C), called g below -> gradients of x (N, D), means (C, D), log_vars (C, D)."""
+        x, means, log_vars, p, p_means, scale = ctx.saved_tensors
+        grad_x = 2 * (x * (grad @ p) - (grad * scale) @ p_means)
+        weight = (grad.sum(dim=0) * scale**2)[:, None]  # sum_i g_ic / |mu_c|^2 (C, 1)
+        # u = half the derivative by m = mu/|mu|, without its factor p, over |mu|: weight mu - g^T x / |mu|
+        u = ((grad * -scale).T @ x).addcmul_(weight, means)
+        # by mu: 2 p u, less what would only change the length of mu
+        grad_means = p * u
+        along = torch.linalg.vecdot(grad_means, means) * scale**2
+        grad_means.addcmul_(along[:, None], means, value=-1).mul_(2)
+        # by p: g^T x^2 + mu (2 u - weight mu); by s: times dp/ds = -p where 0 < s < 6, nothing elsewhere
+        u.mul_(2).addcmul_(weight, means, value=-1)
+        grad_log_vars = (grad.T @ (x * x)).addcmul_(means, u).mul_(p).neg_()
+        grad_log_vars.masked_fill_((log_vars <= 0) | (log_vars >= 6), 0)
+        return grad_x, grad_means, grad_log_vars
+
+
 class CDs2Hg(nn.Module):
     """Class distributions to hypergraph (paper, sections 3.2 and 3.3).
 
@@ -38,17 +80,8 @@ class CDs2Hg(nn.Module):
         nn.init.kaiming_normal_(self.log_vars, mode="fan_out")
 
     def squared_distances(self, X: Tensor) -> Tensor:
-        """Squared Mahalanobis distances d^2(i, c) = sum_f (x_if - mu_cf)^2 / sigma^2_cf of unit vectors.
-
-        X (N, D) raw embeddings -> (N, C). With the square expanded, the (N, C, D) tensor of the textbook form
-        becomes two matrix products and a constant per class.
-        """
-        x = F.normalize(X, dim=1)  # (N, D)
-        means = F.normalize(self.means, dim=1)  # (C, D)
-        precisions = torch.exp(-F.relu6(self.log_vars))  # 1 / sigma^2 (C, D)
-        weighted_means = means * precisions  # (C, D)
-        constants = torch.linalg.vecdot(weighted_means, means)  # (C,)
-        return torch.addmm(constants, x * x, precisions.T) - 2 * (x @ weighted_means.T)
+        """Squared Mahalanobis distances of the unit vectors of X (N, D), raw embeddings, to all classes (N, C)."""
+        return SquaredMahalanobis.apply(F.normalize(X, dim=1), self.means, self.log_vars)
 
     def distribution_loss(self, distances: Tensor, T: Tensor) -> Tensor:
         """L_D = mean_i -log softmax_c(-tau d^2(i, c)) at c = y_i; distances (N, C), T (N,) -> scalar."""

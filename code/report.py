@@ -61,11 +61,11 @@ PUBLISHED = {
     ("SOP", "bn_inception"): {"best quoted": {"R@1": (79.8, None)}, "replication, re-run": {"R@1": (77.4, None)}},
 }
 PUBLISHED_SIZE = 512
-SOURCES = (
-    "paper: Lim, Yun, Park, Choi, Hypergraph-Induced Semantic Tuplet Loss for Deep Metric Learning, CVPR 2022",
-    "replication: Yuan, Le-Phuoc, ReScience C (ML Reproducibility Challenge) 2022, zenodo 8173666",
-    "best quoted: the best figure for this network that the replication or the paper quotes",
-)
+SOURCES = {
+    "paper": "Lim, Yun, Park, Choi, Hypergraph-Induced Semantic Tuplet Loss for Deep Metric Learning, CVPR 2022",
+    "replication": "Yuan, Le-Phuoc, ReScience C (ML Reproducibility Challenge) 2022, zenodo 8173666",
+    "best quoted": "the best figure that the literature quotes for this network",
+}
 EXPLANATION = (
     "R@K in percent, at the epoch that each run chose. Groups: runs that differ in their seed alone, mean ± standard "
     "deviation (n − 1)."
@@ -73,7 +73,7 @@ EXPLANATION = (
 COMPARISON = (
     "Δ: our mean minus the published figure, in points. It is within the spread if it is no larger than the published "
     "±, or, where none was published, than our own standard deviation; else above or below. A single run beside a "
-    "figure without ± allows no verdict."
+    "figure without ± allows no verdict. The paper's protocol chooses the epoch on the test split."
 )
 
 
@@ -109,14 +109,14 @@ def main():
         if runs:
             sections.append(Section(folder.resolve().name, runs))
     for line in left_out:
-        print(f"left out: {line}", file=sys.stderr)
+        print(f"warning: {line}", file=sys.stderr)
     if not sections:
         raise ValueError(f"no finished run in {', '.join(map(str, args.folders)) or LOGS}")
 
     args.output.mkdir(parents=True, exist_ok=True)
     text = markdown(sections)
     files = {
-        "report.md": text + "".join(f"\nLeft out: {markdown_escape(line)}\n" for line in left_out),
+        "report.md": text + "".join(f"\n{markdown_escape(line)}\n" for line in left_out),
         "report.tex": latex(sections),
         "report.csv": pd.concat([section.runs_table() for section in sections]).to_csv(index=False),
         "report_groups.csv": pd.concat([section.figures_table() for section in sections]).to_csv(index=False),
@@ -152,9 +152,9 @@ def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
         try:
             runs.append(read_run(path))
         except OSError as error:
-            reasons.append(f"{path}: {Path(error.filename or path).name}: {error.strerror}")
+            reasons.append(f"{path}: left out, {Path(error.filename or path).name}: {error.strerror}")
         except ValueError as error:
-            reasons.append(f"{path}: {' '.join(str(error).split())}")
+            reasons.append(f"{path}: left out, {' '.join(str(error).split())}")
     return runs, reasons
 
 
@@ -204,7 +204,8 @@ class Section:
     def __init__(self, name: str, runs: list[Run]):
         self.name = name
         self.runs = runs
-        self.figures = list(dict.fromkeys(name for run in runs for name in run.best if name.startswith("R@")))
+        everywhere = set.intersection(*(set(run.best) for run in runs))
+        self.figures = [name for name in runs[0].best if name.startswith("R@") and name in everywhere]
         groups: dict[tuple, list[Run]] = {}
         for run in runs:
             groups.setdefault(experiment(run), []).append(run)
@@ -221,8 +222,8 @@ class Section:
             row |= {"group": next(n for n, group in enumerate(self.groups, 1) if run in group)}
             row |= self.flags_of(run)
             row |= {"seed": run.flags["seed"], "chosen by": run.chosen_by, "best epoch": run.best["epoch"]}
-            row |= {f"{name} (%)": percent(run.best[name]) for name in self.figures if name in run.best}
-            row |= {f"last {name} (%)": percent(run.last[name]) for name in self.figures if name in run.last}
+            row |= {f"{name} (%)": percent(run.best[name]) for name in self.figures}
+            row |= {f"last {name} (%)": percent(run.last[name]) for name in self.figures}
             rows.append(row | {"remark": run.flags["remark"]})
         return pd.DataFrame(rows)
 
@@ -290,7 +291,7 @@ def experiment(run: Run) -> tuple:
 
 def mean_and_std(group: list[Run], name: str) -> tuple[float, float | None]:
     """Of a figure in percent over runs; no deviation of a single one."""
-    values = [percent(run.best[name]) for run in group if name in run.best]
+    values = [percent(run.best[name]) for run in group]
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
@@ -356,8 +357,10 @@ def tables(section: Section, all_last: bool = False) -> dict[str, pd.DataFrame]:
 
 
 def explanations(sections: list[Section]) -> list[str]:
-    compared = any(published(run) for section in sections for run in section.runs)
-    return [EXPLANATION, COMPARISON, *SOURCES] if compared else [EXPLANATION]
+    """How to read the tables, and who published what stands in them."""
+    beside = {source for section in sections for run in section.runs for source in published(run)}
+    sources = [f"{name}: {who}" for name, who in SOURCES.items() if any(source.startswith(name) for source in beside)]
+    return [EXPLANATION, COMPARISON, *sources] if beside else [EXPLANATION]
 
 
 def markdown(sections: list[Section]) -> str:
@@ -371,7 +374,7 @@ def markdown(sections: list[Section]) -> str:
 
 
 def markdown_escape(text: str) -> str:
-    return re.sub(r"([\\`*_\[\]<>|#~$&])", r"\\\1", text)
+    return re.sub(r"([\\`*\[\]<>|~$]|&(?=#?\w+;)|(?<!\w)_|_(?!\w))", r"\\\1", text)  # run_1 needs no escape
 
 
 def markdown_table(table: pd.DataFrame) -> str:
@@ -408,7 +411,6 @@ LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
     "±": r"$\pm$",
     "−": "$-$",
     "Δ": r"$\Delta$",
@@ -428,13 +430,13 @@ def latex_table(table: pd.DataFrame) -> str:
 # ---------------------------------------------------------------- the page
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1f2328; background: #fff; max-width: 1300px; margin: 2em auto;
+body { font: 14px/1.5 system-ui, sans-serif; color: #1f2328; background: #fff; max-width: 1500px; margin: 2em auto;
        padding: 0 1.5em; }
 h2 { border-bottom: 2px solid #d0d7de; margin-top: 2em; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th, td { padding: .3em .8em; border-bottom: 1px solid #d0d7de; text-align: left; }
-td.number { text-align: right; }
+th, td { padding: .3em .6em; border-bottom: 1px solid #d0d7de; text-align: left; }
+th.number, td.number { text-align: right; }
 td.remark { white-space: normal; min-width: 12em; }
 th button { font: inherit; font-weight: 600; background: none; border: 0; padding: 0; cursor: pointer; }
 th button::after { content: " ↕"; color: #8c959f; }
@@ -444,7 +446,7 @@ tbody tr:hover { background: #f6f8fa; }
 .above { color: #1a7f37; } .below { color: #cf222e; }
 details { margin: .6em 0; border: 1px solid #d0d7de; border-radius: 6px; padding: .4em 1em; }
 summary { cursor: pointer; font-weight: 600; }
-img { max-width: 100%; height: auto; display: block; margin: 1em 0; }
+img { max-width: min(100%, 950px); height: auto; display: block; margin: 1em 0; }
 pre { background: #f6f8fa; padding: .8em; overflow-x: auto; }
 .note { color: #57606a; max-width: 60em; }
 """
@@ -495,12 +497,21 @@ def page(sections: list[Section], left_out: list[str]) -> str:
 
 
 def html_table(table: pd.DataFrame) -> str:
-    def cell(name, text):
-        kinds = ["remark"] if name == "remark" else ["number"] if re.match(r"[+−-]?\d", text) else []
-        kinds += [kind for kind in ("above", "below") if text.endswith(f" {kind}") and name.startswith("Δ")]
-        return f'<td class="{" ".join(kinds)}">{html.escape(text)}</td>'
+    def kinds(name):
+        """Numbers stand right, but for those that have a deviation or a verdict behind them."""
+        cells = table[name][table[name] != ""]
+        if name == "remark":
+            return "remark"
+        return "number" if len(cells) and cells.str.match(r"[\d., e+−-]+$").all() else ""
 
-    head = "".join(f'<th><button type="button">{html.escape(name)}</button></th>' for name in table)
+    def cell(name, text):
+        coloured = text.rpartition(" ")[2] if name.startswith("Δ") else ""
+        return f'<td class="{classes[name]} {coloured}">{html.escape(text)}</td>'
+
+    classes = {name: kinds(name) for name in table}
+    head = "".join(
+        f'<th class="{classes[name]}"><button type="button">{html.escape(name)}</button></th>' for name in table
+    )
     body = "\n".join(f"<tr>{''.join(map(cell, table, row))}</tr>" for row in table.values.tolist())
     return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
 
@@ -517,7 +528,8 @@ def run_details(run: Run, opened: bool) -> str:
             if path.is_file()
         )
     made_by = "\n".join(f"{name}: {value}" for name, value in run.made_by.items())
-    title = f"{run.folder.name}: seed {run.flags['seed']}, R@1 {percent(run.best['R@1']):.2f} % in epoch {run.best['epoch']}"
+    figure = f"R@1 {percent(run.best['R@1']):.2f} % in epoch {run.best['epoch']}"
+    title = f"{run.folder.name}: seed {run.flags['seed']}, {figure}"
     return (
         f"<details{' open' if opened else ''}><summary>{html.escape(title)}</summary>{images}"
         f"<pre>{html.escape(run.results)}</pre><pre>{html.escape(made_by)}</pre></details>"

@@ -318,7 +318,7 @@ def test_gradcheck_of_the_whole_loss(labels):
         return torch.func.functional_call(criterion, dict(zip(names, parameters, strict=True)), (X, T))
 
     parameters = [p.detach().clone().requires_grad_() for p in criterion.parameters()]
-    assert torch.autograd.gradcheck(loss, (X, *parameters), eps=1e-6, atol=1e-5, rtol=1e-4)
+    assert torch.autograd.gradcheck(loss, (X, *parameters), eps=1e-6, atol=1e-5, rtol=1e-4, fast_mode=True)
 
 
 # What a user may rely on ------------------------------------------------------------------------------------------
@@ -487,7 +487,7 @@ import resource, torch
 from hist import HISTLoss
 torch.set_num_threads(2)
 torch.manual_seed(0)
-N, C, D = 64, 100_000, 32
+N, C, D = 64, 100_000, 64
 warm = HISTLoss(10, D, 8)
 warm(torch.randn(N, D), torch.arange(N) % 10).backward()
 criterion = HISTLoss(C, D, 8)
@@ -502,7 +502,7 @@ print((after - before) * 1024 / (4 * N * C * D))
 
 
 def test_memory_does_not_grow_with_batch_times_classes_times_size():
-    """100,000 classes: the whole of forward and backward takes less than half of one (N, C, D) tensor (819 MB)."""
+    """100,000 classes: the whole of forward and backward takes less than half of one (N, C, D) tensor (1.6 GB)."""
     code = str(Path(sys.modules["hist"].__file__).parent)
     run = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {code!r})\n{MANY_CLASSES}"],

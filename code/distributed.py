@@ -1,0 +1,118 @@
+"""Several processes, started by torchrun, that compute what one would; on one process nothing here does anything.
+
+    torchrun --standalone --nproc-per-node=4 code/train.py @recipes/sop.args
+
+The hypergraph is made of the whole batch. Were each process to build one from its own share of the images, the method
+would be another one, with smaller batches. So the embeddings of all processes are gathered, and every process computes
+the loss of the whole batch.
+"""
+
+import functools
+import os
+import sys
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+_control = None  # a group that talks over the hosts' network: asking a GPU for a number would make the host wait for it
+
+
+class Processes(NamedTuple):
+    """This process's number, and how many there are."""
+
+    rank: int
+    count: int
+
+
+def start(gpu_id: int) -> tuple[Processes, int]:
+    """Join the process group if torchrun started this process: (Processes, number of the GPU to use).
+
+    Only process 0 speaks: the others' standard output and progress bars are silenced, their errors are not.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        return Processes(0, 1), gpu_id
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    on_gpu = torch.cuda.is_available() and gpu_id >= 0
+    if on_gpu and local_rank >= torch.cuda.device_count():
+        raise ValueError(f"process {local_rank} of this machine has no GPU, there are {torch.cuda.device_count()}: "
+                         "start fewer with --nproc-per-node, or use --gpu-id -1")  # fmt: skip
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    global _control
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    _control = dist.new_group(backend="gloo")
+    if rank != 0:
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+    return Processes(rank, count), local_rank if on_gpu else -1
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wrap(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module in DistributedDataParallel, which averages gradients; itself on one process.
+
+    Has to be done again whenever other parameters begin or cease to need gradients.
+    """
+    if not dist.is_initialized():
+        return module
+    return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
+
+
+def synchronise_batchnorm(network: nn.Module, device: torch.device) -> nn.Module:
+    """BatchNorm statistics of the whole batch instead of each process's share, where torch can: on GPUs."""
+    if dist.is_initialized() and device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return network
+
+
+class _GatherEmbeddings(torch.autograd.Function):
+    """All processes' (n, D) as one (count · n, D), in order of process.
+
+    Every process computes the same loss, so the gradient of the whole batch is known everywhere: a process needs its
+    own rows of it. DistributedDataParallel divides by the number of processes; multiplied by it, what is left after the
+    average is the sum over the rows of all processes, which is the gradient that a single process would have.
+    """
+
+    @staticmethod
+    def forward(ctx, local: Tensor) -> Tensor:
+        parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, local.contiguous())
+        ctx.rows = slice(dist.get_rank() * len(local), (dist.get_rank() + 1) * len(local))
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad[ctx.rows] * dist.get_world_size()
+
+
+def gather_batch(embeddings: Tensor, labels: Tensor, stop_number: int) -> tuple[Tensor, Tensor, int]:
+    """The whole batch from each process's share: embeddings (N, D), labels (N,) on the CPU, and a stop signal.
+
+    A signal reaches one process only, or each at another moment. Carried along with the labels it is known to all
+    after the same step, so that they stop together; the largest number received wins, 0 is none.
+    """
+    if not dist.is_initialized():
+        return embeddings, labels, stop_number
+    message = torch.cat([labels, labels.new_tensor([stop_number])])
+    parts = [torch.empty_like(message) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, message, group=_control)
+    together = torch.stack(parts)
+    return _GatherEmbeddings.apply(embeddings), together[:, :-1].flatten(), int(together[:, -1].max())
+
+
+def from_first(value):
+    """A plain value of process 0, on every process."""
+    if not dist.is_initialized():
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder)
+    return holder[0]

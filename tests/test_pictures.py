@@ -1,0 +1,266 @@
+"""The pictures: they exist whole, have their size and show what they are given, for every odd size of input."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pictures
+import pytest
+from PIL import Image
+from trees import picture
+
+KS = (1, 2, 4, 8, 16, 32)
+
+
+def read(path):
+    """(H, W, 3) of a picture that was written whole, with nothing left beside it."""
+    assert [name for name in os.listdir(path.parent) if name.endswith(".tmp")] == []
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def share(pixels, colour, tolerance=12):
+    """Share of the pixels that have about that colour, '#rrggbb'."""
+    wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    return (np.abs(pixels - wanted).max(axis=2) <= tolerance).mean()
+
+
+def history(trained, warm=1, validation=False):
+    """Rows as train.py keeps them."""
+    rows = [{"phase": "untrained", "epoch": -warm}]
+    rows += [{"phase": "warm-up", "epoch": epoch} for epoch in range(1 - warm, 1)]
+    rows += [{"phase": "train", "epoch": epoch} for epoch in range(1, trained + 1)]
+    for number, row in enumerate(rows):
+        row |= {f"R@{k}": 1 - 0.5 / (number + k) for k in KS}
+        if number:
+            row |= {"loss": 9 / number, "dist_loss": 5 / number, "ce_loss": 4 / number, "lr": 1e-4}
+        if validation:
+            row["val R@1"] = row["R@1"] - 0.1
+    return rows
+
+
+@pytest.mark.parametrize("trained, warm", [(1, 0), (1, 1), (60, 0), (60, 3)])
+def test_curves(tmp_path, trained, warm):
+    path = tmp_path / "curves.png"
+    pictures.curves(history(trained, warm), path)
+    pixels = read(path)
+    assert pixels.shape == (700, 900, 3)
+    assert share(pixels, "#0969da") > 1e-4 and share(pixels, "#bc4c00") > 1e-4  # both terms, in the plot or its legend
+    assert share(pixels, "#bf8700") > 2e-4  # the star on the best epoch
+    assert (share(pixels, "#eeeeee", 0) > 1e-3) == (warm > 0)
+    assert share(pixels, pictures.RED) == 0
+
+
+def test_curves_before_training_and_with_held_out_classes(tmp_path):
+    pictures.curves(history(0, warm=0), tmp_path / "untrained.png")
+    assert share(read(tmp_path / "untrained.png"), "#bf8700") == 0  # nothing is the best yet
+    pictures.curves(history(12, validation=True), tmp_path / "validation.png")
+    assert share(read(tmp_path / "validation.png"), pictures.RED) > 1e-4
+
+
+def test_curves_of_other_histories_differ_and_of_the_same_do_not(tmp_path):
+    for name, trained in (("a", 5), ("b", 5), ("c", 6)):
+        pictures.curves(history(trained), tmp_path / f"{name}.png")
+    a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_chosen_queries_are_the_worst_and_random_others():
+    scores = np.linspace(0, 1, 50)
+    scores[[3, 4]] = np.nan
+    worst, others = pictures.choose_queries(scores, 4, 5, seed=1)
+    assert worst.tolist() == [0, 1, 2, 5]
+    assert len(set(others)) == 5 and not set(others) & {*worst, 3, 4}
+    again = pictures.choose_queries(scores, 4, 5, seed=1)
+    assert worst.tolist() == again[0].tolist() and others.tolist() == again[1].tolist()
+    assert others.tolist() != pictures.choose_queries(scores, 4, 5, seed=2)[1].tolist()
+
+
+def test_choice_among_equals_depends_on_the_seed_and_on_nothing_else():
+    choices = [pictures.choose_queries(np.zeros(1000), 5, 5, seed)[0].tolist() for seed in (0, 1, 0)]
+    assert choices[0] == choices[2] != choices[1]
+    assert choices[0] != [0, 1, 2, 3, 4]
+
+
+def test_choice_from_too_few():
+    worst, others = pictures.choose_queries(np.array([0.5, np.nan, 0.1]), 4, 4, seed=0)
+    assert worst.tolist() == [2, 0] and others.tolist() == []
+    worst, others = pictures.choose_queries(np.array([]), 4, 4, seed=0)
+    assert len(worst) == len(others) == 0
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Image files of all kinds, one that is cut and one that is not there."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for mode, suffix in (("RGB", "jpg"), ("L", "png"), ("P", "png"), ("RGBA", "png"), ("CMYK", "jpg")):
+        picture(1, 1, 60, mode).save(folder / f"{mode}.{suffix}")
+    picture(1, 2, 300).crop((0, 0, 300, 40)).save(folder / "wide.png")
+    Image.fromarray(np.full((40, 40), 40000, np.uint16)).save(folder / "deep.png")
+    (folder / "cut.jpg").write_bytes((folder / "RGB.jpg").read_bytes()[:300])
+    names = ("RGB.jpg", "L.png", "P.png", "RGBA.png", "CMYK.jpg", "wide.png", "deep.png", "cut.jpg", "absent.png")
+    return [folder / name for name in names]
+
+
+def test_neighbours(tmp_path, images):
+    path = tmp_path / "neighbours.png"
+    queries, k = 3, len(images)
+    right = np.zeros((queries, k), bool)
+    right[:, :4] = True
+    similar = np.linspace(1, -1, queries * k).reshape(queries, k)
+    pictures.neighbours(images[:queries], [images] * queries, right, similar, ["a $ b", "c" * 500, "日本 $x_{"], path)
+    pixels = read(path)
+    assert pixels.shape[1] > pixels.shape[0] > 400
+    assert share(pixels, pictures.GREEN) > share(pixels, pictures.RED) * 0.8 > 0.002  # solid against dashed frames
+    assert share(pixels, pictures.GREY, 0) > 0.02  # two placeholders a row
+    assert share(pixels, "#9c9c9c", 1) > 0.01  # 40000 of 65535, not clipped to white
+
+
+def test_neighbours_right_and_wrong_differ_without_colour(tmp_path, images):
+    grey = []
+    for right in (True, False):
+        pictures.neighbours(images[:1], [images[:1]], [[right]], [[0.5]], ["query"], tmp_path / "n.png")
+        grey.append(read(tmp_path / "n.png").mean(axis=2) < 200)
+    assert (grey[0] != grey[1])[70:].sum() > 500
+
+
+def test_neighbours_of_different_number(tmp_path, images):
+    path = tmp_path / "neighbours.png"
+    pictures.neighbours(images[:2], [images[:2], []], [[True, False], []], [[0.9, 0.1], []], ["two", "none"], path)
+    assert share(read(path), pictures.GREEN) > 0.001
+    with pytest.raises(ValueError, match="same shape"):
+        pictures.neighbours(images[:1], [images[:2]], [[True]], [[0.9, 0.1]], ["query"], path)
+    with pytest.raises(ValueError, match="no query"):
+        pictures.neighbours([], [], [], [], [], path)
+
+
+def incidence(labels, seed=0):
+    """A plausible H of a batch."""
+    classes = np.unique(labels)
+    H = np.random.default_rng(seed).uniform(0.05, 0.4, (len(labels), len(classes)))
+    H[labels[:, None] == classes[None, :]] = 1
+    return H
+
+
+@pytest.mark.parametrize("batch, classes", [(1, 1), (32, 100), (32, 11318), (180, 11318)])
+def test_hypergraph(tmp_path, batch, classes):
+    labels = np.random.default_rng(1).integers(0, classes, batch)
+    names = [f"{c:05d}.A_rather_long_name_of_a_class_$" for c in range(classes)]
+    pictures.hypergraph(incidence(labels), labels, names, tmp_path / "h.png")
+    pixels = read(tmp_path / "h.png")
+    assert pixels.shape == (950, 1100, 3)
+    assert share(pixels, "#fde725") > 0.0005  # membership 1
+    assert share(pixels, "#ffffff", 0) < 0.8
+
+
+def test_hypergraph_groups_the_samples_by_class(tmp_path):
+    labels = np.array([7, 2, 7, 2, 7, 2])
+    H, names = incidence(labels), [str(c) for c in range(8)]
+    pictures.hypergraph(H, labels, names, tmp_path / "mixed.png")
+    order = np.argsort(labels, kind="stable")
+    pictures.hypergraph(H[order], labels[order], names, tmp_path / "sorted.png")
+    assert (tmp_path / "mixed.png").read_bytes() == (tmp_path / "sorted.png").read_bytes()
+    with pytest.raises(ValueError, match=r"must be \(6, 2\)"):
+        pictures.hypergraph(H.T, labels, names, tmp_path / "wrong.png")
+    assert not (tmp_path / "wrong.png").exists()
+
+
+def clusters(classes, per_class, dimensions=16):
+    random = np.random.default_rng(0)
+    labels = np.repeat(np.arange(classes), per_class)
+    centres = random.normal(size=(classes, dimensions)).astype(np.float32)
+    noise = 0.1 * random.normal(size=(len(labels), dimensions)).astype(np.float32)
+    return centres[labels] + noise, labels, [f"class {c}" for c in range(classes)]
+
+
+@pytest.mark.parametrize("classes, per_class", [(100, 20), (11316, 5)])
+def test_embedding_map(tmp_path, classes, per_class):
+    embeddings, labels, names = clusters(classes, per_class)
+    pictures.embedding_map(embeddings, labels, names, tmp_path / "map.png", max_points=150)
+    pixels = read(tmp_path / "map.png")
+    assert pixels.shape == (800, 1130, 3)
+    assert 0.001 < (pixels.max(axis=2) - pixels.min(axis=2) > 60).mean() < 0.2  # coloured points
+
+
+def test_embedding_map_says_of_how_many_and_by_which_method(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: figures.append(figure.axes[0]))
+    embeddings, labels, names = clusters(300, 4)
+    for method in ("tsne", "pca"):
+        pictures.embedding_map(embeddings, labels, names, tmp_path / "map.png", method, max_classes=8)
+    pictures.embedding_map(embeddings[:8], labels[:8], names, tmp_path / "map.png")
+    titles = [axes.get_title() for axes in figures]
+    assert titles == [
+        "t-SNE of 32 of 1,200 images, 8 of 300 classes",
+        "PCA of 32 of 1,200 images, 8 of 300 classes",
+        "PCA of 8 of 8 images, 2 of 2 classes",
+    ]
+    assert "of the variance" in figures[1].get_xlabel()
+    assert len(figures[0].get_legend().get_texts()) == 8
+
+
+@pytest.mark.parametrize("most, expected", [(2000, (20, 400)), (50, (2, 40)), (15, (1, 15))])
+def test_embedding_map_takes_whole_classes(most, expected):
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(100), 20))
+    classes, sizes = np.unique(labels, return_counts=True)
+    chosen, points = pictures._choose_points(labels, classes, sizes, seed=0, max_points=most, max_classes=20)
+    assert (len(chosen), len(points)) == expected
+    assert set(labels[points]) == set(chosen) and len(set(points)) == len(points)
+
+
+def test_principal_components_are_those_of_scikit_learn():
+    from sklearn.decomposition import PCA
+
+    X = np.random.default_rng(0).normal(size=(40, 6))
+    plane, shares = pictures._principal_components(X)
+    reference = PCA(2).fit(X)
+    assert np.allclose(np.abs(plane), np.abs(reference.transform(X)))
+    assert np.allclose(shares, reference.explained_variance_ratio_)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (1, 1), (40, 1), (2, 8)])
+def test_embedding_map_of_hardly_anything(tmp_path, shape):
+    embeddings = np.ones(shape, np.float32)  # all on one point
+    pictures.embedding_map(embeddings, np.arange(len(embeddings)) % 2, ["a", "b"], tmp_path / "map.png")
+    assert share(read(tmp_path / "map.png"), "#1f77b4", 60) > 1e-5
+
+
+def test_embedding_map_refuses(tmp_path):
+    embeddings, labels, names = clusters(4, 5)
+    path = tmp_path / "map.png"
+    for arguments, match in (
+        ((embeddings, labels, names, path, "umap"), "tsne or pca"),
+        ((embeddings, labels[1:], names, path), "expected"),
+        ((embeddings[:0], labels[:0], names, path), "expected"),
+        ((embeddings * np.nan, labels, names, path), "NaN"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            pictures.embedding_map(*arguments)
+    assert not path.exists()
+
+
+def test_a_failed_picture_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "curves.png"
+    pictures.curves(history(3), path)
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(os, "replace", fail)
+        pictures.curves(history(4), path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["curves.png"]
+
+
+def test_pyplot_is_never_imported(tmp_path):
+    code = (
+        "import sys, pictures, pathlib; "
+        "pictures.curves([{'phase': 'untrained', 'epoch': 0, 'R@1': 0.5}], pathlib.Path('c.png')); "
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=60,
+                   env={**os.environ, "PYTHONPATH": os.path.dirname(pictures.__file__)})  # fmt: skip
