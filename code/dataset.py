@@ -4,52 +4,23 @@
     python code/dataset.py download cub                # fetch it (cub, SOP), or say where to get it
     python code/dataset.py show cub --output cub.png   # look at it before training
 
-What lies where under the data root (data/ beside code/ unless --data-root says otherwise):
-
-    cub      CUB_200_2011/images/NNN.Name/*.jpg
-    cars     cars196/, in one of the three layouts described at read_cars
-    SOP      Stanford_Online_Products/{Ebay_train.txt, Ebay_test.txt, *_final/*.JPG}
-    Inshop   Inshop_Clothes/{Img/img/..., Eval/list_eval_partition.txt}
-    glyphs   glyphs/, written on first use
-    folder   the data root is the folder (or CSV file) itself, see read_folder
+layouts.py says what lies where under the data root.
 """
 
-import csv
-import functools
-import io
 import os
-import re
+import signal
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from glyphs import ensure_glyphs
+from layouts import Listing, check_splits, compare_counts, missing_files, read_listing, split_by_class
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 
-DATA_ROOT = Path(__file__).resolve().parent.parent / "data"
-DATASETS = ("cub", "cars", "SOP", "Inshop", "glyphs", "folder")
-
-# (images, classes) of each split as published
-PUBLISHED = {
-    "cub": {"train": (5864, 100), "test": (5924, 100)},
-    "cars": {"train": (8054, 98), "test": (8131, 98)},
-    "SOP": {"train": (59551, 11318), "test": (60502, 11316)},
-    "Inshop": {"train": (25882, 3997), "query": (14218, 3985), "gallery": (12612, 3985)},
-    "glyphs": {"train": (2000, 100), "test": (2000, 100)},
-}
 RECALL_AT = {"SOP": (1, 10, 100, 1000), "Inshop": (1, 10, 20, 30, 40, 50)}  # all others: 1 2 4 8 16 32
-HOMES = {
-    "cub": "CUB_200_2011",
-    "cars": "cars196",
-    "SOP": "Stanford_Online_Products",
-    "Inshop": "Inshop_Clothes",
-}
-CARS_CLASSES, SOP_CLASSES = 196, 22634
-
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -90,389 +61,7 @@ class Benchmark:
     warnings: tuple[str, ...] = ()
 
 
-# ---------------------------------------------------------------- reading what lies on disk
-
-@dataclass
-class Listing:
-    """What a reader found: per split, pairs of (path relative to root, class id).
-
-    The splits are train + test, or train + query + gallery, or all (then split by class, first half trains).
-    source names the list files that gave the paths, None if the folders themselves were walked.
-    """
-
-    root: Path
-    splits: dict[str, list[tuple[str, int | str]]]
-    source: str | None = None
-    names: dict[int | str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-
-def not_there(name: str, path: Path) -> FileNotFoundError:
-    return FileNotFoundError(f"{path} is not there; `python code/dataset.py download {name}` fetches it or "
-                             f"says where it is, --data-root names the folder that holds {HOMES[name]}")
-
-
-def bad_line(list_file: Path, number: int, expected: str, found: str) -> ValueError:
-    return ValueError(f"{list_file}, line {number}: expected {expected}, found {found[:80]!r}")
-
-
-def is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= 9
-
-
-def read_lines(path: Path, name: str) -> list[str]:
-    """The lines of a list file of the benchmark `name`, without blanks around them."""
-    if not path.is_file():
-        raise not_there(name, path)
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file (byte {error.start} is no UTF-8)") from None
-    return [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
-
-
-def inside_root(path: str, list_file: Path, line: int) -> str:
-    """The path as it is; ValueError if it leads out of the data folder."""
-    if not path or "\0" in path or re.match(r"[A-Za-z]:|[\\/]", path) or ".." in re.split(r"[\\/]", path):
-        raise bad_line(list_file, line, "a path inside the data folder", path)
-    return path
-
-
-@functools.lru_cache(maxsize=1)
-def image_suffixes() -> frozenset[str]:
-    """Suffixes of the formats Pillow can open; it knows a few more by name, but cannot decode them."""
-    only_by_name = {"BUFR", "GRIB", "HDF5", "MPEG"}
-    known = Image.registered_extensions()  # also loads Pillow's plugins
-    return frozenset(s for s, name in known.items() if name in Image.OPEN and name not in only_by_name)
-
-
-def find_images(folder: Path, prefix: str) -> tuple[list[str], int]:
-    """All images under folder in sorted order, as prefix/name, and the number of other files."""
-    found, others = [], 0
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.name.startswith("."):  # macOS leaves a ._name beside each name
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            deeper, more = find_images(Path(entry.path), f"{prefix}/{entry.name}")
-            found += deeper
-            others += more
-        elif os.path.splitext(entry.name)[1].lower() in image_suffixes():
-            found.append(f"{prefix}/{entry.name}")
-        else:
-            others += 1
-    return found, others
-
-
-def class_folders(folder: Path) -> list[str]:
-    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
-
-
-def read_class_folders(root: Path, inside: str, notes: list[str]) -> list[tuple[str, str]]:
-    """The images of root/inside/<class>/ with the folder's name as the class id (inside may be '')."""
-    pairs, others = [], 0
-    for name in class_folders(root / inside):
-        found, more = find_images(root / inside / name, f"{inside}/{name}" if inside else name)
-        if not found:
-            raise ValueError(f"{root / inside / name}: the class folder holds no image; fill it or remove it")
-        pairs += [(path, name) for path in found]
-        others += more
-    if others:
-        notes.append(f"{root / inside}: {others:,} files that are not images were skipped")
-    return pairs
-
-
-def read_cub(root: Path) -> Listing:
-    """root/images/NNN.Name/*: the class id is the folder's number. The layout of glyphs, too."""
-    if not (root / "images").is_dir():
-        raise not_there("cub", root / "images")
-    numbers = {}
-    for name in class_folders(root / "images"):
-        number = name.partition(".")[0]
-        if not is_number(number) or int(number) < 1:
-            raise ValueError(f'{root / "images" / name}: a class folder begins with its number: 001.Name')
-        if int(number) in numbers.values():
-            raise ValueError(f'{root / "images" / name}: a second class folder with the number {number}')
-        numbers[name] = int(number)
-    notes = []
-    pairs = [(path, numbers[name]) for path, name in read_class_folders(root, "images", notes)]
-    return Listing(root, {"all": pairs}, names={i: name for name, i in numbers.items()}, notes=notes)
-
-
-def read_mat(path: Path) -> dict:
-    """The variables of a MATLAB file."""
-    from scipy.io import loadmat  # comes with scikit-learn; only Cars needs it
-
-    if not path.is_file():
-        raise not_there("cars", path)
-    try:
-        return loadmat(path)
-    except Exception as error:  # on a broken file, scipy raises whatever it stumbles over
-        raise ValueError(f"{path}: not a readable .mat file ({one_line(error)})") from None
-
-
-def read_car_annotations(path: Path, file_field: str, folder: str = "") -> list[tuple[str, int]]:
-    annotations = read_mat(path).get("annotations", np.empty(0))
-    for wanted in (file_field, "class"):
-        if wanted not in (annotations.dtype.names or ()):
-            raise ValueError(f"{path}: its `annotations` have no field {wanted!r}")
-    pairs = []
-    for number, row in enumerate(annotations.ravel(), 1):
-        try:
-            # Each value is a 1×1 array; int() of one is an error in newer NumPy.
-            file, class_id = str(row[file_field].item()), int(row["class"].item())
-        except (AttributeError, TypeError, ValueError, OverflowError):
-            raise ValueError(f"{path}: annotation {number} is malformed") from None
-        if not 1 <= class_id <= CARS_CLASSES:
-            raise ValueError(f"{path}: annotation {number} has class {class_id}, not 1 to {CARS_CLASSES}")
-        pairs.append((inside_root(folder + file, path, number), class_id))
-    return pairs
-
-
-def read_car_names(path: Path) -> dict[int, str]:
-    """Class id → name, for the eye only: empty where the file or the names are not there."""
-    names = np.asarray(read_mat(path).get("class_names", []) if path.is_file() else [], dtype=object)
-    return {i: str(name.item()) for i, name in enumerate(names.ravel(), 1)
-            if isinstance(name, np.ndarray) and name.size == 1}
-
-
-def read_cars(root: Path) -> Listing:
-    """Cars-196 in whichever of its layouts is there:
-
-    1. cars_annos.mat, car_ims/NNNNNN.jpg;
-    2. cars_train/, cars_test/, devkit/cars_train_annos.mat, and cars_test_annos_withlabels.mat here or in
-       devkit/: both parts together are split by class;
-    3. Kaggle's "by classes folder": names.csv, anno_train.csv, anno_test.csv,
-       car_data/car_data/{train,test}/<class name>/.
-    """
-    if (root / "cars_annos.mat").is_file():
-        annotations = root / "cars_annos.mat"
-        return Listing(root, {"all": read_car_annotations(annotations, "relative_im_path")}, str(annotations),
-                       read_car_names(annotations))
-    if (root / "names.csv").is_file():
-        return read_kaggle_cars(root)
-    if not any((root / name).is_dir() for name in ("devkit", "cars_train", "cars_test")):
-        raise not_there("cars", root / "cars_annos.mat (or names.csv, or devkit/)")
-
-    def find(name):  # some copies have the test annotations beside devkit/, some inside
-        return root / name if (root / name).is_file() else root / "devkit" / name
-
-    test_file = find("cars_test_annos_withlabels.mat")
-    if not test_file.is_file() and find("cars_test_annos.mat").is_file():
-        raise FileNotFoundError(f'{root / test_file.name} is not there, {find("cars_test_annos.mat")} has '
-                                'no labels; `python code/dataset.py download cars` says where to get it')
-    train_file = find("cars_train_annos.mat")
-    pairs = read_car_annotations(train_file, "fname", "cars_train/")
-    pairs += read_car_annotations(test_file, "fname", "cars_test/")
-    return Listing(root, {"all": pairs}, f"{train_file} or {test_file.name}",
-                   read_car_names(find("cars_meta.mat")))
-
-
-def read_kaggle_cars(root: Path) -> Listing:
-    names = [name.strip('"') for name in read_lines(root / "names.csv", "cars") if name]
-    pairs = []
-    for part in ("train", "test"):
-        list_file = root / f"anno_{part}.csv"
-        for number, line in enumerate(read_lines(list_file, "cars"), 1):
-            columns = [column.strip() for column in line.split(",")]
-            if not line:
-                continue
-            if len(columns) != 6 or not is_number(columns[5]):
-                raise bad_line(list_file, number, "file,x1,y1,x2,y2,class", line)
-            class_id = int(columns[5])
-            if not 1 <= class_id <= len(names):
-                raise bad_line(list_file, number, f"a class from 1 to {len(names)}, as in names.csv", line)
-            folder = names[class_id - 1].replace("/", "-")
-            path = inside_root(f"car_data/car_data/{part}/{folder}/{columns[0]}", list_file, number)
-            pairs.append((path, class_id))
-    return Listing(root, {"all": pairs}, str(root / "anno_*.csv"), dict(enumerate(names, 1)))
-
-
-def read_sop(root: Path) -> Listing:
-    """root/Ebay_train.txt and Ebay_test.txt: a header, then `image_id class_id super_class_id path`."""
-    header = "image_id class_id super_class_id path"
-    splits = {}
-    for split in ("train", "test"):
-        list_file = root / f"Ebay_{split}.txt"
-        lines = read_lines(list_file, "SOP")
-        if lines[0].split() != header.split():
-            raise bad_line(list_file, 1, f"the header {header!r}", lines[0])
-        splits[split] = []
-        for number, line in enumerate(lines[1:], 2):
-            columns = line.split()
-            if not columns:
-                continue
-            if len(columns) != 4 or not all(is_number(column) for column in columns[:3]):
-                raise bad_line(list_file, number, repr(header), line)
-            class_id = int(columns[1])
-            if not 1 <= class_id <= SOP_CLASSES:
-                raise bad_line(list_file, number, f"a class_id from 1 to {SOP_CLASSES}", line)
-            splits[split].append((inside_root(columns[3], list_file, number), class_id))
-    return Listing(root, splits, str(root / "Ebay_*.txt"))
-
-
-def read_inshop(root: Path) -> Listing:
-    """root/Eval/list_eval_partition.txt: a count, a header, then `image_name item_id evaluation_status` in
-    columns padded with blanks; the images lie under root/Img."""
-    list_file = root / "Eval" / "list_eval_partition.txt"
-    header = "image_name item_id evaluation_status"
-    lines = read_lines(list_file, "Inshop")
-    if not is_number(lines[0]):
-        raise bad_line(list_file, 1, "the number of images", lines[0])
-    if "".join(lines[1:2]).split() != header.split():
-        raise bad_line(list_file, 2, f"the header {header!r}", "".join(lines[1:2]))
-    splits = {"train": [], "query": [], "gallery": []}
-    for number, line in enumerate(lines[2:], 3):
-        columns = line.split()
-        if not columns:
-            continue
-        if len(columns) != 3 or not re.fullmatch(r"id_[0-9]{1,9}", columns[1]) or columns[2] not in splits:
-            raise bad_line(list_file, number, "a path, id_NNNNNNNN and train, query or gallery", line)
-        splits[columns[2]].append((inside_root(f"Img/{columns[0]}", list_file, number), columns[1]))
-    listed = sum(len(pairs) for pairs in splits.values())
-    notes = []
-    if listed != int(lines[0]):
-        notes.append(f"{list_file}: line 1 promises {lines[0]} images, {listed} follow")
-    return Listing(root, splits, str(list_file), notes=notes)
-
-
-def read_folder(root: Path) -> Listing:
-    """Your own images, under any names:
-
-    DIR/train/<class>/..., DIR/test/<class>/...             the test images search among themselves
-    DIR/train/<class>/..., DIR/query/..., DIR/gallery/...   the queries search in the gallery
-    DIR/<class>/...                                         split by class, the first in sorted order train
-    FILE.csv, or a DIR with one and no class folders        see read_csv
-    """
-    if root.is_file():
-        return read_csv(root)
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not there; --data-root names your folder of images or .csv file")
-    folders = class_folders(root)
-    lists = sorted(path for path in root.glob("*.csv") if path.is_file() and not path.name.startswith("."))
-    if len(folders) < 2 and len(lists) == 1:  # a single folder holds what the list names
-        return read_csv(lists[0])
-    if len(folders) < 2:
-        raise ValueError(f"{root}: it has {len(folders)} folders and {len(lists)} .csv files; needed are the "
-                         "folders train and test, or train, query and gallery, or one per class, or one .csv "
-                         "file")
-    notes = [f"{path} is not read, the folders beside it are; --data-root {path} reads it" for path in lists]
-    for parts in (("train", "query", "gallery"), ("train", "test")):
-        if set(parts) <= set(folders):
-            notes += [f"{root / name} is not used" for name in folders if name not in parts]
-            return Listing(root, {part: read_class_folders(root, part, notes) for part in parts}, notes=notes)
-    if "train" in folders:
-        raise ValueError(f"{root}: beside train there must be test, or query and gallery")
-    return Listing(root, {"all": read_class_folders(root, "", notes)}, notes=notes)
-
-
-def read_csv(list_file: Path) -> Listing:
-    """Columns path, label and split (train and test, or train, query and gallery); without a column split the
-    classes are split, the first in alphabetical order train. Paths are relative to the file's folder."""
-    rows = csv.reader(io.StringIO("\n".join(read_lines(list_file, "folder"))))
-    splits = {}
-    try:
-        columns = [name.strip().lower() for name in next(rows, [])]
-        if sorted(columns) not in (["label", "path"], ["label", "path", "split"]):
-            raise bad_line(list_file, 1, "the columns path,label,split", ",".join(columns))
-        for row in filter(None, rows):
-            values = dict(zip(columns, (value.strip() for value in row), strict=False))
-            split = values.get("split", "all")
-            known = split in ("train", "test", "query", "gallery") or "split" not in columns
-            if len(row) != len(columns) or not values["label"] or not known:
-                raise bad_line(list_file, rows.line_num, "path,label" if "split" not in columns else
-                               "path,label,split (train, test, query or gallery)", ",".join(row))
-            path = inside_root(values["path"], list_file, rows.line_num)
-            splits.setdefault(split, []).append((path, values["label"]))
-    except csv.Error as error:
-        raise ValueError(f"{list_file}, line {rows.line_num}: {error}") from None
-    for parts in (("all",), ("train", "test"), ("train", "query", "gallery")):
-        if set(splits) == set(parts):
-            return Listing(list_file.parent, {part: splits[part] for part in parts}, str(list_file))
-    raise ValueError(f'{list_file}: the splits in it are {", ".join(splits) or "none"}; needed are train '
-                     'and test, or train, query and gallery')
-
-
-def read_listing(name: str, data_root: Path) -> Listing:
-    """The listing of one benchmark; whether listed files are there is not looked at."""
-    data_root = Path(data_root)
-    if name == "glyphs":
-        return read_cub(ensure_glyphs(data_root))
-    if name == "folder":
-        return read_folder(data_root)
-    readers = {"cub": read_cub, "cars": read_cars, "SOP": read_sop, "Inshop": read_inshop}
-    if name not in readers:
-        raise ValueError(f'{name!r} is no dataset; there are {", ".join(DATASETS)}')
-    return readers[name](data_root / HOMES[name])
-
-
-def split_by_class(listing: Listing, train_classes: float) -> None:
-    """Turns the split `all` into train and test: the first classes in sorted order train."""
-    pairs = listing.splits.pop("all")
-    classes = sorted({class_id for _, class_id in pairs})
-    if len(classes) < 2:
-        raise ValueError(f"{listing.root}: {len(classes)} class with images found, at least 2 are needed: "
-                         "one to train on, another to test on")
-    train = set(classes[:min(max(round(train_classes * len(classes)), 1), len(classes) - 1)])
-    listing.splits["train"] = [pair for pair in pairs if pair[1] in train]
-    listing.splits["test"] = [pair for pair in pairs if pair[1] not in train]
-
-
-def count(pairs: list[tuple[str, int | str]]) -> tuple[int, int]:
-    """(images, classes)"""
-    return len(pairs), len({class_id for _, class_id in pairs})
-
-
-def compare_counts(name: str, listing: Listing) -> list[str]:
-    """Lines about counts that differ from the published ones, none if they agree."""
-    found = {split: count(pairs) for split, pairs in listing.splits.items()}
-    published = PUBLISHED.get(name, found)
-    if found == published:
-        return []
-    parts = [f"{split} {found[split][0]:,} images of {found[split][1]:,} classes "
-             f"(published {published[split][0]:,} of {published[split][1]:,})" for split in found]
-    lines = [f'{name}: the counts differ from the published ones: {", ".join(parts)}']
-    if name == "cub" and sum(images for images, _ in found.values()) == 6033:
-        lines.append("cub: 6,033 images are the 2010 edition, CUB-200, on which R@1 is lower; the benchmark "
-                     "is CUB-200-2011 with 11,788")
-    return lines
-
-
-def missing_files(listing: Listing) -> list[str]:
-    """Listed paths that are not files, found with one directory listing per folder: no stat for each file."""
-    files: dict[str, set[str]] = {}
-    missing = []
-    for pairs in listing.splits.values():
-        for path, _ in pairs:
-            folder, _, name = path.rpartition("/")
-            if folder not in files:
-                try:
-                    files[folder] = {e.name for e in os.scandir(listing.root / folder) if e.is_file()}
-                except OSError:
-                    files[folder] = set()
-            # The second look is for file systems that take another spelling for the same name.
-            if name not in files[folder] and not os.path.isfile(listing.root / path):
-                missing.append(path)
-    return missing
-
-
-def check_splits(listing: Listing) -> None:
-    """Raises ValueError for an empty split, a class in train and test, an image listed twice."""
-    source = listing.source or listing.root
-    for split, pairs in listing.splits.items():
-        if not pairs:
-            raise ValueError(f"{source}: no image in the split {split!r}")
-    train = {class_id for _, class_id in listing.splits["train"]}
-    for split, pairs in listing.splits.items():
-        shared = train & {class_id for _, class_id in pairs} if split != "train" else set()
-        if shared:
-            raise ValueError(f"{source}: train and {split} share {len(shared)} classes, as {min(shared)!r}; "
-                             "retrieval is tested on unseen classes: put each class into one of the two")
-    seen = set()
-    for pairs in listing.splits.values():
-        for path, _ in pairs:
-            if path in seen:
-                raise ValueError(f"{source}: {path} is listed twice")
-            seen.add(path)
+# ---------------------------------------------------------------- from lists to a benchmark
 
 
 def make_image_list(listing: Listing, splits: Iterable[str]) -> dict[str, ImageList]:
@@ -506,9 +95,10 @@ def load_benchmark(name: str, data_root: Path, train_classes: float = 0.5) -> Be
     if listing.source:
         missing = missing_files(listing)
         if missing:
-            raise FileNotFoundError(f"{listing.source} names {len(missing):,} images that are not there, "
-                                    f"the first is {listing.root / missing[0]}; `python code/dataset.py "
-                                    f"check {name}` names more")
+            raise FileNotFoundError(
+                f"{listing.source} names {len(missing):,} images that are not there, the first is "
+                f"{listing.root / missing[0]}; `python code/dataset.py check {name}` names more"
+            )
     train = make_image_list(listing, ["train"])["train"]
     if "test" in listing.splits:
         query, gallery = make_image_list(listing, ["test"])["test"], None
@@ -542,6 +132,7 @@ def split_validation(images: ImageList, share: float, seed: int) -> tuple[ImageL
 
 # ---------------------------------------------------------------- from a file to a tensor
 
+
 def read_rgb(path: str) -> Image.Image:
     """Decodes any image to 8-bit RGB. Raises UnreadableImage."""
     try:
@@ -561,7 +152,7 @@ def read_rgb(path: str) -> Image.Image:
             why = error.strerror
         elif isinstance(error, Image.UnidentifiedImageError):
             why = "not an image that Pillow knows"
-        raise UnreadableImage(f'{path}: cannot be decoded ({" ".join(why.split())})') from None
+        raise UnreadableImage(f"{path}: cannot be decoded ({' '.join(why.split())})") from None
 
 
 class ImageDataset(Dataset):
@@ -643,17 +234,6 @@ class ImageDataset(Dataset):
             return torch.zeros_like(self.transform(Image.new("RGB", (256, 256)))), -1
 
 
-def one_line(error: BaseException) -> str:
-    """The message of an error on one line. torch wraps an error of a worker process in its whole traceback:
-    of this, the original message."""
-    text = str(error).strip()
-    _, wrapped, traceback = text.rpartition("Traceback (most recent call last):\n")
-    if text.startswith("Caught ") and wrapped:
-        message = "\n".join(line for line in traceback.splitlines() if not line.startswith(" "))
-        text = re.sub(r"^[\w.]+: ", "", message)
-    return " ".join(text.split()) or type(error).__name__
-
-
 def reverse_channels(image: torch.Tensor) -> torch.Tensor:
     return image.flip(0)  # (3, H, W)
 
@@ -671,23 +251,28 @@ def train_transform(image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD, bgr=Fa
     mean and std belong to values of 0..scale and to the order of the channels after bgr: for BN-Inception
     scale is 255, bgr True, mean (104, 117, 128) and std (1, 1, 1).
     """
-    return transforms.Compose([
-        transforms.RandomResizedCrop(image_size),
-        transforms.RandomHorizontalFlip(),
-        *to_network_input(mean, std, bgr, scale),
-    ])
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(image_size),
+            transforms.RandomHorizontalFlip(),
+            *to_network_input(mean, std, bgr, scale),
+        ]
+    )
 
 
 def eval_transform(image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD, bgr=False, scale=1.0):
     """Shorter side to image_size · 256/224, of that the centre; otherwise as train_transform."""
-    return transforms.Compose([
-        transforms.Resize(round(image_size * 256 / 224)),
-        transforms.CenterCrop(image_size),
-        *to_network_input(mean, std, bgr, scale),
-    ])
+    return transforms.Compose(
+        [
+            transforms.Resize(round(image_size * 256 / 224)),
+            transforms.CenterCrop(image_size),
+            *to_network_input(mean, std, bgr, scale),
+        ]
+    )
 
 
 # ---------------------------------------------------------------- from images to batches
+
 
 def generator_for(*key: int) -> torch.Generator:
     """A generator of its own for each tuple of integers, neighbouring ones unrelated."""
@@ -702,6 +287,9 @@ class RandomBatches(Sampler):
     images_per_class = k: each batch is batch_size/k classes drawn without replacement and k images of each,
     all different where the class has k. Either way an epoch has N // batch_size batches.
 
+    Of several processes that train together, each gets an equal part of every batch, shard = (number of this
+    one, how many): put one behind the other, the parts are the batch of a single process.
+
     The seed beside each index makes its augmentation: so batches and augmentations are the same for any
     number of workers, whatever else draws random numbers, and in a resumed run. Call set_epoch before each
     epoch.
@@ -709,18 +297,33 @@ class RandomBatches(Sampler):
     Raises ValueError when the sizes do not fit.
     """
 
-    def __init__(self, labels: np.ndarray, batch_size: int, seed: int, images_per_class: int = 0):
+    def __init__(
+        self,
+        labels: np.ndarray,
+        batch_size: int,
+        seed: int,
+        images_per_class: int = 0,
+        shard: tuple[int, int] = (0, 1),
+    ):
         labels = np.asarray(labels)
         if not 1 <= batch_size <= len(labels):
             raise ValueError(f"batch size {batch_size}: it must be 1 to {len(labels)}, the training images")
         if images_per_class < 0 or images_per_class and batch_size % images_per_class:
             raise ValueError(f"{images_per_class} images per class do not divide the batch size {batch_size}")
+        rank, count = shard
+        if batch_size % count:
+            raise ValueError(
+                f"--batch-size {batch_size} is the whole batch, it cannot be dealt out to {count} processes evenly"
+            )
+        self.part = slice(rank * batch_size // count, (rank + 1) * batch_size // count)
         order = np.argsort(labels, kind="stable")
         boundaries = np.flatnonzero(np.diff(labels[order])) + 1
         self.members = [torch.from_numpy(part) for part in np.split(order, boundaries)]  # indices of a class
         if images_per_class and batch_size // images_per_class > len(self.members):
-            raise ValueError(f"batch size {batch_size} with {images_per_class} images per class needs "
-                             f"{batch_size // images_per_class} classes, there are {len(self.members)}")
+            raise ValueError(
+                f"batch size {batch_size} with {images_per_class} images per class needs "
+                f"{batch_size // images_per_class} classes, there are {len(self.members)}"
+            )
         self.num_images, self.batch_size, self.images_per_class = len(labels), batch_size, images_per_class
         self.seed, self.epoch = seed, 0
 
@@ -734,17 +337,18 @@ class RandomBatches(Sampler):
         generator = generator_for(self.seed, self.epoch)
         shuffled = torch.randperm(self.num_images, generator=generator)
         for step in range(len(self)):
-            batch = shuffled[step * self.batch_size:(step + 1) * self.batch_size]
+            batch = shuffled[step * self.batch_size : (step + 1) * self.batch_size]
             if self.images_per_class:
                 batch = self.balanced_batch(generator)
             seeds = torch.randint(2**63 - 1, (self.batch_size,), generator=generator)
-            yield list(zip(batch.tolist(), seeds.tolist(), strict=True))
+            # Every process draws the whole batch, so that all of them draw the same ones.
+            yield list(zip(batch[self.part].tolist(), seeds[self.part].tolist(), strict=True))
 
     def balanced_batch(self, generator: torch.Generator) -> torch.Tensor:
         """(batch_size,) indices, class after class"""
         k = self.images_per_class
         chosen = []
-        for c in torch.randperm(len(self.members), generator=generator)[:self.batch_size // k].tolist():
+        for c in torch.randperm(len(self.members), generator=generator)[: self.batch_size // k].tolist():
             members = self.members[c]
             # A class with fewer than k images gives all of them and begins again.
             rounds = [torch.randperm(len(members), generator=generator) for _ in range(-(-k // len(members)))]
@@ -752,33 +356,75 @@ class RandomBatches(Sampler):
         return torch.cat(chosen)
 
 
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def leave_stopping_to_the_parent(worker: int) -> None:
+    """Runs in each worker process. Ctrl-C reaches the whole process group: the parent, which finishes its step
+    first, still needs its workers. SIGTERM, whose handler they inherited, ends them as it ends any process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def worker_options(workers: int, pin_memory: bool) -> dict:
     """Loader options. torch sets its threads to 1 in each worker process by itself."""
+    workers = min(workers, available_cores())  # more would get in each other's way, and change nothing
     options = {"num_workers": workers, "pin_memory": pin_memory}
     if workers > 0:
-        options |= {"persistent_workers": True, "prefetch_factor": 4}
+        options |= {"persistent_workers": True, "prefetch_factor": 4, "worker_init_fn": leave_stopping_to_the_parent}
     # A generator of its own, or else every epoch would draw a number from the global one.
     return options | {"generator": torch.Generator()}
 
 
-def make_train_loader(images: ImageList, transform, batch_size: int, seed: int, images_per_class: int = 0,
-                      workers: int = 0, pin_memory: bool = False, skip_bad: bool = False) -> DataLoader:
+def make_train_loader(
+    images: ImageList,
+    transform,
+    batch_size: int,
+    seed: int,
+    images_per_class: int = 0,
+    workers: int = 0,
+    pin_memory: bool = False,
+    skip_bad: bool = False,
+    shard: tuple[int, int] = (0, 1),
+) -> DataLoader:
     """Batches of (N, 3, H, W) and (N,). Before each epoch call loader.batch_sampler.set_epoch(epoch).
 
-    Raises ValueError as RandomBatches does; iterating raises UnreadableImage (see one_line) unless skip_bad.
+    batch_size is that of all processes together; this one, number shard[0] of shard[1], gets its part of each.
+
+    Raises ValueError as RandomBatches does; iterating raises UnreadableImage unless skip_bad.
     """
-    batches = RandomBatches(images.labels, batch_size, seed, images_per_class)
-    return DataLoader(ImageDataset(images, transform, skip_bad), batch_sampler=batches,
-                      **worker_options(workers, pin_memory))
+    batches = RandomBatches(images.labels, batch_size, seed, images_per_class, shard)
+    return DataLoader(
+        ImageDataset(images, transform, skip_bad), batch_sampler=batches, **worker_options(workers, pin_memory)
+    )
 
 
-def make_eval_loader(images: ImageList, transform, batch_size: int, workers: int = 0,
-                     pin_memory: bool = False, skip_bad: bool = False) -> DataLoader:
-    """All images in order, none dropped. With skip_bad the scorer has to drop the rows with label -1."""
-    return DataLoader(ImageDataset(images, transform, skip_bad), batch_size=batch_size,
-                      **worker_options(workers, pin_memory))
+def make_eval_loader(
+    images: ImageList,
+    transform,
+    batch_size: int,
+    workers: int = 0,
+    pin_memory: bool = False,
+    skip_bad: bool = False,
+    shard: tuple[int, int] = (0, 1),
+) -> DataLoader:
+    """All images in order, none dropped. With skip_bad the scorer has to drop the rows with label -1.
+
+    Of shard[1] processes, this one, number shard[0], gets every shard[1]-th image from number shard[0] on: none
+    at all where there are fewer images than processes. len(loader.dataset) is the number of all images.
+    """
+    rank, count = shard
+    return DataLoader(
+        ImageDataset(images, transform, skip_bad),
+        batch_size=batch_size,
+        sampler=range(rank, len(images), count),
+        **worker_options(workers, pin_memory),
+    )
 
 
 if __name__ == "__main__":
     from datatools import main
-    main()
+    from flags import run_script
+
+    run_script(main)

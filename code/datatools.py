@@ -6,7 +6,9 @@ import http.client
 import os
 import re
 import shutil
+import signal
 import ssl
+import sys
 import tarfile
 import tempfile
 import time
@@ -21,24 +23,20 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from dataset import (
-    DATA_ROOT,
-    DATASETS,
+from dataset import UnreadableImage, available_cores, load_benchmark, read_rgb
+from flags import CODE, DATASETS, one_line
+from glyphs import ensure_glyphs, load_font
+from layouts import (
     HOMES,
     PUBLISHED,
     Listing,
-    UnreadableImage,
     check_splits,
     compare_counts,
     count,
-    load_benchmark,
     missing_files,
-    one_line,
     read_listing,
-    read_rgb,
     split_by_class,
 )
-from glyphs import ensure_glyphs, load_font
 from PIL import Image, ImageDraw, ImageOps
 from torchvision.datasets.utils import calculate_md5
 from tqdm import tqdm
@@ -55,10 +53,12 @@ class Archive:
 
 
 ARCHIVES = {
-    "cub": Archive("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
-                   "97eceeb196236b17998738112f37df78"),
-    "SOP": Archive("http://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip",
-                   "7f73d41a2f44250d4779881525aea32e"),
+    "cub": Archive(
+        "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78"
+    ),
+    "SOP": Archive(
+        "http://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip", "7f73d41a2f44250d4779881525aea32e"
+    ),
 }
 
 BY_HAND = {
@@ -80,6 +80,7 @@ Under {home} go
 
 # ---------------------------------------------------------------- check
 
+
 def try_decode(path: str) -> str | None:
     """What is wrong with the image, if anything."""
     try:
@@ -92,14 +93,15 @@ def try_decode(path: str) -> str | None:
 def decode_all(listing: Listing) -> list[str]:
     """Decodes every image of the listing on all cores; a line for each that fails."""
     paths = [os.path.join(listing.root, path) for pairs in listing.splits.values() for path, _ in pairs]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with ProcessPoolExecutor(cores) as pool:
-        results = tqdm(pool.map(try_decode, paths, chunksize=16), "decoding", len(paths), unit="image")
-        return [result for result in results if result]
+    # Ctrl-C reaches the whole process group; a worker that it ends would leave the pool waiting for ever.
+    ignore_interrupts = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    with ProcessPoolExecutor(available_cores(), **ignore_interrupts) as pool:
+        results = pool.map(try_decode, paths, chunksize=16)
+        return [result for result in tqdm(results, "decoding", len(paths), unit="image", disable=None) if result]
 
 
 def print_counts(name: str, listing: Listing) -> None:
-    print(f'{"split":<10}{"images":>10}{"classes":>10}{"published images":>20}{"classes":>10}')
+    print(f"{'split':<10}{'images':>10}{'classes':>10}{'published images':>20}{'classes':>10}")
     for split, pairs in listing.splits.items():
         published = PUBLISHED.get(name, {}).get(split, ("-", "-"))
         cells = [f"{n:,}" if isinstance(n, int) else n for n in (*count(pairs), *published)]
@@ -132,11 +134,12 @@ def check(name: str, data_root: Path, decode: bool = False) -> bool:
     for problem in problems:
         print(f"off: {problem}")
     if not problems:
-        print(f'{name}: nothing is off{"" if decode else " (images not opened; --decode opens them)"}')
+        print(f"{name}: nothing is off{'' if decode else ' (images not opened; --decode opens them)'}")
     return not problems
 
 
 # ---------------------------------------------------------------- download
+
 
 def fetch(url: str, part: Path, bar: tqdm) -> bool:
     """Appends to `part` what is missing of it, asking the server for the rest only; True if it is whole then.
@@ -176,15 +179,17 @@ def fetch_archive(archive: Archive, url: str, data_root: Path, attempts: int = 5
     whole = data_root / archive.file_name
     if not whole.exists():
         part = data_root / f"{archive.file_name}.part"
-        with tqdm(desc=archive.file_name, unit="B", unit_scale=True) as bar:
+        with tqdm(desc=archive.file_name, unit="B", unit_scale=True, disable=None) as bar:
             size = part.stat().st_size if part.exists() else 0
             in_vain = 0
             while not fetch(url, part, bar):
                 size, earlier = part.stat().st_size if part.exists() else 0, size
                 in_vain = 0 if size > earlier else in_vain + 1
                 if in_vain == attempts:
-                    raise OSError(f"{url}: the line was cut {attempts} times; {size:,} bytes are in {part}, "
-                                  "the same command goes on from there")
+                    raise OSError(
+                        f"{url}: the line was cut {attempts} times; {size:,} bytes are in {part}, "
+                        "the same command goes on from there"
+                    )
                 time.sleep(pause * (in_vain + 1))
         found = calculate_md5(part)
         if found != archive.md5:
@@ -220,7 +225,7 @@ def extract(archive: Path, home: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=home.parent) as scratch:
         try:
             size = archive.stat().st_size
-            bar = tqdm(desc="unpacking", total=size, unit="B", unit_scale=True)
+            bar = tqdm(desc="unpacking", total=size, unit="B", unit_scale=True, disable=None)
             with bar, open(archive, "rb") as file:
                 for name, content in archive_members(archive, file):
                     if re.match(r"[A-Za-z]:|[\\/]", name) or ".." in re.split(r"[\\/]", name):
@@ -246,7 +251,7 @@ def download(name: str, data_root: Path, url: str | None = None) -> None:
         print(f"glyphs: {ensure_glyphs(data_root)}")
         return
     if name not in HOMES:
-        raise ValueError(f'{name!r} cannot be downloaded; there are {", ".join(HOMES)} and glyphs')
+        raise ValueError(f"{name!r} cannot be downloaded; there are {', '.join(HOMES)} and glyphs")
     home = Path(data_root) / HOMES[name]
     if name in BY_HAND:
         print(BY_HAND[name].format(home=home))
@@ -284,7 +289,7 @@ def draw_split(title: str, images, num_classes: int, images_per_class: int) -> I
         top = 2 * CAPTION + row * row_height
         members = np.flatnonzero(images.labels == c)
         caption = f"{images.class_names[c]} ({len(members)})"
-        draw.text((MARGIN, top), caption[:int(width / 7)], "black", load_font(12))
+        draw.text((MARGIN, top), caption[: int(width / 7)], "black", load_font(12))
         for column, i in enumerate(spread(len(members), images_per_class)):
             path = os.path.join(images.root, images.paths[members[i]])
             corner = MARGIN + column * (THUMBNAIL + MARGIN), top + CAPTION
@@ -301,8 +306,7 @@ def show(name: str, data_root: Path, output: Path, num_classes: int = 8, images_
     parts = {"train": benchmark.train, "test" if benchmark.gallery is None else "query": benchmark.query}
     if benchmark.gallery is not None:
         parts["gallery"] = benchmark.gallery
-    columns = [draw_split(f"{name} {part}", images, num_classes, images_per_class)
-               for part, images in parts.items()]
+    columns = [draw_split(f"{name} {part}", images, num_classes, images_per_class) for part, images in parts.items()]
     width = sum(column.width for column in columns) + 16 * (len(columns) - 1)
     sheet = Image.new("RGB", (width, max(column.height for column in columns)), "white")
     left = 0
@@ -315,17 +319,26 @@ def show(name: str, data_root: Path, output: Path, num_classes: int = 8, images_
 
 # ---------------------------------------------------------------- command line
 
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dataset.py", allow_abbrev=False,
-                                     description="Check, download and look at the benchmarks.")
+    parser = argparse.ArgumentParser(
+        prog="dataset.py", allow_abbrev=False, description="Check, download and look at the benchmarks."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    for command, text in (("check", "compare what is on disk with what was published; exit status 1 if off"),
-                          ("download", "fetch cub or SOP; say where to get cars and Inshop"),
-                          ("show", "draw a contact sheet of some classes of each split")):
+    for command, text in (
+        ("check", "compare what is on disk with what was published; exit status 1 if off"),
+        ("download", "fetch cub or SOP; say where to get cars and Inshop"),
+        ("show", "draw a contact sheet of some classes of each split"),
+    ):
         sub = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
-        sub.add_argument("name", metavar="NAME", help=f'one of {", ".join(DATASETS)}')
-        sub.add_argument("--data-root", type=Path, default=DATA_ROOT, metavar="DIR",
-                         help="where the datasets lie; for folder, it or its .csv (default %(default)s)")
+        sub.add_argument("name", metavar="NAME", help=f"one of {', '.join(DATASETS)}")
+        sub.add_argument(
+            "--data-root",
+            type=Path,
+            default=CODE.parent / "data",
+            metavar="DIR",
+            help="where the datasets lie; for folder, it or its .csv (default %(default)s)",
+        )
         if command == "check":
             sub.add_argument("--decode", action="store_true", help="also decode every image, on all cores")
         if command == "download":
@@ -336,19 +349,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    parser = build_parser()
-    args = parser.parse_args()
-    sound = True
-    try:
-        if args.command == "check":
-            sound = check(args.name, args.data_root, args.decode)
-        elif args.command == "download":
-            download(args.name, args.data_root, args.url)
-        else:
-            show(args.name, args.data_root, args.output or Path(f"{args.name}.png"))
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"dataset.py: error: {one_line(error)}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "dataset.py: interrupted\n")
-    if not sound:
-        parser.exit(1)
+    args = build_parser().parse_args()
+    if args.command == "check":
+        if not check(args.name, args.data_root, args.decode):
+            sys.exit(1)
+    elif args.command == "download":
+        download(args.name, args.data_root, args.url)
+    else:
+        show(args.name, args.data_root, args.output or Path(f"{args.name}.png"))

@@ -28,14 +28,20 @@ class Processes(NamedTuple):
     count: int
 
 
-def start(gpu_id: int) -> tuple[Processes, int]:
-    """Join the process group if torchrun started this process: (Processes, number of the GPU to use).
+def processes() -> Processes:
+    if not dist.is_initialized():
+        return Processes(0, 1)
+    return Processes(dist.get_rank(), dist.get_world_size())
+
+
+def start(gpu_id: int) -> int:
+    """Join the process group if torchrun started this process; the number of the GPU to use, -1 for the CPU.
 
     Only process 0 speaks: the others' standard output and progress bars are silenced, their errors are not.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
-        return Processes(0, 1), gpu_id
+        return gpu_id
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     on_gpu = torch.cuda.is_available() and gpu_id >= 0
     if on_gpu and local_rank >= torch.cuda.device_count():
@@ -49,7 +55,7 @@ def start(gpu_id: int) -> tuple[Processes, int]:
     if rank != 0:
         sys.stdout = open(os.devnull, "w")
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
-    return Processes(rank, count), local_rank if on_gpu else -1
+    return local_rank if on_gpu else -1
 
 
 def stop() -> None:

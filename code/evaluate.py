@@ -17,6 +17,7 @@ import flags
 import metrics
 import net
 import numpy as np
+import pictures
 import runlog
 import torch
 
@@ -37,7 +38,10 @@ def main():
     device = runlog.choose_device(args.gpu_id)
     print(f"device: {runlog.describe_device(device)}")
 
+    num_bad = 0
     if args.embeddings:
+        if args.pictures:
+            raise ValueError("--pictures needs the images: give --model-path instead of --embeddings")
         query, gallery, ks, source = *read_embeddings(args.embeddings), str(args.embeddings)
     else:
         path = find_checkpoint(args, given)
@@ -52,48 +56,40 @@ def main():
         query = embed(network, benchmark.query, device, args)
         gallery = embed(network, benchmark.gallery, device, args) if benchmark.gallery is not None else None
         ks, source = benchmark.recall_at, str(path)
-    if args.save_embeddings:
-        save_embeddings(args.save_embeddings, query, gallery, ks)
-        print(f"embeddings: {args.save_embeddings}")
+        parts = [(benchmark.query, query), (benchmark.gallery, gallery)][: 2 if gallery else 1]
+        num_bad = sum(len(images) - len(part.rows) for images, part in parts)
+        if args.save_embeddings:
+            save_embeddings(args.save_embeddings, parts, ks)
+            print(f"embeddings: {args.save_embeddings}")
 
-    found = metrics.retrieval(
-        query["embeddings"],
-        query["labels"],
-        *((gallery["embeddings"], gallery["labels"]) if gallery else (None, None)),
-        ks=ks,
-        precision=bool(names & {"rp", "map"}),
-        memory_gib=args.search_memory,
-        device=device,
-        progress=True,
-    )
+    sets = (*query[:2], *(gallery[:2] if gallery else (None, None)))
+    precision = bool(names & {"rp", "map"})
+    found = metrics.retrieval(*sets, ks, precision, args.search_memory, device, progress=True)
     figures = {
         name: value
         for name, value in found.figures().items()
         if name.startswith("R@") or name.split("@")[0].lower() in names
     }
     if "nmi" in names:
-        everything = [query, gallery] if gallery else [query]
-        figures["NMI"] = metrics.nmi(
-            torch.cat([part["embeddings"] for part in everything]),
-            torch.cat([part["labels"] for part in everything]),
-            memory_gib=args.search_memory,
-            device=device,
-            progress=True,
+        everything = [torch.cat(parts) for parts in zip(query[:2], gallery[:2], strict=True)] if gallery else query[:2]
+        figures["NMI"] = metrics.nmi(*everything, memory_gib=args.search_memory, device=device, progress=True)
+    report(args, source, gallery, found, figures, num_bad)
+    if args.pictures:
+        args.pictures.mkdir(parents=True, exist_ok=True)
+        pictures.search(
+            args.pictures, found.per_query, query, benchmark.query, gallery, benchmark.gallery, metrics.nearest
         )
-    report(args, source, query, gallery, found, figures)
+        print(f"pictures: {args.pictures}/neighbours.png, {args.pictures}/embedding.png")
 
 
-def report(args, source, query, gallery, found, figures):
+def report(args, source, gallery, found, figures, num_bad):
     print(f"checkpoint: {source}")
-    print(
-        f"queries: {found.num_queries:,}, "
-        + (f"gallery: {len(gallery['labels']):,}" if gallery else "each among the others")
-    )
+    searched = f"gallery: {len(gallery.labels):,}" if gallery else "each among the others"
+    print(f"queries: {found.num_queries:,}, {searched}")
     if found.num_without_positive:
         print(f"left out: {found.num_without_positive:,} queries without another image of their class")
-    bad = query["num_bad"] + (gallery["num_bad"] if gallery else 0)
-    if bad:
-        print(f"left out: {bad:,} images that could not be decoded")
+    if num_bad:
+        print(f"left out: {num_bad:,} images that could not be decoded")
     if args.remark:
         print(f"remark: {args.remark}")
     for name, value in figures.items():
@@ -103,9 +99,9 @@ def report(args, source, query, gallery, found, figures):
             "checkpoint": source,
             "dataset": args.dataset,
             "queries": found.num_queries,
-            "gallery": len(gallery["labels"]) if gallery else None,
+            "gallery": len(gallery.labels) if gallery else None,
             "without_positive": found.num_without_positive,
-            "undecoded": bad,
+            "undecoded": num_bad,
             "figures": figures,
         }
         checkpoint.write_text(json.dumps(content, indent=2) + "\n", args.json)
@@ -140,26 +136,22 @@ def adopt_flags(parser, args, given, stored, path):
 
 
 def embed(network, images, device, args):
-    """{'embeddings' (N, D), 'labels' (N,), 'paths', 'num_bad'} of one split."""
+    """metrics.Embedded of one split."""
     transform = dataset.eval_transform(args.image_size, network.mean, network.std, network.bgr, network.scale)
     loader = dataset.make_eval_loader(
         images, transform, args.sz_batch, args.nb_workers, device.type == "cuda", args.skip_bad_images
     )
-    embeddings, labels = metrics.embed(network, loader, device, args.amp == "bf16", args.channels_last)
-    bad = set(loader.dataset.bad_paths)
-    paths = [path for path in images.paths if path not in bad]
-    return {"embeddings": embeddings, "labels": labels, "paths": paths, "num_bad": len(bad)}
+    return metrics.embed(network, loader, device, args.amp == "bf16", args.channels_last)
 
 
-def save_embeddings(path, query, gallery, ks):
+def save_embeddings(path, parts, ks):
     arrays = {"ks": np.array(ks)}
-    for part, prefix in ((query, ""), (gallery, "gallery_")):
-        if part:
-            arrays |= {
-                f"{prefix}embeddings": part["embeddings"].numpy(),
-                f"{prefix}labels": part["labels"].numpy(),
-                f"{prefix}paths": np.array(part["paths"]),
-            }
+    for (images, part), prefix in zip(parts, ("", "gallery_"), strict=False):
+        arrays |= {
+            f"{prefix}embeddings": part.embeddings.numpy(),
+            f"{prefix}labels": part.labels.numpy(),
+            f"{prefix}paths": np.array([images.paths[row] for row in part.rows]),
+        }
     checkpoint.write(lambda file: np.savez(file, **arrays), path)
 
 
@@ -171,16 +163,14 @@ def read_embeddings(path):
             for prefix in ("", "gallery_"):
                 if not prefix or f"{prefix}embeddings" in arrays:
                     embeddings, labels = arrays[f"{prefix}embeddings"], arrays[f"{prefix}labels"]
-                    parts.append(
-                        {"embeddings": torch.from_numpy(embeddings), "labels": torch.from_numpy(labels), "num_bad": 0}
-                    )
+                    tensors = torch.from_numpy(embeddings), torch.from_numpy(labels)
+                    parts.append(metrics.Embedded(*tensors, torch.arange(len(labels))))
             ks = tuple(int(k) for k in arrays["ks"]) if "ks" in arrays else (1, 2, 4, 8, 16, 32)
     except OSError:
         raise
     except Exception as error:  # a damaged archive fails in many ways
-        raise ValueError(
-            f"{path}: no embeddings that --save-embeddings wrote ({type(error).__name__}: {error})"
-        ) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: no embeddings that --save-embeddings wrote ({reason})") from error
     return parts[0], parts[1] if len(parts) > 1 else None, ks
 
 

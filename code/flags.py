@@ -7,6 +7,7 @@ flags behind it on the command line win.
 
 import argparse
 import math
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -71,6 +72,20 @@ class Parser(argparse.ArgumentParser):
         return args, given
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory is full: a smaller --batch-size or --amp bf16 needs less"
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    text = str(error).strip()
+    _, wrapped, traceback = text.rpartition("Traceback (most recent call last):\n")
+    if text.startswith("Caught ") and wrapped:  # torch copies the whole traceback of a loader's worker process
+        message = "\n".join(line for line in traceback.splitlines() if not line.startswith(" "))
+        text = re.sub(r"^[\w.]+: ", "", message)
+    return " ".join(text.split()) or type(error).__name__
+
+
 def run_script(main) -> None:
     """Run a script's main; what its user can put right is said in one line, with a non-zero exit.
 
@@ -81,15 +96,12 @@ def run_script(main) -> None:
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         if sys.flags.dev_mode:
             raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        message = lines[0]
-        if message.startswith("Caught "):  # a loader's worker process: its own words end the copied traceback
-            message = lines[-1].partition(": ")[2]
-        elif isinstance(error, torch.OutOfMemoryError):
-            message = "the GPU's memory is full: a smaller --batch-size or --amp bf16 needs less"
-        elif isinstance(error, OSError) and error.filename:
-            message = f"{error.filename}: {error.strerror}"
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {message}")
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {one_line(error)}")
+    except RuntimeError as error:
+        lost = torch.distributed.is_initialized() and any(word in str(error) for word in ("gloo", "NCCL", "peer"))
+        if not lost or sys.flags.dev_mode:
+            raise
+        sys.exit(f"{Path(sys.argv[0]).name}: error: another process of this run ended; its own message says why")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -194,7 +206,7 @@ def add_data_flags(parser: Parser, batch_size: int):
     return group
 
 
-def add_device_flags(parser: Parser) -> None:
+def add_device_flags(parser: Parser):
     group = parser.add_argument_group("device and speed")
     group.add_argument(
         "--gpu-id", type=whole(-1), default=0, help="GPU to use, -1 for the CPU; without any GPU the CPU is used"
@@ -203,7 +215,8 @@ def add_device_flags(parser: Parser) -> None:
         "--amp",
         choices=("off", "bf16"),
         default="off",
-        help="bf16: the network computes in bfloat16 where that is safe, the loss in float32; changes results slightly",
+        help="bf16: the network computes in bfloat16 where that is safe, the loss in float32; changes "
+        "results slightly. off: float32; convolutions on GPUs use TF32, as torch has always done by default",
     )
     group.add_argument(
         "--channels-last",
@@ -217,6 +230,7 @@ def add_device_flags(parser: Parser) -> None:
         default=1.0,
         help="memory the nearest-neighbour search may take, in GiB",
     )
+    return group
 
 
 def train_parser() -> Parser:
@@ -287,7 +301,14 @@ def train_parser() -> Parser:
     )
     optimisation.add_argument("--lr-decay-gamma", type=real(), default=0.5, help="factor of each drop")
 
-    add_device_flags(parser)
+    device = add_device_flags(parser)
+    device.add_argument(
+        "--compile",
+        type=binary,
+        default=0,
+        help="1: torch.compile the network for training; the first epoch begins slowly; changes results by rounding",
+    )
+
     run = parser.add_argument_group("run")
     run.add_argument(
         "--seed", type=whole(0), default=1, help="governs everything random: initial weights, batches, augmentation"
@@ -305,6 +326,11 @@ def train_parser() -> Parser:
         metavar="FILE",
         help="go on with an interrupted run from its last.pth: "
         "that of --run-num, of the newest run, or FILE; its stored flags apply",
+    )
+    run.add_argument(
+        "--wandb",
+        choices=("off", "offline", "online"),
+        help="record the run in wandb too; without this flag what WANDB_MODE says, else off",
     )
     run.add_argument("--remark", default="", help="a note that is kept with the run")
     return parser
@@ -329,5 +355,8 @@ def evaluate_parser() -> Parser:
     scores.add_argument("--save-embeddings", type=Path, metavar="FILE.npz", help="keep embeddings, labels and paths")
     scores.add_argument(
         "--embeddings", type=Path, metavar="FILE.npz", help="score these embeddings; no network, no images"
+    )
+    scores.add_argument(
+        "--pictures", type=Path, metavar="DIR", help="draw the nearest neighbours of some queries and a map of classes"
     )
     return parser

@@ -92,6 +92,31 @@ def embed(network, loader, device, amp=False, channels_last=False, description="
     return Embedded(embeddings[decoded], labels[decoded], decoded.nonzero()[:, 0])
 
 
+def evaluate(
+    network,
+    query_loader,
+    gallery_loader,
+    ks,
+    device,
+    amp=False,
+    channels_last=False,
+    memory_gib=1.0,
+    precision=False,
+    after_batch=lambda: None,
+) -> tuple[Retrieval, Embedded, Embedded | None]:
+    """Embed the loaders and search, every query among the gallery or, if that is None, among all other queries.
+
+    Returns the figures and what was embedded: (Retrieval, query, gallery or None).
+    """
+    options = dict(amp=amp, channels_last=channels_last, after_batch=after_batch)
+    query = embed(network, query_loader, device, description="embed queries" if gallery_loader else "embed", **options)
+    gallery = None
+    if gallery_loader is not None:
+        gallery = embed(network, gallery_loader, device, description="embed gallery", **options)
+    sets = (*query[:2], *(gallery[:2] if gallery else (None, None)))
+    return retrieval(*sets, ks, precision, memory_gib, device, progress=True), query, gallery
+
+
 def retrieval(
     query: Tensor,
     query_labels: Tensor,

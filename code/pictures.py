@@ -198,6 +198,36 @@ def _read_thumbnail(file: Path | str) -> np.ndarray | None:
         return None
 
 
+def search(
+    folder: Path, per_query: dict[str, np.ndarray], query, query_images, gallery, gallery_images, nearest
+) -> None:
+    """neighbours.png and embedding.png of one search in folder.
+
+    Args:
+        per_query: {'R@1': (Q,), …}, how well each query went.
+        query, gallery: metrics.Embedded; gallery None where the queries search among themselves.
+        query_images, gallery_images: the dataset.ImageList each was made of.
+        nearest: metrics.nearest.
+    """
+    recalls = [values for name, values in per_query.items() if name.startswith("R@")]
+    worst, others = choose_queries(np.mean(recalls, axis=0), 4, 4, seed=0)
+    chosen = np.concatenate([worst, others])
+    targets, images = (query, query_images) if gallery is None else (gallery, gallery_images)
+    itself = query.rows.new_tensor(chosen) if gallery is None else None
+    found, similarities = nearest(query.embeddings[chosen], targets.embeddings, 8, itself)
+    labels = query.labels[chosen]
+    names = query_images.class_names
+    neighbours(
+        [query_images.root / query_images.paths[query.rows[q]] for q in chosen],
+        [[images.root / images.paths[targets.rows[n]] for n in row] for row in found],
+        (targets.labels[found] == labels[:, None]).tolist(),
+        similarities.tolist(),
+        [f"{'worst' if n < len(worst) else 'random'} query: {names[label]}" for n, label in enumerate(labels.tolist())],
+        folder / "neighbours.png",
+    )
+    embedding_map(query.embeddings.numpy(), query.labels.numpy(), names, folder / "embedding.png")
+
+
 def hypergraph(H: np.ndarray, labels: np.ndarray, class_names: Sequence[str], path: Path) -> None:
     """The incidence matrix of a batch: how far each sample belongs to the hyperedge of each class.
 

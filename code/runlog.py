@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import platform
 import subprocess
 import sys
@@ -123,6 +124,55 @@ def console_line(row: dict, num_epochs: int) -> str:
         parts.append(f"lr {row['lr']:.3g}  {row['images_per_s']:.0f} img/s")
     parts.append(f"{row['seconds']:.1f} s")
     return "   ".join(parts)
+
+
+def start_wandb(mode: str | None, dataset: str, folder: Path, config: dict, tags: list[str], run_id: str | None):
+    """A wandb run, or None where it is off: project hist_DATASET, run run_N, kept in the run's folder.
+
+    mode: off, offline, online, or None for what WANDB_MODE says. run_id continues an earlier run. Never asks for a
+    key: online without one, or without the network, becomes offline and says so.
+
+    Raises:
+        ValueError: wandb was asked for and is not installed.
+    """
+    if mode is None:
+        mode = {"online": "online", "offline": "offline", "dryrun": "offline"}.get(os.environ.get("WANDB_MODE"), "off")
+    if mode == "off":
+        return None
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(f"--wandb {mode}: wandb is not installed (pip install wandb, or --wandb off)") from error
+    options = dict(project=f"hist_{dataset}", name=folder.name, config=config, tags=tags, dir=str(folder), id=run_id,
+                   resume="allow", settings=wandb.Settings(silent=True))  # fmt: skip
+    run = None
+    if mode == "online":
+        try:
+            run = wandb.init(mode="online", **options) if wandb.login(prompt=False) else None
+        except wandb.errors.Error as error:
+            print(f"wandb: {' '.join(str(error).split())[:100]}")
+        if run is None:
+            print("wandb: no key or no connection, recording offline; `wandb sync` sends it later")
+    run = run or wandb.init(mode="offline", **options)
+    run.define_metric("*", step_metric="epoch")
+    return run
+
+
+def log_to_wandb(run, row: dict, best: dict | None) -> None:
+    """One row; the summary keeps the best R@K and its epoch."""
+    if run is None:
+        return
+    run.log(row)
+    if best:
+        run.summary.update({f"best {name}": value for name, value in recalls(best).items()})
+        run.summary["best epoch"] = best["epoch"]
+
+
+def pictures_to_wandb(run, folder: Path) -> None:
+    if run is not None:
+        import wandb
+
+        run.log({path.stem: wandb.Image(str(path)) for path in sorted(folder.glob("*.png"))})
 
 
 def clear_folder(folder: Path, pattern: str = "*") -> None:

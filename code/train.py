@@ -21,14 +21,15 @@ from pathlib import Path
 
 import checkpoint
 import dataset
+import distributed
 import flags
 import metrics
 import net
 import numpy as np
+import pictures
 import runlog
 import torch
 from hist import HISTLoss
-from torch import nn
 from tqdm import tqdm
 
 EVALUATION_BATCH = 150  # as evaluate.py's default, so that both compute the very same figures
@@ -43,6 +44,7 @@ FREE_ON_RESUME = {
     "nb_workers",
     "gpu_id",
     "search_memory",
+    "wandb",
     "remark",
 }
 
@@ -52,32 +54,35 @@ class Interrupted(Exception):
 
 
 class StopSignals:
-    """Turns the first SIGTERM or Ctrl-C into an Interrupted at the next check(); a second one ends at once."""
+    """Notes the first SIGTERM or Ctrl-C, for the loops to stop at the next step; a second one ends at once."""
 
     def __init__(self):
-        self.number = None
+        self.number = 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
 
     def _note(self, number, frame):
-        if self.number is not None:
+        if self.number:
             os._exit(128 + number)
         self.number = number
 
     def check(self):
-        if self.number is not None:
+        """Raise Interrupted; of several processes none may leave alone, they agree in gather_batch."""
+        if self.number and distributed.processes().count == 1:
             raise Interrupted
 
 
 def main():
+    gpu_id = distributed.start(flags.train_parser().parse()[0].gpu_id)
+    processes = distributed.processes()
     args, state, run_folder = parse_flags()
     seed_everything(args.seed, args.deterministic)
-    device = runlog.choose_device(args.gpu_id)
-    print(f"device: {runlog.describe_device(device)}")
+    device = runlog.choose_device(gpu_id)
+    print(f"device: {runlog.describe_device(device)}" + (f", {processes.count} processes" * (processes.count > 1)))
 
     # Data
     benchmark = dataset.load_benchmark(args.dataset, args.data_root, args.train_classes)
-    for warning in benchmark.warnings:
+    for warning in benchmark.warnings if processes.rank == 0 else ():
         print(f"warning: {warning}", file=sys.stderr)
     train_images, validation_images = benchmark.train, None
     if args.val_classes > 0:
@@ -88,6 +93,8 @@ def main():
     weights = "none" if state else args.weights
     network = net.build(args.model, args.sz_embedding, weights, args.add_gmp, args.layer_norm, args.bn_freeze)
     network.to(device, memory_format=memory_format(args))
+    if not args.bn_freeze:
+        network = distributed.synchronise_batchnorm(network, device)
     criterion = HISTLoss(train_images.num_classes, args.sz_embedding, args.hgnn_hidden, args.tau, args.alpha, args.ls)
     criterion.to(device)
     optimizer = make_optimizer(network, criterion, args)
@@ -102,41 +109,49 @@ def main():
     epoch, history, best = -args.warm, [], None  # warm-up epochs are counted up to 0, training epochs from 1
     if state:
         epoch, history, best = restore(state, network, criterion, optimizer, scheduler, args.resume)
-        runlog.clear_folder(run_folder, ".*.tmp")
-    else:
+    elif processes.rank == 0:
         run_folder = begin_run_folder(args)
+    run_folder = distributed.from_first(run_folder)
+    log = RunFolder(run_folder, args, device, history, best, state.get("wandb_id") if state else None)
     print(f"run: {run_folder}" + (f", resumed behind epoch {epoch}" if state else ""))
-    origin = describe_origin(args, run_folder, device)
-    checkpoint.write_text(json.dumps(origin, indent=2) + "\n", run_folder / "args.json")
     stop = StopSignals()
 
     def finish_epoch(row, started):
-        row |= evaluate(network, evaluation_sets, benchmark.recall_at, device, args, stop)
-        row["seconds"] = time.monotonic() - started
-        history.append(row)
-        tqdm.write(runlog.console_line(row, args.nb_epochs))
-        return save_epoch(run_folder, args, origin, network, criterion, optimizer, scheduler, history, best)
+        figures, searched = evaluate(network, evaluation_sets, benchmark.recall_at, device, args, stop)
+        row |= figures | {"seconds": time.monotonic() - started}
+        if processes.rank == 0:
+            log.add(row, network, criterion, optimizer, scheduler)
+            log.refresh_pictures(network, criterion, train_loader, benchmark, searched, device)
 
     # Epochs
     try:
         if not history:
-            best = finish_epoch({"phase": "untrained", "epoch": epoch}, time.monotonic())
+            finish_epoch({"phase": "untrained", "epoch": epoch}, time.monotonic())
+        forward = loss = None
         while epoch < args.nb_epochs:
             epoch += 1
             warming_up = epoch <= 0
             row, started = {"phase": "warm-up" if warming_up else "train", "epoch": epoch}, time.monotonic()
             if args.warm > 0:
                 network.set_backbone_trainable(not warming_up)
+            if forward is None or epoch == 1:  # other parameters train from here on
+                forward, loss = distributed.wrap(network, device), distributed.wrap(criterion, device)
+                forward = torch.compile(forward) if args.compile else forward
             train_loader.batch_sampler.set_epoch(epoch + args.warm)
             title = runlog.epoch_title(row, args.nb_epochs)
-            row |= train_epoch(network, criterion, train_loader, optimizer, device, args, title, stop)
+            row |= train_epoch(network, forward, criterion, loss, train_loader, optimizer, device, args, title, stop)
             if not warming_up:
                 scheduler.step()
-            best = finish_epoch(row, started)
+            finish_epoch(row, started)
     except Interrupted:
-        print(f"\n{signal.Signals(stop.number).name}: stopped. {kept(run_folder, history)}", file=sys.stderr)
+        if processes.rank == 0:
+            print(f"\n{signal.Signals(stop.number).name}: stopped. {log.kept()}", file=sys.stderr)
         sys.exit(128 + stop.number)
-    print(summary(run_folder, args, history, best, train_loader.dataset.num_bad))
+    finally:
+        log.finish()
+    if processes.rank == 0:
+        print(log.summary(train_loader.dataset.num_bad))
+    distributed.stop()
 
 
 def parse_flags():
@@ -235,7 +250,12 @@ def memory_format(args):
 def make_loaders(args, network, benchmark, train_images, validation_images, device):
     """(training loader, [(prefix of its figures' names, query loader, gallery loader or None), …])."""
     pixels = dict(mean=network.mean, std=network.std, bgr=network.bgr, scale=network.scale)
-    options = dict(workers=args.nb_workers, pin_memory=device.type == "cuda", skip_bad=args.skip_bad_images)
+    options = dict(
+        workers=args.nb_workers,
+        pin_memory=device.type == "cuda",
+        skip_bad=args.skip_bad_images,
+        shard=distributed.processes(),
+    )
     transform = dataset.train_transform(args.image_size, **pixels)
     train_loader = dataset.make_train_loader(train_images, transform, args.sz_batch, args.seed, args.IPC, **options)
 
@@ -252,19 +272,25 @@ def make_loaders(args, network, benchmark, train_images, validation_images, devi
 
 
 def evaluate(network, evaluation_sets, ks, device, args, stop):
-    """{'R@1': …, 'R@2': …} of the test split, and before it {'val R@1': …} of held-out classes if there are any."""
-    figures = {}
+    """Score the test split, and before it the held-out classes if there are any.
+
+    Returns ({'R@1': …, 'R@2': …, 'val R@1': …}, (Retrieval, query, gallery or None) of the test split).
+    """
+    figures, searched = {}, None
+    options = dict(amp=args.amp == "bf16", channels_last=args.channels_last, after_batch=stop.check)
     for prefix, query_loader, gallery_loader in evaluation_sets:
-        options = dict(amp=args.amp == "bf16", channels_last=args.channels_last, after_batch=stop.check)
-        found = metrics.evaluate(
+        searched = metrics.evaluate(
             network, query_loader, gallery_loader, ks, device, memory_gib=args.search_memory, **options
         )
-        figures |= {prefix + name: value for name, value in found.figures().items()}
-    return figures
+        figures |= {prefix + name: value for name, value in searched[0].figures().items()}
+    return figures, searched
 
 
-def train_epoch(network: nn.Module, criterion, loader, optimizer, device, args, title, stop) -> dict[str, float]:
-    """One pass over the training images, warm-up or not: means of the loss and its terms, rates, images per second."""
+def train_epoch(network, forward, criterion, loss_of, loader, optimizer, device, args, title, stop):
+    """One pass over the training images, warm-up or not: {means of the loss and its terms, rates, images per second}.
+
+    forward and loss_of compute network and criterion, as they are or wrapped for several processes or compiled.
+    """
     network.train()
     criterion.train()
     if args.bn_freeze:
@@ -278,8 +304,9 @@ def train_epoch(network: nn.Module, criterion, loader, optimizer, device, args, 
         for step, (images, labels) in enumerate(loader, start=1):
             images = images.to(device, non_blocking=True, memory_format=memory_format(args))
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-                embeddings = network(images)
-            loss = criterion(embeddings, labels)
+                embeddings = forward(images)
+            embeddings, labels, stop_number = distributed.gather_batch(embeddings, labels, stop.number)
+            loss = loss_of(embeddings, labels)
             terms, arrived = to_host(torch.stack([loss.detach(), criterion.dist_loss, criterion.ce_loss]))
             optimizer.zero_grad()
             loss.backward()
@@ -297,10 +324,15 @@ def train_epoch(network: nn.Module, criterion, loader, optimizer, device, args, 
             totals += terms.numpy()
             bar.set_postfix(dict(zip(("loss", "dist", "ce"), totals / step, strict=True)), refresh=False)
             bar.update(len(labels))
-            stop.check()
+            if stop_number:
+                stop.number = stop_number
+                raise Interrupted
     seconds = time.monotonic() - started
     means = dict(zip(("loss", "dist_loss", "ce_loss"), (totals / len(loader)).tolist(), strict=True))
-    return means | rates | {"images_per_s": len(loader) * args.sz_batch / seconds}
+    row = means | rates | {"images_per_s": len(loader) * args.sz_batch / seconds}
+    if device.type == "cuda":
+        row["gpu_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    return row
 
 
 def to_host(values):
@@ -311,31 +343,6 @@ def to_host(values):
     event = torch.cuda.Event()
     event.record()
     return host, event.synchronize
-
-
-def save_epoch(run_folder, args, origin, network, criterion, optimizer, scheduler, history, best):
-    """Save what the newest row of history reached, and return the best row so far.
-
-    The best network goes first and last.pth behind it: killed in between, a resumed run does the epoch again.
-    """
-    row = history[-1]
-    common = {"model_state_dict": network.state_dict(), "epoch": row["epoch"], "figures": runlog.recalls(row), **origin}
-    chosen_by = "val R@1" if args.val_classes > 0 else "R@1"
-    if row["phase"] == "train" and (best is None or row[chosen_by] > best[chosen_by]):
-        best = row
-        checkpoint.save(common, best_path(run_folder, args))
-        checkpoint.write_text(results_text(best, args), results_path(run_folder, args))
-    progress = {
-        "criterion_state_dict": criterion.state_dict(),
-        "optimizer_state_dict": optimizer.state_dict(),
-        "scheduler_state_dict": scheduler.state_dict(),
-        "random_states": checkpoint.random_states(),
-        "history": history,
-        "best": best,
-    }
-    checkpoint.save(common | progress, run_folder / "last.pth")
-    checkpoint.write_text(runlog.csv_text(history), run_folder / "results.csv")
-    return best
 
 
 def restore(state, network, criterion, optimizer, scheduler, path):
@@ -351,13 +358,6 @@ def restore(state, network, criterion, optimizer, scheduler, path):
     return state["epoch"], list(state["history"]), state["best"]
 
 
-def describe_origin(args, run_folder, device):
-    """What made a run: its flags by destination (plain values), commit, versions, device, command."""
-    stored = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    stored |= {"resume": None, "overwrite": False, "run_num": int(run_folder.name.removeprefix("run_"))}
-    return {"flags": stored, "made_by": {**runlog.environment(device), "command": shlex.join(sys.argv)}}
-
-
 def begin_run_folder(args):
     parent = args.log_dir / args.dataset
     folder = parent / f"run_{args.run_num}"
@@ -367,54 +367,123 @@ def begin_run_folder(args):
     return runlog.new_run_folder(parent, args.run_num)
 
 
-def best_path(run_folder, args):
-    return run_folder / f"{args.dataset}_{args.model.replace(':', '_').replace('/', '_')}_best.pth"
+class RunFolder:
+    """What a run leaves behind: checkpoints, table, text, pictures, wandb. Process 0 alone writes."""
 
+    def __init__(self, folder, args, device, history, best, wandb_id):
+        self.folder, self.args, self.history, self.best = folder, args, history, best
+        name = f"{args.dataset}_{args.model.replace(':', '_').replace('/', '_')}_best"
+        self.best_path, self.results_path = folder / f"{name}.pth", folder / f"{name}_results.txt"
+        self.drawing_seconds, self.started = 0.0, time.monotonic()
+        stored = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        stored |= {"resume": None, "overwrite": False, "run_num": int(folder.name.removeprefix("run_"))}
+        self.origin = {
+            "flags": stored,
+            "made_by": {**runlog.environment(device), "command": shlex.join(sys.argv)},
+            "wandb_id": wandb_id,
+        }
+        self.wandb = None
+        if distributed.processes().rank == 0:
+            runlog.clear_folder(folder, ".*.tmp")
+            tags = [args.dataset, args.model, f"seed {args.seed}", *args.remark.split()]
+            self.wandb = runlog.start_wandb(args.wandb, args.dataset, folder, stored, tags, wandb_id)
+            if self.wandb:
+                self.origin["wandb_id"] = self.wandb.id
+            checkpoint.write_text(json.dumps(self.origin, indent=2) + "\n", folder / "args.json")
 
-def results_path(run_folder, args):
-    return best_path(run_folder, args).with_name(best_path(run_folder, args).stem + "_results.txt")
+    def add(self, row, network, criterion, optimizer, scheduler):
+        """Print a row and save what it reached.
 
+        The best network goes first and last.pth behind it: killed in between, a resumed run does the epoch again.
+        """
+        self.history.append(row)
+        tqdm.write(runlog.console_line(row, self.args.nb_epochs))
+        common = {
+            "model_state_dict": network.state_dict(),
+            "epoch": row["epoch"],
+            "figures": runlog.recalls(row),
+            **self.origin,
+        }
+        chosen_by = "val R@1" if self.args.val_classes > 0 else "R@1"
+        if row["phase"] == "train" and (self.best is None or row[chosen_by] > self.best[chosen_by]):
+            self.best = row
+            checkpoint.save(common, self.best_path)
+            checkpoint.write_text(self.results_text(), self.results_path)
+        progress = {
+            "criterion_state_dict": criterion.state_dict(),
+            "optimizer_state_dict": optimizer.state_dict(),
+            "scheduler_state_dict": scheduler.state_dict(),
+            "random_states": checkpoint.random_states(),
+            "history": self.history,
+            "best": self.best,
+        }
+        checkpoint.save(common | progress, self.folder / "last.pth")
+        checkpoint.write_text(runlog.csv_text(self.history), self.folder / "results.csv")
+        runlog.log_to_wandb(self.wandb, row, self.best)
 
-def results_text(best, args):
-    lines = [f"Best epoch: {best['epoch']}", f"Chosen by: {protocol(args)}"]
-    lines += [f"{name}: {100 * value:.4f}" for name, value in best.items() if "R@" in name]
-    return "\n".join([*lines, f"Seed: {args.seed}", f"Remark: {args.remark}"]) + "\n"
+    def refresh_pictures(self, network, criterion, train_loader, benchmark, searched, device):
+        """Draw curves, neighbours, a hypergraph and a map of embeddings; anew while that takes little of the time."""
+        begun, last = time.monotonic(), self.history[-1]["epoch"] == self.args.nb_epochs
+        if self.drawing_seconds > 0.03 * (begun - self.started) and not last:
+            return
+        pictures.curves(self.history, self.folder / "curves.png")
+        found, query, gallery = searched
+        pictures.search(
+            self.folder, found.per_query, query, benchmark.query, gallery, benchmark.gallery, metrics.nearest
+        )
+        items = next(iter(train_loader.batch_sampler))
+        images, labels = zip(*(train_loader.dataset[item] for item in items), strict=True)
+        with torch.no_grad():
+            network.eval()
+            labels = torch.tensor(labels, device=device)
+            H = criterion.cds2hg(network(torch.stack(images).to(device)), labels)[1]
+        class_names = train_loader.dataset.images.class_names
+        pictures.hypergraph(H.cpu().numpy(), labels.cpu().numpy(), class_names, self.folder / "hypergraph.png")
+        runlog.pictures_to_wandb(self.wandb, self.folder)
+        self.drawing_seconds += time.monotonic() - begun
 
+    def finish(self):
+        if self.wandb:
+            self.wandb.finish()
 
-def protocol(args):
-    if args.val_classes > 0:
-        return f"R@1 on {args.val_classes:g} of the training classes, held out (--val-classes)"
-    return "R@1 on the test split, the paper's protocol (it flatters; --val-classes 0.1 does not)"
+    def protocol(self):
+        if self.args.val_classes > 0:
+            return f"R@1 on {self.args.val_classes:g} of the training classes, held out (--val-classes)"
+        return "R@1 on the test split, the paper's protocol (it flatters; --val-classes 0.1 does not)"
+
+    def results_text(self):
+        lines = [f"Best epoch: {self.best['epoch']}", f"Chosen by: {self.protocol()}"]
+        lines += [f"{name}: {100 * value:.4f}" for name, value in self.best.items() if "R@" in name]
+        return "\n".join([*lines, f"Seed: {self.args.seed}", f"Remark: {self.args.remark}"]) + "\n"
+
+    def kept(self):
+        if not self.history:
+            return f"No epoch was completed, nothing is in {self.folder} to resume from."
+        resume = command_for("train.py", "--resume", os.path.relpath(self.folder / "last.pth"))
+        last = self.history[-1]
+        return f"Kept: {last['phase']} epoch {last['epoch']} in {self.folder}. Go on with: {resume}"
+
+    def summary(self, num_bad):
+        lines, best, last = [""], self.best, self.history[-1]
+        if best:
+            lines.append(f"best   epoch {best['epoch']:<4} {runlog.percent(runlog.recalls(best))}")
+            lines.append(f"       chosen by {self.protocol()}")
+        lines.append(f"last   epoch {last['epoch']:<4} {runlog.percent(runlog.recalls(last))}")
+        lines.append(f"untrained {' ':<8}{runlog.percent(runlog.recalls(self.history[0]))}")
+        if num_bad:
+            lines.append(f"{num_bad} training images could not be decoded and were replaced")
+        lines.append(f"files  {os.path.relpath(self.folder)}")
+        if best:
+            words = ["--model-path", os.path.relpath(self.best_path)]
+            if self.args.data_root != flags.CODE.parent / "data":
+                words += ["--data-root", self.args.data_root]
+            lines.append(f"score  {command_for('evaluate.py', *words)}")
+        return "\n".join(lines)
 
 
 def command_for(script, *words):
     path = os.path.relpath(Path(__file__).parent / script)
     return shlex.join(["python", path, *map(str, words)])
-
-
-def kept(run_folder, history):
-    if not history:
-        return f"No epoch was completed, nothing is in {run_folder} to resume from."
-    resume = command_for("train.py", "--resume", os.path.relpath(run_folder / "last.pth"))
-    return f"Kept: {history[-1]['phase']} epoch {history[-1]['epoch']} in {run_folder}. Go on with: {resume}"
-
-
-def summary(run_folder, args, history, best, num_bad):
-    lines = [""]
-    if best:
-        lines.append(f"best   epoch {best['epoch']:<4} {runlog.percent(runlog.recalls(best))}")
-        lines.append(f"       chosen by {protocol(args)}")
-    lines.append(f"last   epoch {history[-1]['epoch']:<4} {runlog.percent(runlog.recalls(history[-1]))}")
-    lines.append(f"before training {' ':<5}{runlog.percent(runlog.recalls(history[0]))}")
-    if num_bad:
-        lines.append(f"{num_bad} training images could not be decoded and were replaced")
-    lines.append(f"files  {os.path.relpath(run_folder)}")
-    if best:
-        words = ["--model-path", os.path.relpath(best_path(run_folder, args))]
-        if args.data_root != flags.CODE.parent / "data":
-            words += ["--data-root", args.data_root]
-        lines.append(f"score  {command_for('evaluate.py', *words)}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

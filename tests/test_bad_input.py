@@ -143,7 +143,7 @@ CASES = [
     ("dataset.py", "check cub --data-root {root}/nowhere", None, r"nowhere"),
     ("dataset.py", "check birds", None, r"birds"),
     ("dataset.py", "show cub --data-root {root}/nowhere", None, r"nowhere"),
-    ("dataset.py", "download cub --data-root {root} --url http://127.0.0.1:9/none.tgz", None, r"127\.0\.0\.1:9"),
+    ("dataset.py", "download cub --data-root {root}/own --url http://127.0.0.1:9/a.tgz", None, r"127\.0\.0\.1:9"),
 ]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import flags
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -118,6 +119,19 @@ def test_stored_flags_come_back_through_the_parser():
 )
 def test_wrong_flags_are_one_line(refused, words, match):
     refused("train.py", *words.split(), match=re.escape(match))
+
+
+def test_one_line():
+    assert flags.one_line(ValueError("a\n b")) == "a b"
+    assert flags.one_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+    assert flags.one_line(FileNotFoundError(2, "No such file", "a/b")) == "a/b: No such file"
+    assert flags.one_line(OSError("a/b is not there")) == "a/b is not there"
+    assert "--batch-size" in flags.one_line(torch.OutOfMemoryError("Tried to allocate 2 GiB.\nOf which 3"))
+    wrapped = (
+        "Caught OSError in DataLoader worker process 1.\nOriginal Traceback (most recent call last):\n"
+        '  File "a.py", line 1, in f\n    raise OSError\nOSError: the disk: is\nfull\n'
+    )
+    assert flags.one_line(OSError(wrapped)) == "the disk: is full"
 
 
 def test_zero_or_one_flags_take_words():

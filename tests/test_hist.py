@@ -459,11 +459,16 @@ def test_probability_that_underflows_against_the_twin():
 
 def test_distance_zero():
     """Embeddings exactly on the means: memberships are 1, never more, and everything stays finite."""
-    criterion = make(3, 64, dtype=torch.float32)
-    X = criterion.cds2hg.means.detach().clone()[[0, 1, 1, 2]].requires_grad_()
-    T = torch.tensor([1, 1, 2, 0])
+    criterion = make(100, 64, dtype=torch.float32)
+    with torch.no_grad():
+        criterion.cds2hg.means[1::2] = criterion.cds2hg.means[::2]  # every mean twice, under two labels
+    X = (3 * criterion.cds2hg.means.detach()).requires_grad_()
+    T = torch.arange(100)
+    distances = criterion.cds2hg.squared_distances(X)
+    assert (distances < 0).any()  # by rounding: or else this test shows nothing
     _, H = criterion.cds2hg(X, T)
     assert H.max().item() <= 1.0
+    assert H[T, T ^ 1].min().item() > 1 - 1e-5
     criterion(X, T).backward()
     assert all(torch.isfinite(p.grad).all() for p in [X, *criterion.parameters()])
 

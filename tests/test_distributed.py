@@ -1,0 +1,197 @@
+"""Several processes compute what one does: losses, parameters, figures; and end together when one of them is lost."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import metrics
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, TINY
+from trees import make_cub
+
+
+GENTLE = ["--lr", "1e-5", "--lr-ds", "1e-3"]  # at large steps rounding grows into other numbers within an epoch
+
+
+def torchrun(count, *words, **options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *words]
+    options = {"capture_output": True, "text": True, "timeout": 200} | options
+    return subprocess.run([str(word) for word in command], **options)
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    """steps(mode, count): what twenty steps gave, computed once each."""
+    folder, known = tmp_path_factory.mktemp("steps"), {}
+
+    def run(mode, count):
+        if (mode, count) not in known:
+            path = folder / f"{mode}_{count}.pth"
+            done = torchrun(count, ROOT / "tests" / "distributed_steps.py", mode, path)
+            assert done.returncode == 0, done.stderr
+            known[mode, count] = torch.load(path, weights_only=True)
+        return known[mode, count]
+
+    return run
+
+
+def largest_difference(one, other):
+    """Of losses, and of all parameters, relative to the norm of each."""
+    losses = max(abs(a - b) / abs(a) for a, b in zip(one["losses"], other["losses"], strict=True))
+    parameters = 0.0
+    for part in ("network", "criterion"):
+        for name, value in one[part].items():
+            difference = (value.double() - other[part][name].double()).norm()
+            parameters = max(parameters, float(difference / value.double().norm().clamp(min=1e-6)))
+    return losses, parameters
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_twenty_steps_equal_those_of_one_process(steps, count):
+    losses, parameters = largest_difference(steps("ours", 1), steps("ours", count))
+    assert losses < 1e-5 and parameters < 1e-4
+
+
+@pytest.mark.parametrize("mode", ["local", "unscaled"])
+def test_the_ways_that_change_the_method_are_told_apart(steps, mode):
+    losses, parameters = largest_difference(steps("ours", 1), steps(mode, 2))
+    assert losses > 1e-3 and parameters > 1e-3
+
+
+SEARCH = """
+import sys, torch
+sys.path.insert(0, {code!r})
+import distributed, metrics
+distributed.start(-1)
+data = torch.load(sys.argv[1], weights_only=True)
+found = metrics.retrieval(*data, ks=(1, 3), precision=True, memory_gib=float(sys.argv[3]))
+torch.save(found.figures(), f"{{sys.argv[2]}}.{{distributed.processes().rank}}")
+distributed.stop()
+"""
+
+
+@pytest.mark.parametrize("query_and_gallery", [False, True])
+def test_search_is_shared_and_gives_the_same_figures(tmp_path, query_and_gallery):
+    torch.manual_seed(0)
+    sets = [torch.randn(150, 4), torch.randint(20, (150,))]
+    if query_and_gallery:
+        sets += [torch.randn(90, 4), torch.randint(20, (90,))]
+    torch.save(sets, tmp_path / "sets.pth")
+    (tmp_path / "search.py").write_text(SEARCH.format(code=str(ROOT / "code")))
+    done = torchrun(3, tmp_path / "search.py", tmp_path / "sets.pth", tmp_path / "out", 1e-5)
+    assert done.returncode == 0, done.stderr
+    expected = metrics.retrieval(*sets, ks=(1, 3), precision=True).figures()
+    for rank in range(3):
+        found = torch.load(tmp_path / f"out.{rank}", weights_only=True)
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def cub(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    make_cub(root, images=7)  # 28 test images: 3 processes embed 10, 9 and 9
+    return root
+
+
+@pytest.fixture(scope="module")
+def alone(cub, tmp_path_factory):
+    logs = tmp_path_factory.mktemp("alone")
+    words = [*TINY, "--dataset", "cub", "--data-root", cub, "--log-dir", logs, "--batch-size", 12, *GENTLE]
+    done = subprocess.run(
+        [sys.executable, ROOT / "code" / "train.py", *map(str, words)], capture_output=True, timeout=200
+    )
+    assert done.returncode == 0
+    return logs / "cub" / "run_1"
+
+
+def test_train_script_gives_the_same_run_and_resumes_with_another_number(cub, alone, tmp_path, call):
+    words = [*TINY, "--dataset", "cub", "--data-root", cub, "--log-dir", tmp_path, "--batch-size", 12, *GENTLE]
+    done = torchrun(3, ROOT / "code" / "train.py", *words, "--epochs", 1)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "cub" / "run_1"
+    assert sorted(path.name for path in (tmp_path / "cub").iterdir()) == ["run_1"]
+    assert done.stdout.count("epoch 1/1") == 1 and "3 processes" in done.stdout  # process 0 alone speaks
+    assert torch.load(run / "last.pth", weights_only=True)["model_state_dict"].keys() == (
+        torch.load(alone / "last.pth", weights_only=True)["model_state_dict"].keys()
+    )
+    assert call("train.py", "--resume", run / "last.pth", "--epochs", 2).code == 0  # on one process
+    rows, expected = pd.read_csv(run / "results.csv"), pd.read_csv(alone / "results.csv")
+    assert rows["phase"].tolist() == expected["phase"].tolist()
+    pd.testing.assert_series_equal(rows["loss"], expected["loss"], rtol=1e-4)
+    pd.testing.assert_series_equal(rows["R@1"], expected["R@1"], atol=1 / 28 + 1e-9)
+
+
+def test_more_processes_than_images_and_uneven_batches_are_handled(tmp_path):
+    make_cub(tmp_path, classes=4, images=1)  # two test images of two classes: nothing to find, said in one line
+    words = [*TINY, "--dataset", "cub", "--data-root", tmp_path, "--log-dir", tmp_path, "--epochs", 1]
+    done = torchrun(3, ROOT / "code" / "train.py", *words, "--batch-size", 2)
+    assert done.returncode != 0 and "cannot be dealt out to 3 processes" in done.stderr
+
+
+EMBED = """
+import sys, torch
+sys.path.insert(0, {code!r})
+import distributed, metrics
+distributed.start(-1)
+class Network(torch.nn.Flatten):
+    embedding_size = 2
+data = torch.utils.data.TensorDataset(torch.arange(4.0).view(2, 2, 1, 1), torch.tensor([7, 8]))
+rank, count = distributed.processes()
+loader = torch.utils.data.DataLoader(data, sampler=range(rank, 2, count), batch_size=1)
+found = metrics.embed(Network(), loader, "cpu")
+assert found.embeddings.tolist() == [[0.0, 1.0], [2.0, 3.0]] and found.labels.tolist() == [7, 8], found
+distributed.stop()
+"""
+
+
+def test_fewer_images_than_processes(tmp_path):
+    (tmp_path / "embed.py").write_text(EMBED.format(code=str(ROOT / "code")))
+    done = torchrun(3, tmp_path / "embed.py")
+    assert done.returncode == 0, done.stderr
+
+
+def children(pid):
+    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    return [int(line.split()[0]) for line in listed.splitlines() if "train.py" in line]
+
+
+def start_long_run(cub, tmp_path):
+    words = [*TINY, "--dataset", "cub", "--data-root", cub, "--log-dir", tmp_path, "--batch-size", 12, "--epochs", 500]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = subprocess.Popen(
+        [*command, "code/train.py", *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    for line in process.stdout:
+        if "epoch 2/500" in line:
+            return process
+    raise AssertionError(process.stderr.read())
+
+
+def test_one_process_killed_ends_the_others_and_the_run_resumes(cub, tmp_path, call):
+    process = start_long_run(cub, tmp_path)
+    workers = children(process.pid)
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    killed = time.monotonic()
+    process.communicate(timeout=60)
+    assert time.monotonic() - killed < 30 and process.returncode != 0
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in workers)
+    last = tmp_path / "cub" / "run_1" / "last.pth"
+    epoch = torch.load(last, weights_only=True)["epoch"]
+    done = torchrun(2, ROOT / "code" / "train.py", "--resume", last, "--epochs", epoch + 1)
+    assert done.returncode == 0 and f"resumed behind epoch {epoch}" in done.stdout
+
+
+def test_sigterm_to_one_process_stops_all_after_the_same_step(cub, tmp_path):
+    process = start_long_run(cub, tmp_path)
+    os.kill(children(process.pid)[1], signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert re.search(r"SIGTERM: stopped\. Kept: train epoch \d+", err), err
+    assert 'Traceback (most recent call last):\n  File "' + str(ROOT / "code") not in err
