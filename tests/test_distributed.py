@@ -14,7 +14,6 @@ import torch
 from conftest import ROOT, TINY
 from trees import make_cub
 
-
 GENTLE = ["--lr", "1e-5", "--lr-ds", "1e-3"]  # at large steps rounding grows into other numbers within an epoch
 
 

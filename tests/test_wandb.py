@@ -1,0 +1,140 @@
+"""wandb: off unless asked for, never in the way, and all there when read back from its own file."""
+
+import builtins
+import json
+import os
+import struct
+
+import pytest
+import runlog
+import torch
+from conftest import TINY
+from trees import make_cub
+
+wandb = pytest.importorskip("wandb")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def cub(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    make_cub(root)
+    return root
+
+
+def options(cub, logs, *more):
+    return [*TINY, "--dataset", "cub", "--data-root", cub, "--log-dir", logs, *more]
+
+
+def records(folder):
+    """Everything in the .wandb files of a run folder.
+
+    Such a file is a header of 7 bytes, then LevelDB's log format: blocks of 32 KiB that hold chunks of
+    (checksum 4 bytes, length 2, type 1, data); type 1 is a whole record, 2, 3 and 4 its first, middle and last part.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = []
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        data, place, parts = path.read_bytes(), 7, b""
+        assert data[:4] == b":W&B"
+        while place + 7 <= len(data):
+            if 32768 - place % 32768 < 7:  # too little is left of the block for another chunk
+                place += 32768 - place % 32768
+                continue
+            length, kind = struct.unpack_from("<HB", data, place + 4)
+            parts += data[place + 7 : place + 7 + length]
+            place += 7 + length
+            if kind in (1, 4):
+                found.append(Record.FromString(parts))
+                parts = b""
+    return found
+
+
+def items(message):
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in message}
+
+
+def test_offline_run_read_back(call, cub, tmp_path, monkeypatch):
+    outcome = call("train.py", *options(cub, tmp_path, "--wandb", "offline", "--remark", "two words"))
+    assert outcome.code == 0, outcome.err
+    run = tmp_path / "cub" / "run_1"
+    found = records(run)
+    (started,) = [record.run for record in found if record.HasField("run")][:1]
+    assert (started.project, started.display_name) == ("hist_cub", "run_1")
+    assert {"cub", "resnet18", "two", "words"} <= set(started.tags)
+    config = items(started.config.update)
+    assert config["sz_batch"] == 8 and config["nb_epochs"] == 2 and config["lr"] == 1e-3 and config["IPC"] == 0
+    assert any(record.metric.step_metric == "epoch" for record in found if record.HasField("metric"))
+
+    logged = [items(record.history.item) for record in found if record.HasField("history")]
+    rows = [row for row in logged if "R@1" in row]
+    assert [row["epoch"] for row in rows] == [-1, 0, 1, 2]
+    assert all(0 <= row[f"R@{k}"] <= 1 for row in rows for k in (1, 2, 4, 8, 16, 32))
+    assert all("loss" in row for row in rows[1:])
+    drawn = {name for row in logged for name, value in row.items() if isinstance(value, dict) and "path" in value}
+    drawn |= {name.partition("/")[0] for row in logged for name in row if name.endswith("/path")}
+    assert {"curves", "neighbours", "hypergraph", "embedding"} <= drawn
+    summary = {}
+    for record in found:
+        if record.HasField("summary"):
+            summary |= items(record.summary.update)
+    best = torch.load(run / "cub_resnet18_best.pth", weights_only=True)
+    assert summary["best epoch"] == best["epoch"] and summary["best R@1"] == best["figures"]["R@1"]
+
+    # a resumed run goes on under the same id
+    assert call("train.py", "--resume", run / "last.pth", "--epochs", 3).code == 0
+    ids = {record.run.run_id for record in records(run) if record.HasField("run")}
+    assert ids == {torch.load(run / "last.pth", weights_only=True)["wandb_id"]}
+
+
+@pytest.mark.parametrize("words", [[], ["--wandb", "off"]])
+def test_off_leaves_no_trace(call, cub, tmp_path, words, monkeypatch):
+    monkeypatch.setattr(wandb, "init", lambda **options: pytest.fail("wandb was started"))
+    assert call("train.py", *options(cub, tmp_path, "--epochs", 0, "--warm", 0, *words)).code == 0
+    assert not (tmp_path / "cub" / "run_1" / "wandb").exists()
+
+
+@pytest.mark.parametrize(
+    "flag, environment, expected",
+    [
+        (None, None, None), (None, "disabled", None), (None, "offline", "offline"), ("off", "online", None),
+        ("offline", "online", "offline"), ("online", None, "offline"),  # no key here: one line, then offline
+    ],
+)  # fmt: skip
+def test_mode(monkeypatch, tmp_path, capsys, flag, environment, expected):
+    if environment:
+        monkeypatch.setenv("WANDB_MODE", environment)
+    monkeypatch.setattr(wandb, "login", lambda **options: False)
+    started = []
+
+    class Run:
+        def define_metric(self, name, step_metric):
+            assert (name, step_metric) == ("*", "epoch")
+
+    monkeypatch.setattr(wandb, "init", lambda **options: started.append(options) or Run())
+    run = runlog.start_wandb(flag, "cub", tmp_path / "run_3", {"lr": 1}, ["t"], None)
+    assert (run is not None) == (expected is not None)
+    assert [options["mode"] for options in started] == ([expected] if expected else [])
+    said = capsys.readouterr().out
+    assert ("offline" in said) == (flag == "online") and said.count("\n") == (flag == "online")
+
+
+def test_not_installed_matters_only_when_asked_for(call, refused, cub, tmp_path, monkeypatch):
+    importing = builtins.__import__
+
+    def without(name, *arguments, **options):
+        if name == "wandb":
+            raise ImportError("No module named 'wandb'")
+        return importing(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    quick = options(cub, tmp_path, "--epochs", 0, "--warm", 0)
+    assert call("train.py", *quick).code == 0
+    refused("train.py", *quick, "--wandb", "offline", match="wandb is not installed .pip install wandb")
+    assert "WANDB_MODE" not in os.environ
