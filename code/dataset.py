@@ -362,9 +362,10 @@ def available_cores() -> int:
 
 def leave_stopping_to_the_parent(worker: int) -> None:
     """Runs in each worker process. Ctrl-C reaches the whole process group: the parent, which finishes its step
-    first, still needs its workers. SIGTERM, whose handler they inherited, ends them as it ends any process."""
+    first, still needs its workers. SIGTERM is how the parent ends them; were they killed by it instead of leaving,
+    torch would complain at exit."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
 
 
 def worker_options(workers: int, pin_memory: bool) -> dict:

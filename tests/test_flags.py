@@ -88,6 +88,20 @@ def test_every_recipe_parses(recipe):
     flags.train_parser().parse([f"@{recipe}"])
 
 
+@pytest.mark.parametrize("name", ["cub", "cars", "sop"])
+def test_tuned_recipes_change_nothing_but_the_loss(name):
+    parser = flags.train_parser()
+    published, tuned = (parsed(parser, [f"@recipes/{name}{kind}.args"]) for kind in ("", "_tuned"))
+    assert {flag for flag in published if published[flag] != tuned[flag]} <= {"tau", "alpha", "ls"}
+    assert published != tuned
+
+
+def test_readme_names_every_recipe():
+    text = (ROOT / "README.md").read_text()
+    for recipe in (ROOT / "code" / "recipes").glob("*.args"):
+        assert f"`{recipe.name}`" in text
+
+
 def test_stored_flags_come_back_through_the_parser():
     parser = flags.train_parser()
     args, _ = parser.parse(["--lr", "0.00012", "--dataset", "cub", "--deterministic", "--remark", "--odd remark"

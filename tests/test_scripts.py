@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import dataset
+import layouts
 import net
 import numpy as np
 import pandas as pd
@@ -237,6 +238,7 @@ def test_undecodable_image_in_a_worker_process_is_one_line(script, tmp_path):
         "train.py", *TINY, "--workers", 2, "--dataset", "cub", "--data-root", tmp_path, "--log-dir", tmp_path
     )
     assert outcome.code == 1
+    assert len(outcome.err.splitlines()) == 2, outcome.err
     warning, error = outcome.err.splitlines()
     assert warning.startswith("warning: cub: the counts differ from the published ones")
     assert error.startswith("train.py: error: ") and ".jpg: cannot be decoded" in error
@@ -247,7 +249,7 @@ def test_glyphs_are_made_on_first_use(call, tmp_path, monkeypatch):
 
     made = []
     small = glyphs.ensure_glyphs(tmp_path, num_classes=8, images_per_class=4, size=32)
-    monkeypatch.setattr(dataset, "ensure_glyphs", lambda root, **options: made.append(root) or small)
+    monkeypatch.setattr(layouts, "ensure_glyphs", lambda root, **options: made.append(root) or small)
     outcome = call("train.py", *TINY, "--dataset", "glyphs", "--data-root", tmp_path, "--log-dir", tmp_path)
     assert outcome.code == 0 and made == [tmp_path]
     image = Image.open(next(small.rglob("*.png")))
