@@ -1,7 +1,7 @@
 """The README's picture: nearest neighbours of unseen glyphs before and after training.
 
     python code/train.py @recipes/glyphs.args
-    python benchmarks/before_after.py logs/glyphs/run_1/glyphs_resnet18_best.pth benchmarks/before_after.png
+    python benchmarks/before_after.py logs/glyphs/run_1/glyphs_resnet18_best.pth benchmarks/pictures/before_after.png
 
 Left the network as it was initialised (same flags, same seed), right the checkpoint; the same queries, drawn at random.
 """

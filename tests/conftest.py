@@ -23,6 +23,21 @@ TINY = (
 ).split()
 
 
+@pytest.fixture(scope="session")
+def cub(tmp_path_factory):
+    """A data root with a tiny CUB, which has grey, palette, RGBA and CMYK images and macOS's ._ files in it."""
+    from trees import make_cub
+
+    root = tmp_path_factory.mktemp("data")
+    make_cub(root)
+    return root
+
+
+def options(cub, logs, *more):
+    """Flags of train.py for a tiny run on it."""
+    return [*TINY, "--dataset", "cub", "--data-root", cub, "--log-dir", logs, *more]
+
+
 class Outcome(NamedTuple):
     code: int
     out: str

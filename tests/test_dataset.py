@@ -1,5 +1,6 @@
 """Every benchmark in every layout, what is wrong with them when something is, and batches to the bit."""
 
+import multiprocessing
 import shutil
 import signal
 import warnings
@@ -714,20 +715,29 @@ def test_workers_run_one_thread_each(cub):
     assert {int(n) for x, _ in loader for n in x} == {1}
 
 
-def signal_dispositions(_):
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    return torch.tensor(handlers == [signal.SIG_IGN, signal.SIG_DFL])
+def handler_of_the_trainer(number, frame):
+    pass
 
 
-def test_workers_do_not_inherit_the_handlers_of_the_trainer(cub):
+def signals_are_the_workers_own(_):
+    interrupt, terminate = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    return torch.tensor(interrupt == signal.SIG_IGN and terminate != handler_of_the_trainer)
+
+
+def test_workers_outlive_ctrl_c_and_leave_quietly_when_told_to(cub):
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda *_: None) for number in numbers]
+    before = [signal.signal(number, handler_of_the_trainer) for number in numbers]
+    others = multiprocessing.active_children()
     try:
-        loader = dataset.make_eval_loader(cub.query, signal_dispositions, 8, workers=1)
+        loader = dataset.make_eval_loader(cub.query, signals_are_the_workers_own, 8, workers=1)
         assert all(x.all() for x, _ in loader)
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+    (worker,) = (process for process in multiprocessing.active_children() if process not in others)
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 # ---------------------------------------------------------------- images that cannot be decoded

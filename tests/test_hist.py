@@ -67,13 +67,18 @@ def slow_propagation(H, W=None):
     W = [1.0] * E if W is None else W
     row_sums = [sum(H[i, e] * W[e] for e in range(E)) for i in range(N)]
     column_sums = [sum(H[i, e] for i in range(N)) for e in range(E)]
-    return torch.stack([
-        torch.stack([
-            sum(H[i, e] * W[e] * H[j, e] / column_sums[e] for e in range(E)) / (row_sums[i] * row_sums[j]).sqrt()
-            for j in range(N)
-        ])
-        for i in range(N)
-    ])
+    return torch.stack(
+        [
+            torch.stack(
+                [
+                    sum(H[i, e] * W[e] * H[j, e] / column_sums[e] for e in range(E))
+                    / (row_sums[i] * row_sums[j]).sqrt()
+                    for j in range(N)
+                ]
+            )
+            for i in range(N)
+        ]
+    )
 
 
 def slow_network(X, G, state, training):
@@ -104,8 +109,13 @@ def slow_loss(X, T, state, tau, alpha, ls, training=True):
     logits, statistics = slow_network(X, G, hgnn, training)
     ce_loss = slow_cross_entropy(logits, T)
     return {
-        "dist_loss": dist_loss, "ce_loss": ce_loss, "loss": dist_loss + ls * ce_loss,
-        "H": H, "G": G, "logits": logits, "statistics": statistics,
+        "dist_loss": dist_loss,
+        "ce_loss": ce_loss,
+        "loss": dist_loss + ls * ce_loss,
+        "H": H,
+        "G": G,
+        "logits": logits,
+        "statistics": statistics,
     }
 
 
@@ -173,8 +183,12 @@ def golden(request):
         figures = {name: torch.as_tensor(file[name]) for name in file.files}
     N, D = figures["X"].shape
     criterion = HISTLoss(
-        len(figures["cds2hg.means"]), D, len(figures["hgnn.theta1.bias"]),
-        tau=figures["tau"].item(), alpha=figures["alpha"].item(), ls=figures["ls"].item(),
+        len(figures["cds2hg.means"]),
+        D,
+        len(figures["hgnn.theta1.bias"]),
+        tau=figures["tau"].item(),
+        alpha=figures["alpha"].item(),
+        ls=figures["ls"].item(),
     )
     criterion.load_state_dict({name: figures[name] for name in criterion.state_dict()}, strict=True)
     return figures, criterion, figures["X"].requires_grad_(), figures["T"]
@@ -249,11 +263,25 @@ def test_twin_over_shapes(batch, training):
 @pytest.mark.parametrize(
     ("num_classes", "labels"),
     [
-        (2, [0, 1]), (2, [1, 1]), (2, [0, 1, 1, 0, 1]), (7, [3, 3, 3, 3]), (7, [6, 0]), (6, [5, 5, 0, 0, 2, 2]),
-        (5, [0, 1, 2, 3, 4]), (1, [0, 0, 0]),
+        (2, [0, 1]),
+        (2, [1, 1]),
+        (2, [0, 1, 1, 0, 1]),
+        (7, [3, 3, 3, 3]),
+        (7, [6, 0]),
+        (6, [5, 5, 0, 0, 2, 2]),
+        (5, [0, 1, 2, 3, 4]),
+        (1, [0, 0, 0]),
     ],
-    ids=["two classes", "two classes, one present", "two classes, repeated", "one class present", "two samples",
-         "repeated", "all different", "one class"],
+    ids=[
+        "two classes",
+        "two classes, one present",
+        "two classes, repeated",
+        "one class present",
+        "two samples",
+        "repeated",
+        "all different",
+        "one class",
+    ],
 )
 def test_twin_named_batches(num_classes, labels):
     criterion = make(num_classes, 6, seed=3)
@@ -290,9 +318,13 @@ def test_twin_of_the_parts(batch):
     weights = torch.randn(H.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     found = torch.autograd.grad((H * weights).sum(), [X, criterion.cds2hg.means, criterion.cds2hg.log_vars])
     names = ["cds2hg.means", "cds2hg.log_vars"]
-    expected = torch.autograd.grad(
-        (twin["H"] * weights).sum(), [slow_X, *(state[n] for n in names)], allow_unused=True, materialize_grads=True
-    ) if twin["H"].requires_grad else [torch.zeros_like(t) for t in found]
+    expected = (
+        torch.autograd.grad(
+            (twin["H"] * weights).sum(), [slow_X, *(state[n] for n in names)], allow_unused=True, materialize_grads=True
+        )
+        if twin["H"].requires_grad
+        else [torch.zeros_like(t) for t in found]
+    )
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
 
@@ -511,7 +543,9 @@ def test_memory_does_not_grow_with_batch_times_classes_times_size():
     code = str(Path(sys.modules["hist"].__file__).parent)
     run = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {code!r})\n{MANY_CLASSES}"],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) < 0.5

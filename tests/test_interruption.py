@@ -15,23 +15,11 @@ import pytest
 import runlog
 import torch
 import train
-from conftest import ROOT, TINY
+from conftest import ROOT, options
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from trees import make_cub
 
 TIMES = {"seconds", "images_per_s"}  # what differs between two runs of the same bits
-
-
-@pytest.fixture(scope="module")
-def cub(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    make_cub(root)
-    return root
-
-
-def options(cub, logs, *more):
-    return [*TINY, "--dataset", "cub", "--data-root", cub, "--log-dir", logs, *more]
 
 
 def load(path):

@@ -18,14 +18,6 @@ from PIL import Image
 from trees import make_cub
 
 
-@pytest.fixture(scope="module")
-def cub(tmp_path_factory):
-    """A tiny CUB with grey, palette, RGBA and CMYK images and macOS's ._ files in it."""
-    root = tmp_path_factory.mktemp("data")
-    make_cub(root)
-    return root
-
-
 def load(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 

@@ -8,8 +8,7 @@ import struct
 import pytest
 import runlog
 import torch
-from conftest import TINY
-from trees import make_cub
+from conftest import options
 
 wandb = pytest.importorskip("wandb")
 
@@ -18,17 +17,6 @@ wandb = pytest.importorskip("wandb")
 def clean_environment(monkeypatch):
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_DIR"):
         monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture(scope="module")
-def cub(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    make_cub(root)
-    return root
-
-
-def options(cub, logs, *more):
-    return [*TINY, "--dataset", "cub", "--data-root", cub, "--log-dir", logs, *more]
 
 
 def records(folder):

@@ -4,10 +4,12 @@
   memory that this takes on top of the imported libraries, each in a process of its own; against the reader
   of pytorch-metric-learning and torchvision's ImageFolder on the same tree;
 - decoding and augmenting: images per second of the training loader, against a plain ImageFolder loader with
-  the same transform, batch size and workers, taking turns.
+  the same transform, batch size and workers, taking turns;
+- the same by number of workers, against what the training step takes (benchmarks/train_step.py measures that).
 
-    python benchmarks/data.py                          # two to three minutes on two cores
-    python benchmarks/data.py --workers 8 --images 8000
+    python benchmarks/loader.py                          # some minutes on two cores
+    python benchmarks/loader.py --workers 8 --images 8000 --need 1200
+    python benchmarks/loader.py --quick                  # does it run? half a minute
 """
 
 import argparse
@@ -26,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "code"))
 
 
-def write_sop(root: Path, num_images: int = 120_053, num_classes: int = 22_634) -> None:
+def write_sop(root: Path, num_images: int, num_classes: int = 22_634) -> None:
     """The lists of Stanford Online Products, its 12 folders and its file names; the files are empty."""
     home = root / "Stanford_Online_Products"
     for product in range(12):
@@ -68,6 +70,7 @@ def memory(field: str) -> float:
 
 def set_up_ours(root: Path):
     import dataset
+
     transform = dataset.train_transform()
     yield
     benchmark = dataset.load_benchmark("SOP", root)
@@ -79,6 +82,7 @@ def set_up_ours(root: Path):
 def set_up_metric_learning(root: Path):
     from pytorch_metric_learning.datasets import StanfordOnlineProducts
     from torch.utils.data import DataLoader
+
     yield
     train, test = (StanfordOnlineProducts(str(root), split=split) for split in ("train", "test"))
     loader = DataLoader(train, 32, shuffle=True)
@@ -89,6 +93,7 @@ def set_up_metric_learning(root: Path):
 def set_up_image_folder(root: Path):
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
+
     yield
     images = ImageFolder(str(root / "Stanford_Online_Products"))  # 12 classes: it knows nothing of the lists
     loader = DataLoader(images, 32, shuffle=True)
@@ -97,8 +102,11 @@ def set_up_image_folder(root: Path):
 
 
 def measure_set_up(kind: str, root: Path, results) -> None:
-    steps = {"this project": set_up_ours, "pytorch-metric-learning": set_up_metric_learning,
-             "ImageFolder (no split)": set_up_image_folder}[kind](root)
+    steps = {
+        "this project": set_up_ours,
+        "pytorch-metric-learning": set_up_metric_learning,
+        "ImageFolder (no split)": set_up_image_folder,
+    }[kind](root)
     next(steps)  # imports
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew from here
@@ -109,10 +117,10 @@ def measure_set_up(kind: str, root: Path, results) -> None:
     del kept
 
 
-def bench_set_up(root: Path, repeats: int) -> None:
-    write_sop(root)
-    print(f"\nset-up, Stanford Online Products, 120,053 files (median of {repeats}, files in the page cache)")
-    print(f'{"":<26}{"seconds":>9}{"peak MB":>9}{"kept MB":>9}{"imports alone MB":>18}')
+def bench_set_up(root: Path, num_files: int, repeats: int) -> None:
+    write_sop(root, num_files)
+    print(f"\nset-up, Stanford Online Products, {num_files:,} files (median of {repeats}, files in the page cache)")
+    print(f"{'':<26}{'seconds':>9}{'peak MB':>9}{'kept MB':>9}{'imports alone MB':>18}")
     context = multiprocessing.get_context("spawn")
     for kind in ("this project", "pytorch-metric-learning", "ImageFolder (no split)"):
         rows = []
@@ -132,30 +140,49 @@ def images_per_second(loader) -> float:
     return images / (time.perf_counter() - start)
 
 
-def bench_loading(root: Path, num_images: int, workers: int, repeats: int) -> None:
-    import torch
+def bench_loading(root: Path, workers: int, repeats: int) -> None:
     from dataset import load_benchmark, make_train_loader, train_transform
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
 
-    write_photos(root, num_images)
     transform = train_transform(224)
     ours = make_train_loader(load_benchmark("folder", root).train, transform, 32, seed=1, workers=workers)
     keep_workers = {"persistent_workers": True, "prefetch_factor": 4} if workers else {}
-    plain = DataLoader(ImageFolder(str(root / "train"), transform), 32, shuffle=True, drop_last=True,
-                       num_workers=workers, **keep_workers)
-    torch.set_num_threads(1)  # matters with 0 workers only: workers have one thread each anyway
+    plain = DataLoader(
+        ImageFolder(str(root / "train"), transform),
+        32,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        **keep_workers,
+    )
     rates = {"this project": [], "ImageFolder loader": []}
     for turn in range(repeats + 1):
         for kind, loader in (("this project", ours), ("ImageFolder loader", plain)):
             rate = images_per_second(loader)
             if turn > 0:  # the first turn starts the workers and fills the page cache
                 rates[kind].append(rate)
-    print(f"\ntraining loader, {num_images:,} JPEGs of 500×375, batch 32, {workers} workers "
-          f"({repeats} epochs each, taking turns)")
-    print(f'{"":<26}{"images/s":>9}{"lowest":>9}{"highest":>9}')
+    print(f"\ntraining loader, batch 32, {workers} workers ({repeats} epochs each, taking turns)")
+    print(f"{'':<26}{'images/s':>9}{'lowest':>9}{'highest':>9}")
     for kind, values in rates.items():
         print(f"{kind:<26}{statistics.median(values):>9.0f}{min(values):>9.0f}{max(values):>9.0f}")
+
+
+def bench_workers(root: Path, need: float | None, repeats: int) -> None:
+    from dataset import available_cores, load_benchmark, make_train_loader, train_transform
+
+    images = load_benchmark("folder", root).train
+    step = f", the step takes {need:.0f} images/s" if need else ""
+    print(f"\ntraining loader by number of workers, batch 32 ({repeats} epochs each){step}")
+    print(f"{'workers':<26}{'images/s':>9}{'lowest':>9}{'highest':>9}" + (f"{'of the need':>13}" if need else ""))
+    workers = 0
+    while workers <= available_cores():  # the loader starts no more than that
+        loader = make_train_loader(images, train_transform(224), 32, seed=1, workers=workers)
+        values = [images_per_second(loader) for _ in range(repeats + 1)][1:]  # the first starts the workers
+        rate = statistics.median(values)
+        share = f"{rate / need:>13.0%}" if need else ""
+        print(f"{workers:<26}{rate:>9.0f}{min(values):>9.0f}{max(values):>9.0f}{share}")
+        workers = max(1, 2 * workers)
 
 
 def main() -> None:
@@ -163,11 +190,23 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="worker processes of both loaders (default 2)")
     parser.add_argument("--images", type=int, default=1600, help="JPEGs for the loaders (default 1600)")
     parser.add_argument("--repeats", type=int, default=5, help="repetitions of every figure (default 5)")
+    parser.add_argument("--need", type=float, help="images/s that the training step takes, to compare with")
+    parser.add_argument("--quick", action="store_true", help="few files, one repetition: does it run?")
+    parser.set_defaults(files=120_053)
+    if parser.parse_args().quick:
+        parser.set_defaults(files=2_000, images=128, repeats=1)
     args = parser.parse_args()
     print(f"{os.cpu_count()} cores, Python {sys.version.split()[0]}")
     with tempfile.TemporaryDirectory() as scratch:
-        bench_set_up(Path(scratch) / "sop", args.repeats)
-        bench_loading(Path(scratch) / "photos", args.images, args.workers, args.repeats)
+        bench_set_up(Path(scratch) / "sop", args.files, args.repeats)
+        photos = Path(scratch) / "photos"
+        write_photos(photos, args.images)
+        print(f"\n{args.images:,} JPEGs of 500×375 for the loaders")
+        import torch  # not at the top: each process that measures the set-up imports this file, too
+
+        torch.set_num_threads(1)  # matters with 0 workers only: workers have one thread each anyway
+        bench_loading(photos, args.workers, args.repeats)
+        bench_workers(photos, args.need, args.repeats)
 
 
 if __name__ == "__main__":

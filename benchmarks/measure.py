@@ -1,0 +1,106 @@
+"""What the benchmarks share: a piece in a process of its own, its time, its memory (Linux).
+
+from measure import Memory, alone, timed
+
+def piece(size):                      # at the top level of a module
+    ...
+    memory = Memory(device)
+    seconds = timed(step, device, repeats=5)
+    return seconds, memory.extra()
+
+seconds, extra = alone(piece, 512)
+"""
+
+import gc
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+
+def alone(piece: Callable, *arguments):
+    """piece(*arguments), called in a fresh process -> what it returns. A killed process is an error that says so."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(piece, *arguments).result()
+
+
+def timed(step: Callable[[], object], device: torch.device | str, repeats: int, warm_up: int = 1) -> float:
+    """Median of the seconds that step() takes, the first few calls not counted, the device waited for."""
+    on_gpu = torch.device(device).type == "cuda"
+    seconds = []
+    for _ in range(warm_up + repeats):
+        if on_gpu:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[warm_up:])
+
+
+class Memory:
+    """Highest memory from its making on, in bytes.
+
+    On the CPU it is what the whole process holds resident, on a GPU what torch has allocated there.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.on_gpu = torch.device(device).type == "cuda"
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew from here
+            self.before = _kib("/proc/self/status", "VmRSS")
+
+    def peak(self) -> int:
+        """Highest in all, with what was there before."""
+        return torch.cuda.max_memory_allocated() if self.on_gpu else _kib("/proc/self/status", "VmHWM")
+
+    def extra(self) -> int:
+        """Highest over what was there before."""
+        return self.peak() - self.before
+
+
+def free_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes that could be had now."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return _kib("/proc/meminfo", "MemAvailable")
+
+
+def _kib(file: str, field: str) -> int:
+    for line in Path(file).read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"{file} has no {field}")
+
+
+def machine(device: torch.device | str, threads: int) -> str:
+    """One line that says what the figures were measured on."""
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    parts = [f"{model}, {os.cpu_count()} cores, {threads} threads"]
+    if torch.device(device).type == "cuda":
+        parts.insert(0, torch.cuda.get_device_name())
+    return ", ".join(
+        [*parts, f"Python {sys.version.split()[0]}", f"torch {torch.__version__}", time.strftime("%Y-%m-%d")]
+    )
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, the first column to the left, the others to the right."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,218 @@
+"""Measures the whole training step: plain float32 against each option that makes it faster, and all of them.
+
+The step is train.py's own (train.train_epoch, train.make_optimizer), behind the warm-up, on one synthetic batch that
+already lies on the device: no image is read. What it could reach at best is measured beside it, the network alone
+(forward and backward pass, no loss, no optimiser). Plain is float32, eager, Adam parameter by parameter; on GPUs
+convolutions use TF32, as torch has always done by default.
+
+    python benchmarks/train_step.py                             # ResNet-50, 224 pixels, batches of 32 and 128
+    python benchmarks/train_step.py --device cpu --batch-sizes 32
+    python benchmarks/train_step.py --quick                     # does it run? some minutes, most of them compiling
+
+A GPU is timed by events in its own queue. Compiling, the first steps and the search for the fastest convolutions are
+not timed.
+"""
+
+import argparse
+import functools
+import gc
+import itertools
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "code"))
+
+import flags  # noqa: E402
+import net  # noqa: E402
+import runlog  # noqa: E402
+import train  # noqa: E402
+from hist import HISTLoss  # noqa: E402
+
+BF16, CHANNELS_LAST, COMPILE = ["--amp", "bf16"], ["--channels-last", "1"], ["--compile", "1"]
+PLAIN, ALL = ([], False), (BF16 + CHANNELS_LAST + COMPILE, True)
+# What is measured: flags of train.py, and whether the optimiser is the fused one.
+OPTIONS = {
+    "plain": PLAIN,
+    "fused optimiser (always on)": ([], True),
+    "channels last": (CHANNELS_LAST, False),
+    "bf16": (BF16, False),
+    "compiled network": (COMPILE, False),
+    "all of them": ALL,
+}
+FEW_CLASSES, MANY_CLASSES = 100, 11_318  # CUB-200-2011, Stanford Online Products
+
+
+class Stopwatch:
+    """Notes moments, on a GPU in the order of its work: nothing waits for it until they are read."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu, self.moments = device.type == "cuda", []
+
+    def mark(self) -> None:
+        if self.on_gpu:
+            self.moments.append(torch.cuda.Event(enable_timing=True))
+            self.moments[-1].record()
+        else:
+            self.moments.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """From each moment to the next."""
+        pairs = itertools.pairwise(self.moments)
+        if not self.on_gpu:
+            return [after - before for before, after in pairs]
+        torch.cuda.synchronize()
+        return [before.elapsed_time(after) / 1000 for before, after in pairs]
+
+
+class OneBatch:
+    """Stands in for the training loader: the same batch over and over, a mark before each and behind the last."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, steps: int, stopwatch: Stopwatch):
+        self.batch, self.steps, self.stopwatch = (images, labels), steps, stopwatch
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self):
+        for _ in range(self.steps):
+            self.stopwatch.mark()
+            yield self.batch
+        self.stopwatch.mark()
+
+
+class Step:
+    """Network, loss and optimiser as train.py has them behind the warm-up, and a batch."""
+
+    def __init__(self, words: list[str], fused: bool, num_classes: int, device: torch.device):
+        train.seed_everything(1, deterministic=False)
+        torch.compiler.reset()  # or else a second batch size would be compiled for all sizes at once
+        args = self.args = flags.train_parser().parse(words)[0]
+        self.device = device
+        self.network = net.build(args.model, args.sz_embedding, "none", args.add_gmp, args.layer_norm, args.bn_freeze)
+        self.network.to(device, memory_format=train.memory_format(args))
+        self.network.set_backbone_trainable(True)
+        self.criterion = HISTLoss(num_classes, args.sz_embedding, args.hgnn_hidden, args.tau, args.alpha, args.ls)
+        self.criterion.to(device)
+        self.optimizer = train.make_optimizer(self.network, self.criterion, args)
+        for group in self.optimizer.param_groups:
+            group |= {"fused": fused, "foreach": False}
+        self.forward = torch.compile(self.network) if args.compile else self.network
+        self.images = torch.randn(args.sz_batch, 3, args.image_size, args.image_size, device=device)
+        self.labels = torch.randint(num_classes, (args.sz_batch,))
+
+    def train(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds of each whole step, and of the loss in it: forward, and backward as far as the embeddings."""
+        stopwatch = Stopwatch(self.device)
+
+        def loss(embeddings, labels):
+            stopwatch.mark()
+            embeddings.register_hook(lambda gradient: stopwatch.mark())
+            return self.criterion(embeddings, labels)
+
+        train.train_epoch(
+            self.network,
+            self.forward,
+            self.criterion,
+            loss,
+            OneBatch(self.images, self.labels, steps, stopwatch),
+            self.optimizer,
+            self.device,
+            self.args,
+            title="",
+            stop=SimpleNamespace(number=0),
+        )
+        parts = np.array(stopwatch.seconds()).reshape(steps, 3)
+        return parts.sum(axis=1), parts[:, 1]
+
+    def run_network(self, steps: int) -> tuple[np.ndarray, None]:
+        """Seconds of each forward and backward pass of the network alone."""
+        self.network.train()
+        self.network.freeze_batchnorm_statistics()
+        stopwatch = Stopwatch(self.device)
+        gradient = torch.randn(self.args.sz_batch, self.args.sz_embedding, device=self.device)
+        for _ in range(steps):
+            stopwatch.mark()
+            images = self.images.to(memory_format=train.memory_format(self.args))
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp == "bf16"):
+                embeddings = self.forward(images)
+            self.network.zero_grad()
+            embeddings.backward(gradient)
+        stopwatch.mark()
+        return np.array(stopwatch.seconds()), None
+
+
+def measure(run, warmup: int, steps: int, device: torch.device) -> tuple[np.ndarray, np.ndarray | None, str]:
+    """What run(steps) gives once run(warmup) is done, and the highest use of the GPU's memory meanwhile."""
+    run(warmup)
+    gc.collect()  # reference cycles may still hold the network that was measured before
+    if device.type != "cuda":
+        return *run(steps), "-"
+    torch.cuda.reset_peak_memory_stats(device)
+    return *run(steps), f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f}"
+
+
+def milliseconds(seconds: np.ndarray) -> str:
+    return f"{1000 * np.median(seconds):.1f} ({1000 * seconds.min():.1f} to {1000 * seconds.max():.1f})"
+
+
+def compare_options(words: list[str], batch_size: int, warmup: int, steps: int, device: torch.device) -> None:
+    print("| | images/s | times plain | ms a step (fastest to slowest) | peak GPU memory, GiB |\n|---|---|---|---|---|")
+    cases = [(name, options, Step.train) for name, options in OPTIONS.items()]
+    cases += [("network alone, plain", PLAIN, Step.run_network), ("network alone, all of them", ALL, Step.run_network)]
+    plain = None
+    for name, (more, fused), run in cases:
+        step = Step(words + more, fused, FEW_CLASSES, device)
+        seconds, _, gib = measure(functools.partial(run, step), warmup, steps, device)
+        rate = batch_size / np.median(seconds)
+        plain = plain or rate
+        print(f"| {name} | {rate:.1f} | {rate / plain:.2f} | {milliseconds(seconds)} | {gib} |", flush=True)
+
+
+def share_of_the_loss(words: list[str], warmup: int, steps: int, device: torch.device) -> None:
+    print("\n| | classes | ms a step | ms of it the loss | share | peak GPU memory, GiB |\n|---|---|---|---|---|---|")
+    for name, (more, fused) in (("plain", PLAIN), ("all of them", ALL)):
+        for num_classes in (FEW_CLASSES, MANY_CLASSES):
+            step = Step(words + more, fused, num_classes, device)
+            seconds, loss, gib = measure(step.train, warmup, steps, device)
+            print(
+                f"| {name} | {num_classes:,} | {milliseconds(seconds)} | {milliseconds(loss)} "
+                f"| {np.median(loss / seconds):.1%} | {gib} |",
+                flush=True,
+            )
+
+
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
+    parser.add_argument("--model", default="resnet50", help="a name that train.py's --model takes")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 128])
+    parser.add_argument("--steps", type=int, help="steps that are timed (default 5 on the CPU, 50 on a GPU)")
+    parser.add_argument("--quick", action="store_true", help="resnet18, 64 pixels, batches of 8: does it run?")
+    if parser.parse_args().quick:
+        parser.set_defaults(model="resnet18", image_size=64, batch_sizes=[8])
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_flags()
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # whose stream the events go to
+    steps = args.steps or (5 if device.type == "cpu" else 50)
+    warmup = 2 if device.type == "cpu" else 10
+    print(", ".join(f"{name} {value}" for name, value in runlog.environment(device).items()))
+    for batch_size in args.batch_sizes:
+        print(f"\n{args.model}, {args.image_size}×{args.image_size}, batch {batch_size}, {FEW_CLASSES} classes\n")
+        words = ["--model", args.model, "--image-size", str(args.image_size), "--batch-size", str(batch_size)]
+        compare_options(words, batch_size, warmup, steps, device)
+        share_of_the_loss(words, warmup, steps, device)
+
+
+if __name__ == "__main__":
+    main()

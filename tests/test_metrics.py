@@ -1,0 +1,687 @@
+"""Tests of the retrieval figures (code/metrics.py): figures of the paper's code, cases known by eye, slow twins.
+
+The twin sorts all similarities of a query in float64. Images that are exactly equally close stand in a group, and a
+figure is its mean over all orders of the groups: written out order by order for small sets, place by place for larger
+ones. Second opinions come from pytorch-metric-learning and scikit-learn.
+
+    pytest tests/test_metrics.py
+"""
+
+import itertools
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import metrics
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+GOLDEN = Path(__file__).parent / "golden"
+# GiB for the search. The tiny ones make blocks of 16 images and several groups of queries out of small sets.
+BUDGETS = [1e-6, 1e-5, 1e-4, 1.0]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+# The twins --------------------------------------------------------------------------------------------------------
+
+
+def tie_groups(similarities, positive):
+    """One query's candidates from the most similar down -> [(positives, negatives), …] of equally similar ones."""
+    groups, last = [], math.inf
+    for i in np.argsort(-similarities, kind="stable"):
+        if last - similarities[i] > 1e-9:
+            groups.append([0, 0])
+        last = similarities[i]
+        groups[-1][0 if positive[i] else 1] += 1
+    return groups
+
+
+def figures_of_order(order, ks):
+    """Figures of one definite order of the candidates, True for a positive: straight from their definitions."""
+    R = sum(order)
+    precision_at = [sum(order[: place + 1]) / (place + 1) for place in range(R)]
+    return {
+        **{f"R@{k}": float(any(order[:k])) for k in ks},
+        "r_precision": sum(order[:R]) / R,
+        "map_at_r": sum(precision_at[place] for place in range(R) if order[place]) / R,
+    }
+
+
+def figures_order_by_order(groups, ks):
+    """Mean over every order of the tied ones: all ways to place the positives of a group on its places."""
+    ways = [
+        [[place in chosen for place in range(p + n)] for chosen in itertools.combinations(range(p + n), p)]
+        for p, n in groups
+    ]
+    every = [figures_of_order(list(itertools.chain(*parts)), ks) for parts in itertools.product(*ways)]
+    return {name: math.fsum(figures[name] for figures in every) / len(every) for name in every[0]}
+
+
+def figures_place_by_place(groups, ks):
+    """The same mean without the orders: each place of a group holds a positive with the same probability."""
+    R = sum(p for p, _ in groups)
+    hit = {k: None for k in ks}
+    r_precision = map_at_r = 0.0
+    place = before = 0  # places filled so far, positives among them
+    for p, n in groups:
+        for k in ks:
+            if hit[k] is None and (p > 0 or place + n >= k):
+                slots = min(max(k - place, 0), p + n)
+                hit[k] = 1 - math.comb(n, slots) / math.comb(p + n, slots)
+        for s in range(p + n):
+            if p and place + s < R:
+                chance = p / (p + n)
+                among = s * (p - 1) / (p + n - 1) if p + n > 1 else 0.0  # positives on the s places before, given this
+                r_precision += chance / R
+                map_at_r += chance * (before + among + 1) / (place + s + 1) / R
+        place, before = place + p + n, before + p
+    return {**{f"R@{k}": hit[k] for k in ks}, "r_precision": r_precision, "map_at_r": map_at_r}
+
+
+def slow_retrieval(query, query_labels, gallery, gallery_labels, ks, one_query=figures_place_by_place):
+    """Every figure of every query as a dict of arrays, NaN where a query has no positive."""
+    one_set = gallery is None
+    if one_set:
+        gallery, gallery_labels = query, query_labels
+    Q, G = (x.double() / x.double().norm(dim=1, keepdim=True).clamp(min=1e-300) for x in (query, gallery))
+    S = (Q @ G.T).numpy()
+    rows = []
+    for i, label in enumerate(query_labels.tolist()):
+        others = np.arange(len(G)) != i if one_set else np.full(len(G), True)
+        positive = (gallery_labels.numpy() == label)[others]
+        nothing = dict.fromkeys([*(f"R@{k}" for k in ks), "r_precision", "map_at_r"], math.nan)
+        rows.append(one_query(tie_groups(S[i][others], positive), ks) if positive.any() else nothing)
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+def assert_equals_twin(query, query_labels, gallery=None, gallery_labels=None, ks=(1, 2, 5), memory_gib=1.0, **options):
+    expected = slow_retrieval(query, query_labels, gallery, gallery_labels, ks, **options)
+    found = metrics.retrieval(query, query_labels, gallery, gallery_labels, ks, True, memory_gib)
+    assert found.per_query.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(found.per_query[name], values, rtol=0, atol=1e-9, err_msg=name)
+    means = {name: np.nanmean(values) for name, values in expected.items()}
+    assert found.recall == pytest.approx({k: means[f"R@{k}"] for k in ks}, abs=1e-9)
+    assert found.r_precision == pytest.approx(means["r_precision"], abs=1e-9)
+    assert found.map_at_r == pytest.approx(means["map_at_r"], abs=1e-9)
+    assert found.num_queries == len(query)
+    assert found.num_without_positive == np.isnan(expected["r_precision"]).sum()
+
+    without = metrics.retrieval(query, query_labels, gallery, gallery_labels, ks, False, memory_gib)
+    assert without.recall == found.recall
+    assert without.r_precision is None and without.map_at_r is None
+    assert set(without.per_query) == {f"R@{k}" for k in ks}
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Figures of the paper's code --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory_gib", BUDGETS)
+def test_golden_one_set(memory_gib):
+    golden = np.load(GOLDEN / "retrieval_cub_style.npz")
+    X, T, ks = torch.tensor(golden["X"]), torch.tensor(golden["T"]), golden["k"].tolist()
+    found = metrics.retrieval(X, T, ks=ks, precision=True, memory_gib=memory_gib)
+    assert list(found.recall.values()) == pytest.approx(golden["recall"].tolist(), rel=1e-15)
+    assert found.r_precision == pytest.approx(golden["r_precision"].item(), abs=1e-6)
+    assert found.map_at_r == pytest.approx(golden["map_at_r"].item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("memory_gib", BUDGETS)
+def test_golden_query_and_gallery(memory_gib):
+    golden = np.load(GOLDEN / "retrieval_inshop_style.npz")
+    sets = [torch.tensor(golden[name]) for name in ("query_X", "query_T", "gallery_X", "gallery_T")]
+    found = metrics.retrieval(*sets, ks=golden["k"].tolist(), memory_gib=memory_gib)
+    assert list(found.recall) == golden["k"].tolist()
+    assert list(found.recall.values()) == pytest.approx(golden["recall"].tolist(), rel=1e-15)
+
+
+# Known by eye -----------------------------------------------------------------------------------------------------
+
+
+def test_one_hot_is_perfect():
+    T = torch.arange(5).repeat_interleave(4)
+    found = metrics.retrieval(torch.eye(5)[T], T, ks=(1, 2, 4), precision=True)
+    assert found.recall == {1: 1.0, 2: 1.0, 4: 1.0}
+    assert found.r_precision == 1.0 and found.map_at_r == 1.0
+    assert found.num_queries == 20 and found.num_without_positive == 0
+    assert found.figures() == {"R@1": 1.0, "R@2": 1.0, "R@4": 1.0, "RP": 1.0, "MAP@R": 1.0}
+
+
+def test_one_mistake():
+    """On a line of directions: a a b | b, angles 0, 1, 2 and 20 degrees. Only one b and nobody else errs."""
+    angles = torch.deg2rad(torch.tensor([0.0, 1.0, 2.5, 20.0]))
+    X, T = torch.stack([angles.cos(), angles.sin()], dim=1), torch.tensor([0, 0, 1, 1])
+    found = metrics.retrieval(X, T, ks=(1, 2, 3), precision=True)
+    # The b at 2.5 degrees sees both a first; the other b sees it first.
+    assert found.per_query["R@1"].tolist() == [1, 1, 0, 1]
+    assert found.per_query["R@2"].tolist() == [1, 1, 0, 1]
+    assert found.recall == {1: 0.75, 2: 0.75, 3: 1.0}
+    assert found.r_precision == 0.75 and found.map_at_r == 0.75
+
+
+def test_precision_by_hand():
+    """A query with R = 3 that sees: positive, negative, positive, positive."""
+    gallery_angles = torch.deg2rad(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    gallery = torch.stack([gallery_angles.cos(), gallery_angles.sin()], dim=1)
+    found = metrics.retrieval(
+        torch.tensor([[1.0, 0.0]]), torch.tensor([7]), gallery, torch.tensor([7, 1, 7, 7]), (1,), precision=True
+    )
+    assert found.r_precision == pytest.approx(2 / 3, abs=1e-12)
+    assert found.map_at_r == pytest.approx((1 / 1 + 2 / 3) / 3, abs=1e-12)
+
+
+def test_k_above_the_gallery():
+    T = torch.tensor([0, 0, 1, 1])
+    found = metrics.retrieval(randn(4, 3), T, ks=(1, 3, 4, 1000))
+    assert found.recall[3] == found.recall[4] == found.recall[1000] == 1.0
+    found = metrics.retrieval(randn(2, 3), T[:2], randn(3, 3), torch.tensor([5, 0, 6]), ks=(3, 50))
+    assert found.recall == {3: 1.0, 50: 1.0}
+
+
+def test_a_class_of_one_is_left_out_and_counted():
+    X, T = torch.eye(3)[[0, 2, 0, 1]], torch.tensor([0, 9, 0, 5])
+    found = metrics.retrieval(X, T, ks=(1,), precision=True)
+    assert found.num_queries == 4 and found.num_without_positive == 2
+    assert found.recall == {1: 1.0} and found.r_precision == 1.0 and found.map_at_r == 1.0
+    for values in found.per_query.values():
+        np.testing.assert_array_equal(values, [1, math.nan, 1, math.nan])
+
+
+def test_classes_missing_in_the_gallery_are_left_out():
+    found = metrics.retrieval(
+        torch.eye(3), torch.tensor([0, 1, 2]), torch.eye(3)[[1, 0]], torch.tensor([1, 3]), (1,), precision=True
+    )
+    assert found.num_without_positive == 2
+    np.testing.assert_array_equal(found.per_query["R@1"], [math.nan, 1, math.nan])
+    assert found.recall == {1: 1.0}
+
+
+def test_duplicate_of_the_same_class_is_found():
+    """The copy counts, the query itself does not: without the copy these queries find nothing."""
+    X, T = torch.eye(4)[[0, 0, 1, 2]], torch.tensor([0, 0, 1, 1])
+    found = metrics.retrieval(X, T, ks=(1,))
+    assert found.per_query["R@1"].tolist() == pytest.approx([1, 1, 1 / 3, 1 / 3])
+
+
+def test_duplicate_of_another_class_does_not_flatter():
+    """An image that exists under two labels: its copy stands first. Dropping the first neighbour would hide that."""
+    near = torch.nn.functional.normalize(torch.tensor([[1.0, 0.1, 0.0], [0.0, 0.1, 1.0]]), dim=1)
+    X = torch.cat([torch.eye(3)[[0, 0]], near])
+    T = torch.tensor([0, 1, 0, 1])
+    found = metrics.retrieval(X, T, ks=(1, 2))
+    assert found.per_query["R@1"][:2].tolist() == [0, 0]
+    # The near one of class 0 has both copies at the same distance, one of either class.
+    assert found.per_query["R@1"][2] == pytest.approx(0.5)
+    assert found.per_query["R@2"][2] == 1.0
+
+
+@pytest.mark.parametrize("memory_gib", BUDGETS)
+@pytest.mark.parametrize("vector", [torch.tensor([1.0, 0.0]), torch.zeros(5)], ids=["one point", "zeros"])
+def test_everything_equal_gives_chance(vector, memory_gib):
+    T = torch.arange(60) % 6  # 10 of each: 9 positives among 59 others
+    found = metrics.retrieval(vector.expand(60, -1), T, ks=(1, 10, 59), precision=True, memory_gib=memory_gib)
+    assert found.recall[1] == pytest.approx(9 / 59, abs=1e-12)
+    assert found.recall[10] == pytest.approx(1 - math.comb(50, 10) / math.comb(59, 10), abs=1e-9)
+    assert found.recall[59] == 1.0
+    assert found.r_precision == pytest.approx(9 / 59, abs=1e-12)
+    expected = figures_place_by_place([(9, 50)], [1])["map_at_r"]
+    assert found.map_at_r == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("N", "D", "memory_gib"),
+    [
+        (17, 16, 1e-5),
+        (33, 37, 1e-5),
+        (50, 512, 1e-5),
+        (257, 512, 1e-4),
+        (1025, 37, 1e-3),
+        (2049, 64, 1.0),
+        (2100, 64, 1.0),
+    ],
+)
+def test_everything_equal_gives_chance_whatever_the_blocks(N, D, memory_gib):
+    """A real-valued vector: its products with itself must come out the same in every block, full or not."""
+    T = torch.arange(N) % 16
+    found = metrics.retrieval(randn(1, D).expand(N, -1), T, ks=(1,), precision=True, memory_gib=memory_gib)
+    R = torch.bincount(T)[T].double().numpy() - 1
+    np.testing.assert_allclose(found.per_query["R@1"][R > 0], (R / (N - 1))[R > 0], atol=1e-9)
+    np.testing.assert_allclose(found.per_query["r_precision"][R > 0], (R / (N - 1))[R > 0], atol=1e-9)
+
+
+def test_figures_come_in_the_order_of_the_caller():
+    """Labels in no order, three queries that fail by construction."""
+    T = torch.tensor([3, 0, 3, 2, 0, 2, 9, 2])
+    X = torch.eye(10)[T]
+    X[5] = torch.eye(10)[0] + 0.1 * torch.eye(10)[2]  # this 2 lies among the 0s
+    found = metrics.retrieval(X, T, ks=(1,))
+    np.testing.assert_array_equal(found.per_query["R@1"], [1, 1, 1, 1, 1, 0, math.nan, 1])
+
+
+def test_embeddings_of_any_length():
+    X, T = randn(40, 8), torch.arange(40) % 5
+    lengths = 10.0 ** torch.linspace(-9, 9, 40)[:, None]
+    plain = metrics.retrieval(X, T, precision=True)
+    scaled = metrics.retrieval(X * lengths, T, precision=True)
+    assert scaled.figures() == pytest.approx(plain.figures(), abs=1e-12)
+
+
+def test_other_types_of_input():
+    X, T = randn(40, 8), torch.arange(40) % 5
+    plain = metrics.retrieval(X, T, precision=True)
+    for embeddings, labels in ((X.double(), T.int()), (X.numpy(), T.numpy()), (X, T + 10**12), (X, T - 3)):
+        assert metrics.retrieval(embeddings, labels, precision=True).figures() == plain.figures()
+
+
+def test_the_input_is_left_alone():
+    X, T = randn(40, 8), torch.arange(40) % 5
+    before = X.clone(), T.clone()
+    metrics.retrieval(X, T, precision=True)
+    assert torch.equal(X, before[0]) and torch.equal(T, before[1])
+
+
+# The twins, over sets ---------------------------------------------------------------------------------------------
+
+
+@st.composite
+def labels_of(draw, size, num_classes):
+    return torch.tensor(draw(st.lists(st.integers(0, num_classes - 1), min_size=size, max_size=size)))
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(st.data())
+def test_twin_without_ties(data):
+    """Real-valued embeddings, one set or query and gallery, any number of blocks and groups."""
+    one_set = data.draw(st.booleans())
+    num_classes, D = data.draw(st.integers(1, 12)), data.draw(st.integers(2, 12))
+    sizes = [data.draw(st.integers(2, 70))] + [data.draw(st.integers(1, 70))] * (not one_set)
+    seed = data.draw(st.integers(0, 10**6))
+    sets = []
+    for i, size in enumerate(sizes):
+        labels = torch.randint(num_classes, (size,), generator=torch.Generator().manual_seed(seed + i))
+        centres = randn(num_classes, D, seed=seed)
+        sets += [centres[labels] + data.draw(st.sampled_from([0.3, 1.0, 3.0])) * randn(size, D, seed=seed + i), labels]
+    S = torch.nn.functional.normalize(sets[0].double()) @ torch.nn.functional.normalize(sets[-2].double()).T
+    gaps = S.sort(dim=1).values.diff(dim=1)
+    assume((gaps > 1e-6).all())  # float32 must be able to tell them apart
+    if one_set:
+        assume(sets[1].bincount().max() > 1)
+    else:
+        assume(torch.isin(sets[1], sets[3]).any())
+    ks = data.draw(st.lists(st.integers(1, 80), min_size=1, max_size=4, unique=True))
+    assert_equals_twin(*sets, ks=ks, memory_gib=data.draw(st.sampled_from(BUDGETS)))
+
+
+def points_with_ties(size, kind, seed):
+    """Embeddings whose cosines are exact in float32 and mostly tied: signs, axes, both, or a few points."""
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (size, 4), generator=generator) * 2.0 - 1
+    axes = torch.eye(4)[torch.randint(4, (size,), generator=generator)]
+    X = {
+        "signs": signs,
+        "axes": axes,
+        "both": torch.where(torch.rand(size, 1, generator=generator) < 0.5, signs, axes),
+        "long signs": torch.randint(0, 2, (size, 16), generator=generator) * 2.0 - 1,
+    }[kind]
+    return X * 2.0 ** torch.randint(-3, 4, (size, 1), generator=generator)
+
+
+KINDS = ["signs", "axes", "both", "long signs"]
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(st.data())
+def test_ties_order_by_order(data):
+    """Every figure is its mean over all orders of the tied ones, each order written out."""
+    kind, seed, one_set = data.draw(st.sampled_from(KINDS)), data.draw(st.integers(0, 10**6)), data.draw(st.booleans())
+    num_classes = data.draw(st.integers(1, 4))
+    N = data.draw(st.integers(2, 9))
+    query, labels = points_with_ties(N, kind, seed), data.draw(labels_of(N, num_classes))
+    gallery = gallery_labels = None
+    if one_set:
+        assume(labels.bincount().max() > 1)
+    else:
+        M = data.draw(st.integers(1, 9))
+        gallery, gallery_labels = points_with_ties(M, kind, seed + 1), data.draw(labels_of(M, num_classes))
+        assume(torch.isin(labels, gallery_labels).any())
+    assert_equals_twin(query, labels, gallery, gallery_labels, ks=(1, 2, 3, 8, 9), one_query=figures_order_by_order)
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=4))
+def test_the_twins_agree(groups):
+    groups = [group for group in groups if sum(group)]
+    assume(any(p for p, _ in groups))
+    ks = list(range(1, 14))
+    assert figures_place_by_place(groups, ks) == pytest.approx(figures_order_by_order(groups, ks), abs=1e-12)
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(st.data())
+def test_ties_place_by_place(data):
+    """Larger sets, so that ties run across blocks and beyond the R rivals that are kept."""
+    kind, seed, one_set = data.draw(st.sampled_from(KINDS)), data.draw(st.integers(0, 10**6)), data.draw(st.booleans())
+    num_classes = data.draw(st.sampled_from([1, 2, 5, 30]))
+    sets = []
+    for i in range(1 if one_set else 2):
+        N = data.draw(st.integers(2, 90))
+        labels = torch.randint(num_classes, (N,), generator=torch.Generator().manual_seed(seed + i))
+        sets += [points_with_ties(N, kind, seed + i), labels]
+    if one_set:
+        assume(sets[1].bincount().max() > 1)
+    else:
+        assume(torch.isin(sets[1], sets[3]).any())
+    assert_equals_twin(*sets, ks=(1, 2, 7, 40, 90), memory_gib=data.draw(st.sampled_from(BUDGETS)))
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(st.data())
+def test_ties_of_copied_images(data):
+    """Real-valued embeddings of which many exist several times, under one label or under different ones."""
+    N, distinct = data.draw(st.integers(2, 80)), data.draw(st.integers(1, 20))
+    D = data.draw(st.sampled_from([3, 37, 64]))
+    seed, num_classes = data.draw(st.integers(0, 10**6)), data.draw(st.sampled_from([1, 2, 5]))
+    generator = torch.Generator().manual_seed(seed)
+    points = randn(distinct, D, seed=seed)
+    X = points[torch.randint(distinct, (N,), generator=generator)]
+    T = torch.randint(num_classes, (N,), generator=generator)
+    assume(T.bincount().max() > 1)
+    unit = torch.nn.functional.normalize(points.double())
+    assume(((unit @ unit.T).sort(dim=1).values.diff(dim=1) > 1e-6).all())
+    assert_equals_twin(X, T, memory_gib=data.draw(st.sampled_from(BUDGETS)))
+
+
+def test_twin_of_several_full_blocks():
+    """Blocks of the usual size, the last of them ragged."""
+    T = torch.randint(400, (2300,), generator=torch.Generator().manual_seed(3))
+    X = points_with_ties(2300, "long signs", 3)
+    assert_equals_twin(X, T, ks=(1, 10, 1000))
+
+
+@pytest.mark.parametrize("N", [17, 2049])
+def test_a_last_block_of_one(N):
+    T = torch.arange(N) // 2 % 500
+    X = torch.eye(500)[T] + 0.01 * randn(N, 500)
+    memory_gib = 1e-5 if N == 17 else 1.0
+    found = metrics.retrieval(X, T, ks=(1,), precision=True, memory_gib=memory_gib)
+    assert found.recall[1] == 1.0 and found.r_precision == 1.0
+
+
+def test_a_group_of_queries_without_any_positive():
+    """The budget splits the queries right behind those whose class is missing in the gallery."""
+    query_labels = torch.tensor([0] * 20 + [1])
+    gallery, gallery_labels = randn(100, 8), torch.ones(100, dtype=torch.long)
+    found = metrics.retrieval(
+        randn(21, 8), query_labels, gallery, gallery_labels, (1,), precision=True, memory_gib=1e-6
+    )
+    assert found.num_without_positive == 20
+    assert found.recall == {1: 1.0} and found.r_precision == 1.0
+
+
+MEMORY = """
+import resource, torch, metrics
+torch.set_num_threads(2)
+torch.manual_seed(0)
+metrics.retrieval(torch.randn(300, 32), torch.arange(300) % 30, precision=True, memory_gib=0.02)
+X, T = torch.randn(8_000, 32), torch.arange(8_000) % 2_000
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+metrics.retrieval(X, T, ks=(1, 10, 1000), precision=True, memory_gib=0.02)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+"""
+
+
+def test_memory_keeps_to_the_budget():
+    """8,000 images: the similarity matrix would take 0.24 GiB, the search is allowed 0.02."""
+    code = str(Path(metrics.__file__).parent)
+    run = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {code!r})\n{MEMORY}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) < 0.03
+
+
+# Second opinion ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("one_set", [True, False], ids=["one set", "query and gallery"])
+def test_pytorch_metric_learning_agrees(one_set):
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+
+    calculator = AccuracyCalculator(
+        include=("precision_at_1", "r_precision", "mean_average_precision_at_r"), k="max_bin_count"
+    )
+    generator = torch.Generator().manual_seed(5)
+    T = torch.randint(25, (400,), generator=generator)
+    X = torch.nn.functional.normalize(randn(25, 16)[T] + randn(400, 16, seed=1))
+    query, gallery = (slice(None), slice(None)) if one_set else (slice(0, 150), slice(150, None))
+    expected = calculator.get_accuracy(X[query], T[query], X[gallery], T[gallery], ref_includes_query=one_set)
+    sets = (X, T) if one_set else (X[query], T[query], X[gallery], T[gallery])
+    found = metrics.retrieval(*sets, ks=(1,), precision=True)
+    assert 0.2 < found.recall[1] < 0.95
+    assert found.recall[1] == pytest.approx(expected["precision_at_1"], abs=1e-6)
+    assert found.r_precision == pytest.approx(expected["r_precision"], abs=1e-6)
+    assert found.map_at_r == pytest.approx(expected["mean_average_precision_at_r"], abs=1e-6)
+
+
+# Errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", [metrics.retrieval, metrics.nmi])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nan_and_inf_are_counted(function, bad):
+    X = randn(10, 4)
+    X[3, 1] = X[3, 2] = X[7, 0] = bad
+    with pytest.raises(ValueError, match="2 of 10 embeddings hold NaN or Inf"):
+        function(X, torch.arange(10) % 2)
+
+
+def test_nan_in_the_gallery():
+    gallery = randn(10, 4)
+    gallery[9, 3] = math.nan
+    with pytest.raises(ValueError, match="gallery: 1 of 10 embeddings hold NaN or Inf"):
+        metrics.retrieval(randn(3, 4), torch.zeros(3), gallery, torch.zeros(10))
+
+
+@pytest.mark.parametrize(
+    ("sets", "ks", "message"),
+    [
+        ((torch.zeros(4), torch.zeros(4)), (1,), r"query: .* got \(4,\), \(4,\)"),
+        ((torch.zeros(4, 2), torch.zeros(3)), (1,), r"query: .* got \(4, 2\), \(3,\)"),
+        ((torch.zeros(4, 2), torch.zeros(4, 1)), (1,), r"query: .* got \(4, 2\), \(4, 1\)"),
+        ((torch.zeros(0, 2), torch.zeros(0)), (1,), "query: there are no embeddings"),
+        ((torch.ones(4, 2), torch.zeros(4), torch.ones(5, 3), torch.zeros(5)), (1,), "2 dimensions, .* 3"),
+        ((torch.ones(4, 2), torch.zeros(4), torch.ones(5, 2), torch.zeros(4)), (1,), r"gallery: .*\(5, 2\), \(4,\)"),
+        ((torch.ones(4, 2), torch.zeros(4), torch.ones(0, 2), torch.zeros(0)), (1,), "gallery: there are no emb"),
+        ((torch.ones(4, 2), torch.zeros(4)), (1, 0), "at least 1, got 0"),
+        ((torch.ones(4, 2), torch.arange(4)), (1,), "none of the 4 queries"),
+        ((torch.ones(2, 2), torch.zeros(2), torch.ones(3, 2), torch.ones(3)), (1,), "none of the 2 queries"),
+    ],
+)
+def test_wrong_calls_are_named(sets, ks, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.retrieval(*sets, ks=ks)
+
+
+# The k nearest ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory_gib", [1e-6, 1.0])
+def test_nearest(memory_gib):
+    query, gallery = randn(20, 6), 3 * randn(50, 6, seed=1)
+    indices, similarities = metrics.nearest(query, gallery, 5, memory_gib=memory_gib)
+    S = torch.nn.functional.normalize(query) @ torch.nn.functional.normalize(gallery).T
+    assert torch.equal(indices, S.sort(dim=1, descending=True).indices[:, :5])
+    torch.testing.assert_close(similarities, S.gather(1, indices))
+
+
+def test_nearest_without_itself():
+    X = randn(6, 3)
+    indices, _ = metrics.nearest(X, X, 10, exclude=torch.arange(6))
+    assert indices.shape == (6, 5)  # k is cut to what there is
+    assert [sorted(row) for row in indices.tolist()] == [[j for j in range(6) if j != i] for i in range(6)]
+
+
+# NMI --------------------------------------------------------------------------------------------------------------
+
+
+def clusters(num_classes=8, per_class=30, noise=0.02):
+    T = torch.arange(num_classes).repeat_interleave(per_class)
+    return torch.eye(num_classes, 16)[T] + noise * randn(len(T), 16), T
+
+
+def test_nmi_of_separate_clusters():
+    """Two classes are told apart from every start; of more, several starts are given a chance, as k-means needs."""
+    assert metrics.nmi(*clusters(2)) == pytest.approx(1.0, abs=1e-12)
+    assert max(metrics.nmi(*clusters(), seed=seed) for seed in range(5)) > 0.9
+
+
+def test_nmi_of_random_labels_is_low():
+    X, _ = clusters()
+    T = torch.randint(8, (len(X),), generator=torch.Generator().manual_seed(0))
+    assert 0 <= metrics.nmi(X, T) < 0.15
+
+
+def test_nmi_is_determined_by_its_seed():
+    X, T = randn(300, 8), torch.arange(300) % 10
+    assert metrics.nmi(X, T, seed=3) == metrics.nmi(X, T, seed=3)
+    assert len({metrics.nmi(X, T, seed=seed) for seed in range(4)}) > 1
+
+
+def test_nmi_does_not_depend_on_memory_or_length():
+    X, T = clusters(noise=0.4)
+    plain = metrics.nmi(X, T)
+    assert metrics.nmi(X, T, memory_gib=1e-7) == pytest.approx(plain, abs=1e-9)
+    assert metrics.nmi(X * 1000, T) == pytest.approx(plain, abs=1e-9)
+
+
+def test_nmi_of_as_many_classes_as_images_and_of_copies():
+    """Clusters run empty where images are copies of one another; the score stays a number in [0, 1]."""
+    assert metrics.nmi(randn(20, 4), torch.arange(20)) == pytest.approx(1.0, abs=1e-9)
+    assert 0 <= metrics.nmi(torch.ones(20, 4), torch.arange(20) % 5) <= 1
+
+
+def test_scikit_learn_agrees_on_nmi():
+    """The best of a few starts against scikit-learn's k-means, best of ten starts, on separate but noisy clusters."""
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import normalized_mutual_info_score
+
+    X, T = clusters(5, 60, noise=0.15)
+    T = T.clone()
+    T[::10] = (T[::10] + 1) % 5  # labels that no clustering can explain: the score is not simply 1
+    unit = torch.nn.functional.normalize(X).numpy()
+    assigned = KMeans(5, n_init=10, random_state=0).fit_predict(unit)
+    expected = normalized_mutual_info_score(T.numpy(), assigned)
+    assert 0.6 < expected < 0.9
+    assert max(metrics.nmi(X, T, seed=seed) for seed in range(6)) == pytest.approx(expected, abs=0.01)
+
+
+# Embedding a loader -----------------------------------------------------------------------------------------------
+
+
+class Tiny(torch.nn.Module):
+    """Flattens an image; dropout and BatchNorm would show if the network were not in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = torch.nn.BatchNorm2d(3)
+        self.dropout = torch.nn.Dropout(0.5)
+
+    def forward(self, images):
+        return self.dropout(self.bn(images)).flatten(1)
+
+
+def make_loader(labels, batch_size, seed=0):
+    images = randn(len(labels), 3, 2, 2, seed=seed)
+    data = torch.utils.data.TensorDataset(images, torch.tensor(labels))
+    return torch.utils.data.DataLoader(data, batch_size), images
+
+
+def test_embed_in_order_with_a_ragged_last_batch():
+    labels = [4, 1, 1, 0, 2, 9, 9]
+    loader, images = make_loader(labels, 3)
+    network, seen = Tiny().train(), []
+    embeddings, found, rows = metrics.embed(network, loader, "cpu", after_batch=lambda: seen.append(True))
+    assert not network.training and not network.bn.training
+    assert embeddings.dtype == torch.float32 and found.dtype == torch.int64
+    assert found.tolist() == labels and rows.tolist() == list(range(7)) and len(seen) == 3
+    torch.testing.assert_close(embeddings, images.flatten(1) / (1 + 1e-5) ** 0.5)
+    assert not embeddings.requires_grad
+
+
+def test_embed_leaves_out_images_that_could_not_be_read():
+    loader, images = make_loader([4, -1, 1, 0, -1], 2)
+    embeddings, labels, rows = metrics.embed(Tiny(), loader, "cpu")
+    assert labels.tolist() == [4, 1, 0] and rows.tolist() == [0, 2, 3]
+    torch.testing.assert_close(embeddings, images[[0, 2, 3]].flatten(1) / (1 + 1e-5) ** 0.5)
+
+
+def test_embed_options_change_little():
+    loader, _ = make_loader([0, 1, 2], 2)
+    plain = metrics.embed(Tiny(), loader, "cpu").embeddings
+    other = metrics.embed(Tiny(), loader, "cpu", amp=True, channels_last=True).embeddings
+    assert other.dtype == torch.float32
+    torch.testing.assert_close(other, plain, rtol=0.02, atol=0.02)
+
+
+def test_embed_stops_where_it_is_told_to():
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        metrics.embed(Tiny(), make_loader([0, 1, 2], 2)[0], "cpu", after_batch=stop)
+
+
+def test_embed_without_images():
+    with pytest.raises(ValueError, match="no image"):
+        metrics.embed(Tiny(), make_loader([], 2)[0], "cpu")
+
+
+def test_evaluate_one_set():
+    labels = [0, 1, 0, 1, 2, 0, 1]
+    loader, images = make_loader(labels, 3)
+    found, query, gallery = metrics.evaluate(Tiny(), loader, None, (1, 2), "cpu", precision=True)
+    expected = metrics.retrieval(images.flatten(1), torch.tensor(labels), ks=(1, 2), precision=True)
+    assert found.figures() == expected.figures()
+    assert found.num_queries == 7 and found.num_without_positive == 1
+    assert query.labels.tolist() == labels and gallery is None
+
+
+def test_evaluate_query_and_gallery():
+    query_labels, gallery_labels = [0, 1, 2, -1, 3], [3, 1, 1, 0, -1, 7, 2]
+    query_loader, queries = make_loader(query_labels, 2)
+    gallery_loader, images = make_loader(gallery_labels, 4, seed=1)
+    found, query, gallery = metrics.evaluate(Tiny(), query_loader, gallery_loader, (1, 3), "cpu", memory_gib=1e-5)
+    keep_query, keep_gallery = (torch.tensor(labels) >= 0 for labels in (query_labels, gallery_labels))
+    sets = [
+        queries.flatten(1)[keep_query],
+        torch.tensor(query_labels)[keep_query],
+        images.flatten(1)[keep_gallery],
+        torch.tensor(gallery_labels)[keep_gallery],
+    ]
+    assert found.recall == metrics.retrieval(*sets, ks=(1, 3)).recall
+    assert found.num_queries == 4 and found.r_precision is None
+    assert query.rows.tolist() == [0, 1, 2, 4] and gallery.rows.tolist() == [0, 1, 2, 3, 5, 6]
+
+
+# On a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@needs_gpu
+def test_gpu_gives_the_same():
+    T = torch.randint(200, (3000,), generator=torch.Generator().manual_seed(0))
+    for X in (points_with_ties(3000, "long signs", 0), randn(1, 64).expand(3000, -1)):
+        for memory_gib in (1e-4, 1.0):
+            found = metrics.retrieval(X, T, precision=True, memory_gib=memory_gib, device="cuda")
+            expected = metrics.retrieval(X, T, precision=True)
+            assert found.figures() == pytest.approx(expected.figures(), abs=1e-9)
