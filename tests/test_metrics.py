@@ -415,6 +415,19 @@ def test_a_last_block_of_one(N):
     assert found.recall[1] == 1.0 and found.r_precision == 1.0
 
 
+@pytest.mark.parametrize("memory_gib", [1e-6, 1.0])
+def test_more_positives_than_a_block_holds(memory_gib):
+    """R = 40 and blocks of 16: the nearest rivals fill two blocks, and none of the second may be lost."""
+    degrees = torch.cat([torch.linspace(10, 11, 16), torch.linspace(20, 21, 16), torch.linspace(30, 31, 40)])
+    gallery = torch.stack([degrees.deg2rad().cos(), degrees.deg2rad().sin()], dim=1)
+    gallery_labels = torch.tensor([0] * 16 + [1] * 16 + [2] * 40)
+    query, query_labels = torch.tensor([[1.0, 0.0]]), torch.tensor([2])
+    assert_equals_twin(query, query_labels, gallery, gallery_labels, (1, 32, 33), memory_gib)
+    found = metrics.retrieval(query, query_labels, gallery, gallery_labels, (32, 33), True, memory_gib)
+    assert found.recall == {32: 0.0, 33: 1.0}
+    assert found.r_precision == pytest.approx(8 / 40)
+
+
 def test_a_group_of_queries_without_any_positive():
     """The budget splits the queries right behind those whose class is missing in the gallery."""
     query_labels = torch.tensor([0] * 20 + [1])
@@ -569,6 +582,13 @@ def test_nmi_of_as_many_classes_as_images_and_of_copies():
     """Clusters run empty where images are copies of one another; the score stays a number in [0, 1]."""
     assert metrics.nmi(randn(20, 4), torch.arange(20)) == pytest.approx(1.0, abs=1e-9)
     assert 0 <= metrics.nmi(torch.ones(20, 4), torch.arange(20) % 5) <= 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nmi_restarts_a_cluster_that_runs_empty(seed):
+    """Copies of six points: starts coincide, and the clusters left empty must move to the points not yet found."""
+    T = torch.arange(6).repeat_interleave(20)
+    assert metrics.nmi(torch.eye(6)[T], T, seed=seed) == pytest.approx(1.0, abs=1e-12)
 
 
 def test_scikit_learn_agrees_on_nmi():
