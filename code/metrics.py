@@ -163,6 +163,8 @@ def retrieval(
             name: torch.full((len(Q),), torch.nan, dtype=torch.float64) for name in ("r_precision", "map_at_r")
         }
     for group in _query_groups(num_positives, memory_gib):
+        if not found[group].any():
+            continue
         search = _Search(Q, q_labels, num_positives, group, G, g_labels, one_set, precision, memory_gib, progress)
         search.run()
         for k in ks:
@@ -220,9 +222,10 @@ class _Search:
         # A block of similarities, its mask and what is picked from it take about 16 bytes an entry. On the CPU blocks
         # that stay near the caches are fastest; a GPU wants large ones.
         widest = 2048 if Q.device.type == "cpu" else 16384
-        self.block = max(16, min(widest, int((memory_gib * 2**30 / 2 / 16) ** 0.5)))
+        block = max(16, min(widest, int((memory_gib * 2**30 / 2 / 16) ** 0.5) // 16 * 16))
+        self.block_rows, self.block_columns = (min(block, -(-len(x) // 16) * 16) for x in (self.Q, G))
         self.most_rivals = max(int(memory_gib * 2**30 / 4 / 64), 4 * int(self.R.sum()))
-        self.buffer = Q.new_empty(min(self.block, len(self.Q)) * min(self.block, len(G)))
+        self.buffer = Q.new_empty(self.block_rows, self.block_columns)
         self.best = Q.new_full((len(self.Q),), -INF)  # similarity of the closest positive
         self.above = torch.zeros(len(self.Q), dtype=torch.int64, device=Q.device)  # negatives closer than it
         self.tied = torch.zeros_like(self.above)  # negatives exactly as close
@@ -261,8 +264,7 @@ class _Search:
 
     def _pairs(self) -> Iterator[tuple[slice, slice]]:
         """Blocks of the matrix; of a symmetric one the upper half. First those that set good thresholds early."""
-        rows = [slice(i, min(i + self.block, len(self.Q))) for i in range(0, len(self.Q), self.block)]
-        columns = [slice(j, min(j + self.block, len(self.G))) for j in range(0, len(self.G), self.block)]
+        rows, columns = _blocks(len(self.Q), self.block_rows), _blocks(len(self.G), self.block_columns)
         if self.symmetric:
             yield from zip(rows, columns, strict=True)
             yield from ((i, j) for n, i in enumerate(rows) for j in columns[n + 1 :])
@@ -274,9 +276,12 @@ class _Search:
         i, j = self.q_labels[rows], self.g_labels[columns]
         return bool(i[0] <= j[-1]) and bool(j[0] <= i[-1])
 
-    def _similarities(self, rows: slice, columns: slice) -> Tensor:
+    def _similarities(self, rows: slice | Tensor, columns: slice) -> Tensor:
+        """A block (r, c). Products of different shapes round differently, and images that exist twice would not tie
+        in them: so blocks that are not full are filled up with zeros."""
         q, g = self.Q[rows], self.G[columns]
-        return torch.mm(q, g.T, out=self.buffer[: len(q) * len(g)].view(len(q), len(g)))
+        full_q, full_g = _fill_up(q, self.block_rows), _fill_up(g, self.block_columns)
+        return torch.mm(full_q, full_g.T, out=self.buffer)[: len(q), : len(g)]
 
     def _positive_pairs(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
         """Which entries of a block are pairs of one class (r, c), with and without the query itself."""
@@ -384,7 +389,7 @@ class _Search:
     def precisions(self) -> tuple[Tensor, Tensor]:
         """R-precision and MAP@R of every query (n,), NaN without any positive."""
         positives, rivals = self.positives, self.rivals[0]
-        rows, values = _unpack(positives)
+        rows, _ = _unpack(positives)
         first = rows << 32
         # For every positive: negatives and positives that are closer, and those exactly as close (itself included).
         n_above = torch.searchsorted(rivals, positives) - torch.searchsorted(rivals, first)
@@ -394,7 +399,8 @@ class _Search:
         # Rivals tied beyond the R that were kept are counted by a look at their rows alone.
         R = self.R[rows]
         cut = (n_tied > 0) & (n_above + n_tied >= R)
-        n_tied[cut] = n_tied[cut].maximum(self._count_ties(rows[cut], values[cut]))
+        keys, which = positives[cut].unique(return_inverse=True)
+        n_tied[cut] = n_tied[cut].maximum(self._count_ties(*_unpack(keys))[which])
 
         # The tie stands on places a+1 … a+t, of which those up to R count.
         a, t, R = (n_above + p_above).minimum(R).double(), (n_tied + p_tied).double(), R.double()
@@ -416,13 +422,12 @@ class _Search:
     def _count_ties(self, rows: Tensor, values: Tensor) -> Tensor:
         """How many negatives of each query rows[n] have exactly the similarity values[n]."""
         ties = torch.zeros_like(rows)
-        for start in range(0, len(rows), self.block):
-            i = rows[start : start + self.block]
-            for column in range(0, len(self.G), self.block):
-                j = slice(column, column + self.block)
-                equal = (self.Q[i] @ self.G[j].T) == values[start : start + self.block, None]
+        for part in _blocks(len(rows), self.block_rows):
+            i = rows[part]
+            for j in _blocks(len(self.G), self.block_columns):
+                equal = self._similarities(i, j) == values[part, None]
                 equal &= self.q_labels[i, None] != self.g_labels[None, j]
-                ties[start : start + self.block] += equal.sum(dim=1)
+                ties[part] += equal.sum(dim=1)
         return ties
 
 
@@ -454,6 +459,15 @@ def _gather_shares(share: Tensor, total: int) -> Tensor:
     return torch.stack(parts, dim=1).flatten(0, 1)[:total]
 
 
+def _blocks(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _fill_up(x: Tensor, rows: int) -> Tensor:
+    """x (n, D) with rows of zeros behind it -> (rows, D)."""
+    return x if len(x) == rows else F.pad(x, (0, 0, 0, rows - len(x)))
+
+
 def _keys(rows: Tensor, similarities: Tensor) -> Tensor:
     """One int64 per (row, similarity) that sorts by row, then from the most similar down."""
     bits = (0.0 - similarities).view(torch.int32)
@@ -471,7 +485,7 @@ def _as_words(mask: Tensor) -> Tensor:
     """A boolean (r, c) read as (r, c / 8) words of eight entries: sums and searches then touch an eighth as many."""
     if mask.shape[1] % 8:
         mask = F.pad(mask, (0, 8 - mask.shape[1] % 8))
-    return mask.contiguous().view(torch.int64)
+    return mask.flatten().view(torch.int64).view(len(mask), -1)
 
 
 def _count_true(mask: Tensor, dim: int) -> Tensor:
