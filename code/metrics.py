@@ -322,9 +322,10 @@ class _Search:
         if mirrored:
             self._count(S, columns, 0)
         if self.precision:
-            self._collect_rivals(S, rows, first_visit=columns == (rows if self.symmetric else slice(0, columns.stop)))
+            first_visit = columns == (rows if self.symmetric else slice(0, columns.stop))
+            self._collect_rivals(S, rows, 1, first_visit)
             if mirrored:
-                self._collect_rivals(S.T, columns, first_visit=False)
+                self._collect_rivals(S, columns, 0, first_visit=False)
 
     def _count(self, S: Tensor, queries: slice, dim: int) -> None:
         best = self.best[queries].unsqueeze(dim)
@@ -358,7 +359,7 @@ class _Search:
         self.rivals = [self.positives.new_empty(0)]
         self.num_rivals = 0
 
-    def _collect_rivals(self, S: Tensor, queries: slice, first_visit: bool) -> None:
+    def _collect_rivals(self, S: Tensor, queries: slice, dim: int, first_visit: bool) -> None:
         threshold = self.threshold[queries]
         if first_visit:  # no good threshold yet: the R best of this block give one
             R = self.R[queries]
@@ -369,8 +370,8 @@ class _Search:
             last = top.gather(1, (R - 1).clamp(0, k - 1)[:, None])[:, 0]
             self.threshold[queries] = torch.where(R <= k, threshold.maximum(last), threshold)
         else:
-            i, j = _true_positions(S > threshold[:, None])
-            values = S[i, j]
+            place = _true_positions(S > threshold.unsqueeze(dim))
+            i, values = place[1 - dim], S[place]
         self.rivals.append(_keys(i + queries.start, values))
         self.num_rivals += len(values)
         if self.num_rivals > self.most_rivals:
