@@ -33,7 +33,9 @@ def start(arguments):
 def main():
     kills, seed, log_dir, arguments = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:]
     moments, processes = random.Random(seed), 0
-    longest = 2.0  # seconds until a kill at most; follows how long a whole start takes
+    # Seconds until a kill at most: halved whenever an epoch was completed and else growing, so that all kills come
+    # before the run is done, whatever the machine's speed, and fall on its beginnings as well as on its epochs.
+    longest, saved_before = 0.5, 0.0
     while True:
         saved = list(log_dir.glob("*/run_1/last.pth"))
         begun = list(log_dir.glob("*/run_1"))
@@ -49,6 +51,9 @@ def main():
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             kills -= 1
+            newest = max((path.stat().st_mtime for path in log_dir.glob("*/run_1/last.pth")), default=0.0)
+            longest *= 0.5 if newest != saved_before else 1.2
+            saved_before = newest
             continue
         _, status = os.waitpid(child, 0)
         print(processes)
