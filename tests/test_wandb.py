@@ -4,6 +4,7 @@ import builtins
 import json
 import os
 import struct
+import time
 
 import pytest
 import runlog
@@ -35,12 +36,26 @@ def records(folder):
             if 32768 - place % 32768 < 7:  # too little is left of the block for another chunk
                 place += 32768 - place % 32768
                 continue
+            if not any(data[place : place + 7]):
+                break  # not written yet
             length, kind = struct.unpack_from("<HB", data, place + 4)
+            if place + 7 + length > len(data):
+                break
             parts += data[place + 7 : place + 7 + length]
             place += 7 + length
             if kind in (1, 4):
                 found.append(Record.FromString(parts))
                 parts = b""
+    return found
+
+
+def records_of(folder, runs):
+    """The records once that many runs have written their last one: wandb's own process writes on after finish()."""
+    deadline, found = time.monotonic() + 300, records(folder)
+    while sum(record.HasField("exit") for record in found) < runs:
+        assert time.monotonic() < deadline, f"wandb has not finished writing {folder}"
+        time.sleep(0.2)
+        found = records(folder)
     return found
 
 
@@ -52,7 +67,7 @@ def test_offline_run_read_back(call, cub, tmp_path, monkeypatch):
     outcome = call("train.py", *options(cub, tmp_path, "--wandb", "offline", "--remark", "two words"))
     assert outcome.code == 0, outcome.err
     run = tmp_path / "cub" / "run_1"
-    found = records(run)
+    found = records_of(run, runs=1)
     (started,) = [record.run for record in found if record.HasField("run")][:1]
     assert (started.project, started.display_name) == ("hist_cub", "run_1")
     assert {"cub", "resnet18", "two", "words"} <= set(started.tags)
@@ -77,7 +92,7 @@ def test_offline_run_read_back(call, cub, tmp_path, monkeypatch):
 
     # a resumed run goes on under the same id
     assert call("train.py", "--resume", run / "last.pth", "--epochs", 3).code == 0
-    ids = {record.run.run_id for record in records(run) if record.HasField("run")}
+    ids = {record.run.run_id for record in records_of(run, runs=2) if record.HasField("run")}
     assert ids == {torch.load(run / "last.pth", weights_only=True)["wandb_id"]}
 
 
