@@ -114,7 +114,7 @@ def find_checkpoint(args, given):
     path = Path(args.model_path)
     if not path.is_dir():
         return path
-    named = path / f"{args.dataset}_{args.model.replace(':', '_').replace('/', '_')}_best.pth"
+    named = path / runlog.best_name(args.dataset, args.model)
     if named.exists():
         return named
     candidates = sorted(path.glob("*_best.pth"))

@@ -77,6 +77,11 @@ def new_run_folder(parent: Path, run_num: int | None) -> Path:
     )
 
 
+def best_name(dataset: str, model: str) -> str:
+    """Name of a run's best checkpoint; what timm puts into names and files cannot hold becomes '_'."""
+    return f"{dataset}_{model.replace(':', '_').replace('/', '_')}_best.pth"
+
+
 def newest_run_folder(parent: Path) -> Path:
     """The run_N of the highest N that can be resumed. Raises FileNotFoundError."""
     runs = [folder for folder in parent.glob("run_*") if (folder / "last.pth").exists() and folder.name[4:].isdigit()]

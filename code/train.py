@@ -73,9 +73,9 @@ class StopSignals:
 
 
 def main():
-    gpu_id = distributed.start(flags.train_parser().parse()[0].gpu_id)
-    processes = distributed.processes()
     args, state, run_folder = parse_flags()
+    gpu_id = distributed.start(args.gpu_id)
+    processes = distributed.processes()
     seed_everything(args.seed, args.deterministic)
     device = runlog.choose_device(gpu_id)
     print(f"device: {runlog.describe_device(device)}" + (f", {processes.count} processes" * (processes.count > 1)))
@@ -372,8 +372,8 @@ class RunFolder:
 
     def __init__(self, folder, args, device, history, best, wandb_id):
         self.folder, self.args, self.history, self.best = folder, args, history, best
-        name = f"{args.dataset}_{args.model.replace(':', '_').replace('/', '_')}_best"
-        self.best_path, self.results_path = folder / f"{name}.pth", folder / f"{name}_results.txt"
+        self.best_path = folder / runlog.best_name(args.dataset, args.model)
+        self.results_path = folder / f"{self.best_path.stem}_results.txt"
         self.drawing_seconds, self.started = 0.0, time.monotonic()
         stored = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
         stored |= {"resume": None, "overwrite": False, "run_num": int(folder.name.removeprefix("run_"))}
