@@ -32,10 +32,13 @@ def alone(piece: Callable, *arguments):
 
 
 def timed(step: Callable[[], object], device: torch.device | str, repeats: int, warm_up: int = 1) -> float:
-    """Median of the seconds that step() takes, the first few calls not counted, the device waited for."""
+    """Median of the seconds that step() takes, the first few calls not counted, the device waited for.
+
+    Steps of milliseconds are repeated for a second, however few repeats were asked for: their first calls are slow.
+    """
     on_gpu = torch.device(device).type == "cuda"
     seconds = []
-    for _ in range(warm_up + repeats):
+    while len(seconds) < warm_up + repeats or (sum(seconds) < 1 and len(seconds) < 1000):
         if on_gpu:
             torch.cuda.synchronize()
         start = time.perf_counter()

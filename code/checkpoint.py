@@ -57,6 +57,26 @@ def write_text(text: str, path: Path) -> None:
     write(lambda file: file.write(text.encode()), path)
 
 
+def find(model_path: str, name: str, only: bool) -> Path:
+    """The checkpoint that --model-path means: a file, or in a folder the file `name` (DATASET_MODEL_best.pth).
+
+    Without such a file, and unless `only` that one will do, the only *_best.pth there. Raises ValueError for no path
+    and FileNotFoundError.
+    """
+    if not model_path:
+        raise ValueError("--model-path is needed: a checkpoint, or a folder that holds DATASET_MODEL_best.pth")
+    path = Path(model_path)
+    if not path.is_dir():
+        return path
+    if (path / name).exists():
+        return path / name
+    candidates = sorted(path.glob("*_best.pth"))
+    if len(candidates) == 1 and not only:
+        return candidates[0]
+    there = f"there are {', '.join(c.name for c in candidates)}" if candidates else "there is no *_best.pth at all"
+    raise FileNotFoundError(f"{path / name}: there is no such checkpoint ({there}); give --model-path a file")
+
+
 def load(path: Path) -> dict:
     """Read a checkpoint onto the CPU. Nothing in the file is executed: torch's weights_only reader refuses code.
 

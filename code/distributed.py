@@ -64,11 +64,11 @@ def stop() -> None:
 
 
 def wrap(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module in DistributedDataParallel, which averages gradients; itself on one process.
+    """The module in DistributedDataParallel, which averages gradients; itself on one process, or with nothing to train.
 
     Has to be done again whenever other parameters begin or cease to need gradients.
     """
-    if not dist.is_initialized():
+    if not dist.is_initialized() or not any(p.requires_grad for p in module.parameters()):
         return module
     return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
 

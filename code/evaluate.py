@@ -3,13 +3,14 @@
     python code/evaluate.py --model-path logs/glyphs/run_1/glyphs_resnet18_best.pth
     python code/evaluate.py --dataset cub --model-path logs/          # a folder that holds cub_resnet50_best.pth
     python code/evaluate.py --model-path FILE --metrics all --json figures.json
+    python code/evaluate.py --model-path FILE --export network.onnx   # for other programs; nothing is scored
 
 Checkpoints of this project know their architecture and data set; for published ones the flags say them.
 """
 
 import json
 import sys
-from pathlib import Path
+import warnings
 
 import checkpoint
 import dataset
@@ -21,15 +22,6 @@ import pictures
 import runlog
 import torch
 
-# What cannot differ from what was trained, by destination
-ARCHITECTURE = {
-    "model": "--model",
-    "sz_embedding": "--embedding-size",
-    "add_gmp": "--add-gmp",
-    "layer_norm": "--layer-norm",
-}
-TAKEN_FROM_CHECKPOINT = (*ARCHITECTURE, "dataset", "image_size", "train_classes", "amp", "channels_last")
-
 
 def main():
     parser = flags.evaluate_parser()
@@ -40,18 +32,23 @@ def main():
 
     num_bad = 0
     if args.embeddings:
-        if args.pictures:
-            raise ValueError("--pictures needs the images: give --model-path instead of --embeddings")
+        for option in ("pictures", "export"):
+            if getattr(args, option):
+                raise ValueError(f"--{option} needs a network: give --model-path instead of --embeddings")
         query, gallery, ks, source = *read_embeddings(args.embeddings), str(args.embeddings)
     else:
-        path = find_checkpoint(args, given)
+        named = runlog.best_name(args.dataset, args.model)
+        path = checkpoint.find(args.model_path, named, only=bool(given & {"dataset", "model"}))
         content = checkpoint.load(path)
-        args = adopt_flags(parser, args, given, checkpoint.stored_flags(content), path)
+        args = parser.adopt(args, given, checkpoint.stored_flags(content), path)
+        network = net.build(args.model, args.sz_embedding, "none", bool(args.add_gmp), bool(args.layer_norm))
+        net.load_network_state(network, checkpoint.network_state(content, path), path)
+        if args.export:
+            export(network, args)
+            return
         benchmark = dataset.load_benchmark(args.dataset, args.data_root, args.train_classes)
         for warning in benchmark.warnings:
             print(f"warning: {warning}", file=sys.stderr)
-        network = net.build(args.model, args.sz_embedding, "none", bool(args.add_gmp), bool(args.layer_norm))
-        net.load_network_state(network, checkpoint.network_state(content, path), path)
         network.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
         query = embed(network, benchmark.query, device, args)
         gallery = embed(network, benchmark.gallery, device, args) if benchmark.gallery is not None else None
@@ -82,6 +79,56 @@ def main():
         print(f"pictures: {args.pictures}/neighbours.png, {args.pictures}/embedding.png")
 
 
+def export(network, args):
+    """Write the network as ONNX, in float32 and for batches of any size: images (N, 3, H, W) -> embeddings (N, D).
+
+    How images have to be prepared stands in the file's metadata. Where onnxruntime is installed, its embeddings are
+    compared with torch's. Raises ValueError where they differ, or what exporting takes is not installed.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"--export: {error.name} is not installed (pip install onnx onnxscript)") from error
+    network.eval()
+    images = torch.randn(3, 3, args.image_size, args.image_size, generator=torch.Generator().manual_seed(0))
+    batch = torch.export.Dim("batch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about torch's own parts
+        program = torch.onnx.export(
+            network,
+            (images[:2],),
+            dynamo=True,
+            verbose=False,
+            input_names=["images"],
+            output_names=["embeddings"],
+            dynamic_shapes=({0: batch},),
+        )
+    program.model.metadata_props |= {
+        "image_size": str(args.image_size),
+        "resize": f"shorter side to {round(args.image_size * 256 / 224)} pixels, then the middle",
+        "channels": "BGR" if network.bgr else "RGB",
+        "range": f"0 to {network.scale:g}",
+        "mean": str(list(network.mean)),
+        "std": str(list(network.std)),
+    }
+    content = program.model_proto.SerializeToString()
+    compared = "not compared, onnxruntime is not installed"
+    try:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        with torch.inference_mode():
+            difference = np.abs(session.run(None, {"images": images.numpy()})[0] - network(images).numpy()).max()
+        if not difference < 1e-4:
+            raise ValueError(f"--export: onnxruntime's embeddings differ from torch's by {difference:.1e}, not written")
+        compared = f"onnxruntime differs from torch by at most {difference:.1e}"
+    except ImportError:
+        pass
+    checkpoint.write(lambda file: file.write(content), args.export)
+    print(f"exported: {args.export} ({len(content) / 2**20:.0f} MiB; {compared})")
+
+
 def report(args, source, gallery, found, figures, num_bad):
     print(f"checkpoint: {source}")
     searched = f"gallery: {len(gallery.labels):,}" if gallery else "each among the others"
@@ -105,34 +152,6 @@ def report(args, source, gallery, found, figures, num_bad):
             "figures": figures,
         }
         checkpoint.write_text(json.dumps(content, indent=2) + "\n", args.json)
-
-
-def find_checkpoint(args, given):
-    """--model-path as a file; in a folder DATASET_MODEL_best.pth, or the only *_best.pth if neither was named."""
-    if not args.model_path:
-        raise ValueError("--model-path is needed: a checkpoint, or a folder that holds DATASET_MODEL_best.pth")
-    path = Path(args.model_path)
-    if not path.is_dir():
-        return path
-    named = path / runlog.best_name(args.dataset, args.model)
-    if named.exists():
-        return named
-    candidates = sorted(path.glob("*_best.pth"))
-    if len(candidates) == 1 and not given & {"dataset", "model"}:
-        return candidates[0]
-    there = f"there are {', '.join(c.name for c in candidates)}" if candidates else "there is no *_best.pth at all"
-    raise FileNotFoundError(f"{named}: there is no such checkpoint ({there}); --dataset and --model make up its name")
-
-
-def adopt_flags(parser, args, given, stored, path):
-    """Flags left open come from the checkpoint; those given win, but for what a trained network cannot change."""
-    for name, option in ARCHITECTURE.items():
-        if name in given and name in stored and getattr(args, name) != stored[name]:
-            raise ValueError(
-                f"{path} was trained with {option} {stored[name]}, the command line says {getattr(args, name)}"
-            )
-    adopted = parser.command_line({name: stored[name] for name in TAKEN_FROM_CHECKPOINT if name in stored})
-    return parser.parse(adopted + sys.argv[1:])[0]
 
 
 def embed(network, images, device, args):

@@ -15,6 +15,26 @@ from pathlib import Path
 import torch
 
 CODE = Path(__file__).resolve().parent
+# What cannot differ from what was trained, by destination
+ARCHITECTURE = {
+    "model": "--model",
+    "sz_embedding": "--embedding-size",
+    "add_gmp": "--add-gmp",
+    "layer_norm": "--layer-norm",
+}
+TAKEN_FROM_CHECKPOINT = (*ARCHITECTURE, "dataset", "image_size", "train_classes", "amp", "channels_last")
+# hist, and what losses.py has, which is not imported before one of them is asked for
+LOSSES = (
+    "hist",
+    "proxy_anchor",
+    "proxy_nca",
+    "softtriple",
+    "arcface",
+    "normalized_softmax",
+    "multi_similarity",
+    "triplet",
+    "contrastive",
+)
 DATASETS = ("cub", "cars", "SOP", "Inshop", "glyphs", "folder")
 
 
@@ -70,6 +90,19 @@ class Parser(argparse.ArgumentParser):
         for action, default in defaults.items():
             action.default = default
         return args, given
+
+    def adopt(self, args: argparse.Namespace, given: set[str], stored: dict, path: Path) -> argparse.Namespace:
+        """Flags left open come from a checkpoint; those given win, but for what a trained network cannot change.
+
+        args, given: what parse() returned; stored: the flags in the checkpoint at path. Raises ValueError.
+        """
+        for name, option in ARCHITECTURE.items():
+            if name in given and name in stored and getattr(args, name) != stored[name]:
+                raise ValueError(
+                    f"{path} was trained with {option} {stored[name]}, the command line says {getattr(args, name)}"
+                )
+        adopted = self.command_line({name: stored[name] for name in TAKEN_FROM_CHECKPOINT if name in stored})
+        return self.parse(adopted + sys.argv[1:])[0]
 
 
 def one_line(error: BaseException) -> str:
@@ -166,6 +199,23 @@ def add_network_flags(parser: Parser):
     return group
 
 
+def add_image_flags(group, batch_size: int) -> None:
+    group.add_argument(
+        "--image-size",
+        type=whole(8),
+        default=224,
+        help="pixels fed to the network; evaluation first resizes to image-size·256/224",
+    )
+    group.add_argument("--batch-size", dest="sz_batch", type=whole(1), default=batch_size, help="images in a batch")
+    group.add_argument(
+        "--workers",
+        dest="nb_workers",
+        type=whole(0),
+        default=4,
+        help="processes that decode images; does not change results",
+    )
+
+
 def add_data_flags(parser: Parser, batch_size: int):
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -184,20 +234,7 @@ def add_data_flags(parser: Parser, batch_size: int):
         help="share of the sorted classes "
         "that trains when --dataset folder has no train/ and test/; the rest is the test split",
     )
-    group.add_argument(
-        "--image-size",
-        type=whole(8),
-        default=224,
-        help="pixels fed to the network; evaluation first resizes to image-size·256/224",
-    )
-    group.add_argument("--batch-size", dest="sz_batch", type=whole(1), default=batch_size, help="images in a batch")
-    group.add_argument(
-        "--workers",
-        dest="nb_workers",
-        type=whole(0),
-        default=4,
-        help="processes that decode images; does not change results",
-    )
+    add_image_flags(group, batch_size)
     group.add_argument(
         "--skip-bad-images",
         action="store_true",
@@ -264,7 +301,20 @@ def train_parser() -> Parser:
         "with --warm 0 they stay frozen. 0: all of BatchNorm trains",
     )
 
-    loss = parser.add_argument_group("loss")
+    loss = parser.add_argument_group("loss", "tau, alpha, ls and hgnn-hidden are settings of HIST alone")
+    loss.add_argument(
+        "--loss",
+        choices=LOSSES,
+        default="hist",
+        help="hist, or for comparison a loss of pytorch-metric-learning; multi_similarity, triplet and contrastive "
+        "compare the images of a batch with each other: give them --IPC 4",
+    )
+    loss.add_argument(
+        "--loss-args",
+        default="",
+        metavar="NAME=NUMBER,…",
+        help="settings of a loss other than hist, as margin=0.1,alpha=32; without them those of its paper",
+    )
     loss.add_argument(
         "--tau",
         type=real(positive=True),
@@ -274,7 +324,12 @@ def train_parser() -> Parser:
     loss.add_argument(
         "--alpha", type=real(), default=0.9, help="scale of distances in the hypergraph; the paper uses 0.9 to 2"
     )
-    loss.add_argument("--ls", type=real(), default=1.0, help="lambda_s, weight of the HGNN's cross-entropy")
+    loss.add_argument(
+        "--ls",
+        type=real(),
+        default=1.0,
+        help="lambda_s, weight of the HGNN's cross-entropy; 0 is the distribution loss alone",
+    )
     loss.add_argument("--hgnn-hidden", type=whole(1), default=512, help="width of the HGNN's hidden layer")
 
     optimisation = parser.add_argument_group("optimisation")
@@ -293,7 +348,12 @@ def train_parser() -> Parser:
         help="sgd: Nesterov momentum 0.9; rmsprop: alpha 0.9, momentum 0.9",
     )
     optimisation.add_argument("--lr", type=real(), default=1e-4, help="learning rate of backbone and embedding layer")
-    optimisation.add_argument("--lr-ds", type=real(), default=1e-1, help="learning rate of the class distributions")
+    optimisation.add_argument(
+        "--lr-ds",
+        type=real(),
+        default=1e-1,
+        help="learning rate of the class distributions; of the proxies, centres or class weights of another --loss",
+    )
     optimisation.add_argument("--lr-hgnn-factor", type=real(), default=10.0, help="the HGNN learns at lr times this")
     optimisation.add_argument("--weight-decay", type=real(), default=1e-4, help="one weight decay for everything")
     optimisation.add_argument(
@@ -359,4 +419,38 @@ def evaluate_parser() -> Parser:
     scores.add_argument(
         "--pictures", type=Path, metavar="DIR", help="draw the nearest neighbours of some queries and a map of classes"
     )
+    scores.add_argument(
+        "--export", type=Path, metavar="FILE.onnx", help="write the network for other programs instead of scoring it"
+    )
+    return parser
+
+
+def retrieve_parser() -> Parser:
+    parser = Parser("Find the images of a folder that are most like given ones.")
+    parser.add_argument("--model-path", default="", help="checkpoint, or a run's folder that holds its *_best.pth")
+    search = parser.add_argument_group("search")
+    search.add_argument(
+        "--gallery", type=Path, required=True, metavar="DIR", help="folder with the images to search in"
+    )
+    search.add_argument(
+        "--query", type=Path, required=True, metavar="IMAGE_OR_DIR", help="image to search for, or a folder of them"
+    )
+    search.add_argument("--top-k", type=whole(1), default=10, help="neighbours of each query")
+    search.add_argument(
+        "--index",
+        choices=("exact", "faiss"),
+        default="exact",
+        help="faiss: an inverted file of faiss, which may miss neighbours; for many queries in millions of images",
+    )
+    search.add_argument(
+        "--output",
+        type=Path,
+        default=Path("retrieved"),
+        metavar="DIR",
+        help="folder for neighbours.csv, .png and .html",
+    )
+    images = parser.add_argument_group("images")
+    add_image_flags(images, batch_size=150)
+    add_network_flags(parser)
+    add_device_flags(parser)
     return parser

@@ -152,10 +152,12 @@ class HISTLoss(nn.Module):
         hgnn_hidden: width of the HGNN's hidden layer.
         tau: temperature of the distribution loss.
         alpha: scale of the distances in the incidence matrix.
-        ls: lambda_s, weight of the HGNN's cross-entropy.
+        ls: lambda_s, weight of the HGNN's cross-entropy. 0 is the distribution loss alone: the HGNN is neither
+            computed nor trained.
 
     Computes in the precision of its parameters (float32), under autocast too. After a call `dist_loss` and
     `ce_loss` hold the two terms as detached scalars on the device: nothing waits for them until they are read.
+    With ls = 0 `ce_loss` is None.
     """
 
     def __init__(
@@ -179,33 +181,40 @@ class HISTLoss(nn.Module):
         self.embedding_size = embedding_size
         self.ls = ls
         self.cds2hg = CDs2Hg(num_classes, embedding_size, tau, alpha)
-        self.hgnn = HGNN(num_classes, embedding_size, hgnn_hidden)
+        self.hgnn = HGNN(num_classes, embedding_size, hgnn_hidden).requires_grad_(ls != 0)
         self.dist_loss: Tensor | None = None
         self.ce_loss: Tensor | None = None
         self._label_range: tuple[Tensor, torch.cuda.Event] | None = None
 
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor, labels: Tensor, indices_tuple: None = None) -> Tensor:
         """Embeddings (N, D) raw, as the network emits them; labels (N,) integers in [0, C) -> scalar loss.
 
-        Labels may stay on the CPU while the embeddings are on a GPU: they are moved.
+        Labels may stay on the CPU while the embeddings are on a GPU: they are moved. indices_tuple is there for
+        the trainers of pytorch-metric-learning, which pass what their miner found, None without a miner.
 
         Raises:
-            ValueError: wrong shapes, labels that are no integers or out of range, or a single sample while
-                training (the HGNN's BatchNorm needs two). Labels that already lie on a GPU are checked without
-                waiting for the device: an impossible one is reported by the next call.
+            ValueError: wrong shapes, labels that are no integers or out of range, a miner's choice (the hypergraph
+                is of the whole batch), or a single sample while training (the HGNN's BatchNorm needs two). Labels
+                that already lie on a GPU are checked without waiting for the device: an impossible one is reported
+                by the next call.
         """
+        if indices_tuple is not None:
+            raise ValueError("HISTLoss: the hypergraph is made of the whole batch, it takes no miner's indices_tuple")
         self._check(embeddings, labels)
         labels = self._check_range(labels).to(embeddings.device, torch.int64, non_blocking=True)
         with torch.autocast(embeddings.device.type, enabled=False):
             X = embeddings.to(self.cds2hg.means.dtype)
             distances = self.cds2hg.squared_distances(X)  # (N, C)
             dist_loss = self.cds2hg.distribution_loss(distances, labels)
+            self.dist_loss, self.ce_loss = dist_loss.detach(), None
+            if self.ls == 0:
+                return dist_loss
             # One column per sample instead of one per class present: a class with n images in the batch has n equal
             # hyperedges, each of weight 1/n. G is the same, and every shape is known without asking the device.
             H = self.cds2hg.incidence(distances, labels, labels)  # (N, N)
             W = (labels[:, None] == labels[None, :]).sum(dim=0).to(H.dtype).reciprocal()  # (N,)
             ce_loss = F.cross_entropy(self.hgnn(X, H, W), labels)
-            self.dist_loss, self.ce_loss = dist_loss.detach(), ce_loss.detach()
+            self.ce_loss = ce_loss.detach()
             return dist_loss + self.ls * ce_loss
 
     def _check(self, embeddings: Tensor, labels: Tensor) -> None:

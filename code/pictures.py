@@ -24,10 +24,11 @@ FEWEST_FOR_TSNE = 30  # t-SNE of fewer points shows nothing that PCA does not
 
 
 def curves(history: Sequence[dict], path: Path) -> None:
-    """Loss with its two terms, and R@K in percent, over the epochs of a run.
+    """Loss, with HIST its two terms, and R@K in percent, over the epochs of a run.
 
     history: rows as train.py keeps them, from the first on: 'phase' (untrained, warm-up or train), 'epoch', in all but
-    the untrained one 'loss', 'dist_loss', 'ce_loss', and R@K as fractions: 'R@1', …, with held-out classes 'val R@1'.
+    the untrained one 'loss', with HIST 'dist_loss', 'ce_loss', and R@K as fractions: 'R@1', …, with held-out classes
+    'val R@1'.
     """
     figure = Figure(figsize=(9, 7), dpi=DPI, layout="constrained")
     loss_axes, recall_axes = figure.subplots(2, 1, sharex=True)
@@ -47,13 +48,14 @@ def curves(history: Sequence[dict], path: Path) -> None:
 
 
 def _draw_losses(axes, history: Sequence[dict]) -> None:
-    for name, label, color, linewidth in (
-        ("loss", r"loss = $L_D$ + $\lambda_s$ $L_{CE}$", "black", 2),
-        ("dist_loss", "distribution loss $L_D$", "#0969da", 1.5),
-        ("ce_loss", "cross-entropy $L_{CE}$", "#bc4c00", 1.5),
-    ):
+    two_terms = any("ce_loss" in row for row in history)
+    lines = [("loss", r"loss = $L_D$ + $\lambda_s$ $L_{CE}$" if two_terms else "loss", "black", 2)]
+    if two_terms:
+        lines.append(("dist_loss", "distribution loss $L_D$", "#0969da", 1.5))
+        lines.append(("ce_loss", "cross-entropy $L_{CE}$", "#bc4c00", 1.5))
+    for name, label, color, linewidth in lines:
         _plot(axes, history, name, 1, label=label, color=color, linewidth=linewidth)
-    axes.set_ylabel("mean over the epoch (nats)")
+    axes.set_ylabel("mean over the epoch (nats)" if two_terms else "mean over the epoch")
     axes.set_ylim(bottom=0)
     if not any("loss" in row for row in history):
         axes.set_ylim(0, 1)
@@ -108,27 +110,30 @@ def choose_queries(scores: np.ndarray, count_worst: int, count_random: int, seed
 def neighbours(
     query_paths: Sequence[Path | str],
     neighbour_paths: Sequence[Sequence[Path | str]],
-    neighbour_right: Sequence[Sequence[bool]],
-    similarities: Sequence[Sequence[float]],
+    neighbour_right: Sequence[Sequence[bool]] | None,
+    values: Sequence[Sequence[float]],
     titles: Sequence[str],
     path: Path,
+    value_name: str = "cosine similarity",
 ) -> None:
     """One row per query: the image, then its nearest ones, the right ones in a green frame, the others in red dashes.
 
     Args:
         query_paths: Q image files.
         neighbour_paths: for each query the files of its nearest images, nearest first; as many as there are.
-        neighbour_right: whether each of these is of the query's class.
-        similarities: their cosine similarities.
+        neighbour_right: whether each of these is of the query's class; None where classes are not known.
+        values: how similar or far each is, written below it.
         titles: a line of text above each row.
+        value_name: what the values are.
 
     An image that cannot be read becomes a grey square that says so. Raises ValueError where the lengths differ.
     """
-    parts = (query_paths, neighbour_paths, neighbour_right, similarities, titles)
+    right = [[None] * len(row) for row in neighbour_paths] if neighbour_right is None else neighbour_right
+    parts = (query_paths, neighbour_paths, right, values, titles)
     if len({len(part) for part in parts}) != 1 or any(
         not len(a) == len(b) == len(c) for a, b, c in zip(*parts[1:4], strict=True)
     ):
-        raise ValueError("neighbours: paths, right and similarities need the same shape, and one title per query")
+        raise ValueError("neighbours: paths, right and values need the same shape, and one title per query")
     if not len(query_paths):
         raise ValueError("neighbours: there is no query to draw")
 
@@ -141,38 +146,44 @@ def neighbours(
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(-0.08, width), ylim=(height, 0))
     axes.set_axis_off()
-    looks = {True: dict(color=GREEN, linewidth=4), False: dict(color=RED, linewidth=3, linestyle=(0, (2.5, 1.5)))}
-    for text, x, look in (
-        ("query", 0.0, dict(color="black", linewidth=1.5)),
-        ("✓ same class", first, looks[True]),
-        ("✗ another class", first + 1.5, looks[False]),
-    ):
+    looks = {
+        True: dict(color=GREEN, linewidth=4),
+        False: dict(color=RED, linewidth=3, linestyle=(0, (2.5, 1.5))),
+        None: dict(color="#57606a", linewidth=1),
+    }
+    legend = [("query", 0.0, dict(color="black", linewidth=1.5))]
+    if neighbour_right is None:
+        legend.append(("nearest images", first, looks[None]))
+    else:
+        legend += [("✓ same class", first, looks[True]), ("✗ another class", first + 1.5, looks[False])]
+    for text, x, look in legend:
         axes.add_patch(Rectangle((x, 0.12), 0.17, 0.17, fill=False, **look))
         axes.text(x + 0.26, 0.21, text, va="center", fontsize=10)
-    axes.text(first + 3.2, 0.21, "below: cosine similarity", va="center", fontsize=10)
+    axes.text(first + 3.2, 0.21, f"below: {value_name}", va="center", fontsize=10)
 
-    for number, (query, found, right, similar, title) in enumerate(zip(*parts, strict=True)):
+    marks = {True: "✓ ", False: "✗ ", None: ""}
+    for number, (query, found, is_right, shown, title) in enumerate(zip(*parts, strict=True)):
         top = 0.5 + number * row_height
         axes.text(0, top + 0.11, _short(title, int(width * 13)), va="center", fontsize=10, weight="bold")
         _draw_image(axes, query, 0.0, top + 0.25, dict(color="black", linewidth=1.5))
-        for place, (file, is_right, similarity) in enumerate(zip(found, right, similar, strict=True)):
-            x = first + place * step
-            _draw_image(axes, file, x, top + 0.25, looks[bool(is_right)])
+        for place, (file, known, value) in enumerate(zip(found, is_right, shown, strict=True)):
+            x, known = first + place * step, None if known is None else bool(known)
+            _draw_image(axes, file, x, top + 0.25, looks[known])
             axes.text(
                 x + 0.5,
                 top + 1.37,
-                f"{'✓' if is_right else '✗'} {similarity:.3f}",
+                f"{marks[known]}{value:.3f}",
                 ha="center",
                 va="center",
                 fontsize=10,
-                color=looks[bool(is_right)]["color"],
+                color=looks[known]["color"],
             )
     _save(figure, path)
 
 
 def _draw_image(axes, file: Path | str, x: float, y: float, frame: dict) -> None:
     """The image in the unit square whose upper left corner is (x, y), in its proportions, and a frame around it."""
-    pixels = _read_thumbnail(file)
+    pixels = read_thumbnail(file)
     if pixels is None:
         axes.add_patch(Rectangle((x, y), 1, 1, color=GREY))
         axes.text(x + 0.5, y + 0.5, "cannot\nbe read", ha="center", va="center", fontsize=9)
@@ -184,15 +195,15 @@ def _draw_image(axes, file: Path | str, x: float, y: float, frame: dict) -> None
     axes.add_patch(Rectangle((x, y), 1, 1, fill=False, zorder=3, **frame))
 
 
-def _read_thumbnail(file: Path | str) -> np.ndarray | None:
-    """(H, W, 3) bytes, the longer side at most THUMBNAIL; None if the file holds no image."""
+def read_thumbnail(file: Path | str, side: int = THUMBNAIL) -> np.ndarray | None:
+    """(H, W, 3) bytes, the longer side at most that many pixels; None if the file holds no image."""
     try:
         with Image.open(file) as image:
-            image.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))  # large JPEGs: decode no more than needed
+            image.draft("RGB", (2 * side, 2 * side))  # large JPEGs: decode no more than needed
             if image.mode.startswith("I"):  # 16 bit: Pillow would clip to 255 instead of scaling
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
             image = image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        image.thumbnail((side, side))
         return np.asarray(image)
     except Exception:  # what Pillow raises depends on where the file is broken
         return None

@@ -68,7 +68,7 @@ SOURCES = {
 }
 EXPLANATION = (
     "R@K in percent, at the epoch that each run chose. Groups: runs that differ in their seed alone, mean ± standard "
-    "deviation (n − 1)."
+    "deviation (n − 1). s/epoch: median of the seconds of a training epoch, scoring included."
 )
 COMPARISON = (
     "Δ: our mean minus the published figure, in points. It is within the spread if it is no larger than the published "
@@ -180,7 +180,8 @@ def read_run(folder: Path) -> Run:
     if len(trained) < run_flags["nb_epochs"] or trained.empty:
         raise ValueError(f"not finished, {len(trained)} of {run_flags['nb_epochs']} epochs")
     figures = [name for name in table if name.startswith(("R@", "val R@"))]
-    numbers = table[[name for name in table if name in ("epoch", "loss", "dist_loss", "ce_loss", *figures)]]
+    numeric = ("epoch", "loss", "dist_loss", "ce_loss", "seconds", *figures)
+    numbers = table[[name for name in table if name in numeric]]
     if not all(pd.api.types.is_numeric_dtype(numbers[name]) for name in numbers):
         raise ValueError("results.csv holds text where there should be numbers")
     if not ((trained[figures] >= 0) & (trained[figures] <= 1)).all(axis=None) or not (table["epoch"].abs() < 1e9).all():
@@ -233,6 +234,7 @@ class Section:
         for number, group in enumerate(self.groups, 1):
             common = {"dataset": self.name, "group": number, **self.flags_of(group[0]), "runs": len(group)}
             common |= {"seeds": joined(run.flags["seed"] for run in group), "chosen by": group[0].chosen_by}
+            common |= {"s/epoch": median_seconds(group)}
             for name in self.figures:
                 mean, std = mean_and_std(group, name)
                 row = common | {"figure": name, "mean (%)": mean, "std (%)": std}
@@ -295,9 +297,15 @@ def mean_and_std(group: list[Run], name: str) -> tuple[float, float | None]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
+def median_seconds(group: list[Run]) -> float | None:
+    """Of the training epochs of all runs; None where none says how long it took."""
+    seconds = [row["seconds"] for run in group for row in run.history if row["phase"] == "train" and "seconds" in row]
+    return round(statistics.median(seconds), 2) if seconds else None
+
+
 def published(run: Run) -> dict[str, dict[str, tuple[float, float | None]]]:
     """{source: {figure: (value, ±)}} that belong beside a run, in percent."""
-    if run.flags["sz_embedding"] != PUBLISHED_SIZE:
+    if run.flags["sz_embedding"] != PUBLISHED_SIZE or run.flags["loss"] != "hist":
         return {}
     return PUBLISHED.get((run.flags["dataset"], run.flags["model"]), {})
 

@@ -118,10 +118,11 @@ def epoch_title(row: dict, num_epochs: int) -> str:
 
 
 def console_line(row: dict, num_epochs: int) -> str:
-    """One epoch in one line: loss and its terms, R@K in percent, learning rate, images per second."""
+    """One epoch in one line: loss and HIST's two terms, R@K in percent, learning rate, images per second."""
     parts = [f"{epoch_title(row, num_epochs):>12}"]
     if "loss" in row:
-        parts.append(f"loss {row['loss']:.4f} = dist {row['dist_loss']:.4f} + ls · ce {row['ce_loss']:.4f}")
+        terms = f" = dist {row['dist_loss']:.4f} + ls · ce {row['ce_loss']:.4f}" if "ce_loss" in row else ""
+        parts.append(f"loss {row['loss']:.4f}{terms}")
     if "val R@1" in row:
         parts.append(f"val R@1 {100 * row['val R@1']:.2f}")
     parts.append(percent(recalls(row)))

@@ -33,6 +33,7 @@ from hist import HISTLoss
 from tqdm import tqdm
 
 EVALUATION_BATCH = 150  # as evaluate.py's default, so that both compute the very same figures
+RATES = ("lr", "lr_embedding", "lr_ds", "lr_hgnn")  # columns of results.csv, one per parameter group there is
 # What may differ between a run and its resumption without making it another run.
 FREE_ON_RESUME = {
     "resume",
@@ -95,12 +96,11 @@ def main():
     network.to(device, memory_format=memory_format(args))
     if not args.bn_freeze:
         network = distributed.synchronise_batchnorm(network, device)
-    criterion = HISTLoss(train_images.num_classes, args.sz_embedding, args.hgnn_hidden, args.tau, args.alpha, args.ls)
-    criterion.to(device)
+    criterion = make_criterion(train_images.num_classes, args).to(device)
     optimizer = make_optimizer(network, criterion, args)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_decay_step, args.lr_decay_gamma)
     millions = [sum(p.numel() for p in module.parameters()) / 1e6 for module in (network, criterion)]
-    print(f"network: {args.model}, {millions[0]:.1f} M parameters; loss: {millions[1]:.1f} M")
+    print(f"network: {args.model}, {millions[0]:.1f} M parameters; loss: {args.loss}, {millions[1]:.1f} M")
 
     # Loaders
     train_loader, evaluation_sets = make_loaders(args, network, benchmark, train_images, validation_images, device)
@@ -224,14 +224,29 @@ def describe_data(benchmark, train_images, validation_images):
     )
 
 
+def make_criterion(num_classes, args):
+    if args.loss == "hist":
+        if args.loss_args:
+            raise ValueError("--loss-args: hist has flags of its own, --tau, --alpha, --ls and --hgnn-hidden")
+        return HISTLoss(num_classes, args.sz_embedding, args.hgnn_hidden, args.tau, args.alpha, args.ls)
+    import losses  # imports pytorch-metric-learning, which takes a second
+
+    return losses.build(args.loss, num_classes, args.sz_embedding, args.loss_args)
+
+
 def make_optimizer(network, criterion, args):
-    """The four parameter groups in a fixed order, so that a saved state fits again."""
+    """The parameter groups in a fixed order, so that a saved state fits again; RATES names them."""
     groups = [
         {"params": network.backbone_parameters(), "lr": args.lr},
         {"params": network.embedding_parameters(), "lr": args.lr},
-        {"params": list(criterion.cds2hg.parameters()), "lr": args.lr_ds},
-        {"params": list(criterion.hgnn.parameters()), "lr": args.lr * args.lr_hgnn_factor},
     ]
+    if args.loss == "hist":
+        groups += [
+            {"params": list(criterion.cds2hg.parameters()), "lr": args.lr_ds},
+            {"params": list(criterion.hgnn.parameters()), "lr": args.lr * args.lr_hgnn_factor},
+        ]
+    elif proxies := list(criterion.parameters()):
+        groups += [{"params": proxies, "lr": args.lr_ds}]
     options = dict(lr=args.lr, weight_decay=args.weight_decay)
     # fused: one pass over the parameters instead of one per arithmetic operation
     if args.optimizer == "adam":
@@ -295,11 +310,8 @@ def train_epoch(network, forward, criterion, loss_of, loader, optimizer, device,
     criterion.train()
     if args.bn_freeze:
         network.freeze_batchnorm_statistics()
-    totals, started = np.zeros(3), time.monotonic()
-    rates = {
-        name: group["lr"]
-        for name, group in zip(("lr", "lr_embedding", "lr_ds", "lr_hgnn"), optimizer.param_groups, strict=True)
-    }
+    totals, started = 0.0, time.monotonic()
+    rates = dict(zip(RATES, (group["lr"] for group in optimizer.param_groups), strict=False))
     with tqdm(total=len(loader) * args.sz_batch, desc=title, unit="img", disable=None, leave=False) as bar:
         for step, (images, labels) in enumerate(loader, start=1):
             images = images.to(device, non_blocking=True, memory_format=memory_format(args))
@@ -307,32 +319,40 @@ def train_epoch(network, forward, criterion, loss_of, loader, optimizer, device,
                 embeddings = forward(images)
             embeddings, labels, stop_number = distributed.gather_batch(embeddings, labels, stop.number)
             loss = loss_of(embeddings, labels)
-            terms, arrived = to_host(torch.stack([loss.detach(), criterion.dist_loss, criterion.ce_loss]))
+            names, values = zip(*terms_of(loss, criterion).items(), strict=True)
+            terms, arrived = to_host(torch.stack(values))
             optimizer.zero_grad()
             loss.backward()
             # The terms were known before the backward pass began, so that this does not hold up a busy GPU.
             arrived()
             if not math.isfinite(terms[0]):
                 paths = [loader.dataset.images.paths[index] for index, _ in list(loader.batch_sampler)[step - 1]]
-                speeds = ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items())
+                said = [f"{name} {value:.4g}" for name, value in zip(names[1:], terms[1:].tolist(), strict=True)]
+                said += [f"{name} {rate:.3g}" for name, rate in rates.items()]
                 raise ValueError(
-                    f"the loss is {terms[0]:.4g} in {title}, step {step} of {len(loader)} (dist {terms[1]:.4g}, "
-                    f"ce {terms[2]:.4g}; {speeds}); stopped before "
-                    f"the optimiser's step, last.pth holds the epoch before. Images of the batch: {', '.join(paths)}"
+                    f"the loss is {terms[0]:.4g} in {title}, step {step} of {len(loader)} ({', '.join(said)}); "
+                    "stopped before the optimiser's step, last.pth holds the epoch before. "
+                    f"Images of the batch: {', '.join(paths)}"
                 )
             optimizer.step()
-            totals += terms.numpy()
-            bar.set_postfix(dict(zip(("loss", "dist", "ce"), totals / step, strict=True)), refresh=False)
+            totals = totals + terms.double().numpy()
+            bar.set_postfix(dict(zip(names, totals / step, strict=True)), refresh=False)
             bar.update(len(labels))
             if stop_number:
                 stop.number = stop_number
                 raise Interrupted
     seconds = time.monotonic() - started
-    means = dict(zip(("loss", "dist_loss", "ce_loss"), (totals / len(loader)).tolist(), strict=True))
+    means = dict(zip(names, (totals / len(loader)).tolist(), strict=True))
     row = means | rates | {"images_per_s": len(loader) * args.sz_batch / seconds}
     if device.type == "cuda":
         row["gpu_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
     return row
+
+
+def terms_of(loss, criterion):
+    """The loss of a step, and the terms that HIST makes it of: {column of results.csv: scalar on the device}."""
+    terms = {name: getattr(criterion, name, None) for name in ("dist_loss", "ce_loss")}
+    return {"loss": loss.detach()} | {name: value for name, value in terms.items() if value is not None}
 
 
 def to_host(values):
@@ -431,6 +451,12 @@ class RunFolder:
         pictures.search(
             self.folder, found.per_query, query, benchmark.query, gallery, benchmark.gallery, metrics.nearest
         )
+        if self.args.loss == "hist":
+            self.draw_hypergraph(network, criterion, train_loader, device)
+        runlog.pictures_to_wandb(self.wandb, self.folder)
+        self.drawing_seconds += time.monotonic() - begun
+
+    def draw_hypergraph(self, network, criterion, train_loader, device):
         items = next(iter(train_loader.batch_sampler))
         images, labels = zip(*(train_loader.dataset[item] for item in items), strict=True)
         with torch.no_grad():
@@ -439,8 +465,6 @@ class RunFolder:
             H = criterion.cds2hg(network(torch.stack(images).to(device)), labels)[1]
         class_names = train_loader.dataset.images.class_names
         pictures.hypergraph(H.cpu().numpy(), labels.cpu().numpy(), class_names, self.folder / "hypergraph.png")
-        runlog.pictures_to_wandb(self.wandb, self.folder)
-        self.drawing_seconds += time.monotonic() - begun
 
     def finish(self):
         if self.wandb:

@@ -1,6 +1,6 @@
 """Twenty training steps on the same global batches, by as many processes as torchrun starts.
 
-    torchrun --standalone --nproc-per-node=2 tests/distributed_steps.py MODE OUTPUT.pth
+    torchrun --standalone --nproc-per-node=2 tests/distributed_steps.py MODE LOSS OUTPUT.pth
 
 MODE is "ours" (train.py's way), or one of two ways that change the method, for the tests to tell apart:
 "local": every process builds the hypergraph of its own share; "unscaled": embeddings are gathered, but the gradient
@@ -16,17 +16,17 @@ import flags
 import net
 import torch
 import train
-from hist import HISTLoss
 
 
 def main():
-    mode, output = sys.argv[1:]
+    mode, loss_name, output = sys.argv[1:]
     gpu_id = distributed.start(-1)
     assert gpu_id == -1
     rank, count = distributed.processes()
-    args = flags.train_parser().parse("--lr 1e-5 --lr-ds 1e-3 --optimizer sgd".split())[0]
+    words = "--lr 1e-5 --lr-ds 1e-3 --optimizer sgd --embedding-size 16 --hgnn-hidden 8 --loss"
+    args = flags.train_parser().parse([*words.split(), loss_name])[0]
     torch.manual_seed(0)
-    network, criterion = net.build("resnet18", 16, "none", bn_freeze=True), HISTLoss(6, 16, 8)
+    network, criterion = net.build("resnet18", 16, "none", bn_freeze=True), train.make_criterion(6, args)
     network.set_backbone_trainable(True)
     optimizer = train.make_optimizer(network, criterion, args)
     network.train()

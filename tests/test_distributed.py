@@ -25,16 +25,16 @@ def torchrun(count, *words, **options):
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
-    """steps(mode, count): what twenty steps gave, computed once each."""
+    """steps(mode, count, loss): what twenty steps gave, computed once each."""
     folder, known = tmp_path_factory.mktemp("steps"), {}
 
-    def run(mode, count):
-        if (mode, count) not in known:
-            path = folder / f"{mode}_{count}.pth"
-            done = torchrun(count, ROOT / "tests" / "distributed_steps.py", mode, path)
+    def run(mode, count, loss="hist"):
+        if (mode, count, loss) not in known:
+            path = folder / f"{mode}_{count}_{loss}.pth"
+            done = torchrun(count, ROOT / "tests" / "distributed_steps.py", mode, loss, path)
             assert done.returncode == 0, done.stderr
-            known[mode, count] = torch.load(path, weights_only=True)
-        return known[mode, count]
+            known[mode, count, loss] = torch.load(path, weights_only=True)
+        return known[mode, count, loss]
 
     return run
 
@@ -54,6 +54,14 @@ def largest_difference(one, other):
 def test_twenty_steps_equal_those_of_one_process(steps, count):
     losses, parameters = largest_difference(steps("ours", 1), steps("ours", count))
     assert losses < 1e-5 and parameters < 1e-4
+
+
+@pytest.mark.parametrize("loss", ["proxy_anchor", "multi_similarity"])  # with proxies to train, and without
+def test_other_losses_see_the_whole_batch_too(steps, loss):
+    losses, parameters = largest_difference(steps("ours", 1, loss), steps("ours", 2, loss))
+    assert losses < 1e-5 and parameters < 1e-4
+    losses, _ = largest_difference(steps("ours", 1, loss), steps("local", 2, loss))
+    assert losses > 1e-3
 
 
 @pytest.mark.parametrize("mode", ["local", "unscaled"])

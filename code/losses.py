@@ -1,0 +1,113 @@
+"""Losses to compare HIST with, from pytorch-metric-learning, under the very same conditions: train.py --loss NAME.
+
+Each function below makes one, called like HISTLoss: criterion(embeddings (N, D), labels (N,)) -> scalar, with raw
+embeddings as the network emits them. What a function takes behind the sizes is what --loss-args can set, and the
+default is the value of the paper that it names. Those that have parameters (proxies, centres, class weights) train
+them at --lr-ds; the others compare images of a batch with each other and want several of each class in it (--IPC).
+"""
+
+import inspect
+
+import torch
+from pytorch_metric_learning import distances, losses, miners
+from torch import Tensor, nn
+
+
+class LibraryLoss(nn.Module):
+    """A loss of the library behind its miner, if it has one; in float32, under autocast too."""
+
+    def __init__(self, loss: nn.Module, miner: nn.Module | None = None):
+        super().__init__()
+        self.loss = loss
+        self.miner = miner
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """embeddings (N, D), labels (N,) integers, on any device -> scalar."""
+        labels = labels.to(embeddings.device, non_blocking=True)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            embeddings = embeddings.float()
+            if self.miner is None:
+                return self.loss(embeddings, labels)
+            return self.loss(embeddings, labels, self.miner(embeddings, labels))
+
+
+def proxy_anchor(num_classes, embedding_size, margin=0.1, alpha=32.0):
+    """Kim et al., Proxy Anchor Loss for Deep Metric Learning, CVPR 2020."""
+    return LibraryLoss(losses.ProxyAnchorLoss(num_classes, embedding_size, margin, alpha))
+
+
+def proxy_nca(num_classes, embedding_size, softmax_scale=9.0):
+    """Teh et al., ProxyNCA++, ECCV 2020: squared distances of unit vectors at temperature 1/9, all proxies below."""
+    return LibraryLoss(losses.ProxyNCALoss(num_classes, embedding_size, softmax_scale=softmax_scale))
+
+
+def softtriple(num_classes, embedding_size, centers_per_class=10, la=20.0, gamma=0.1, margin=0.01):
+    """Qian et al., SoftTriple Loss, ICCV 2019, without its optional pull between the centres of a class."""
+    return LibraryLoss(losses.SoftTripleLoss(num_classes, embedding_size, centers_per_class, la, gamma, margin))
+
+
+def arcface(num_classes, embedding_size, margin=28.6, scale=64.0):
+    """Deng et al., ArcFace, CVPR 2019; margin in degrees, the paper's 0.5 radians."""
+    return LibraryLoss(losses.ArcFaceLoss(num_classes, embedding_size, margin, scale))
+
+
+def normalized_softmax(num_classes, embedding_size, temperature=0.05):
+    """Zhai and Wu, Classification is a Strong Baseline for Deep Metric Learning, BMVC 2019."""
+    return LibraryLoss(losses.NormalizedSoftmaxLoss(num_classes, embedding_size, temperature))
+
+
+def multi_similarity(num_classes, embedding_size, alpha=2.0, beta=50.0, base=0.5, epsilon=0.1):
+    """Wang et al., Multi-Similarity Loss, CVPR 2019, with its miner (epsilon); base is that of the library."""
+    return LibraryLoss(losses.MultiSimilarityLoss(alpha, beta, base), miners.MultiSimilarityMiner(epsilon))
+
+
+def triplet(num_classes, embedding_size, margin=0.2):
+    """Schroff et al., FaceNet, CVPR 2015: squared distances of unit vectors, semi-hard triplets."""
+    squared = distances.LpDistance(power=2)
+    miner = miners.TripletMarginMiner(margin, type_of_triplets="semihard", distance=squared)
+    return LibraryLoss(losses.TripletMarginLoss(margin, distance=squared), miner)
+
+
+def contrastive(num_classes, embedding_size, pos_margin=0.0, neg_margin=1.0):
+    """Hadsell et al., CVPR 2006, on unit vectors, distances not squared, as in the library."""
+    return LibraryLoss(losses.ContrastiveLoss(pos_margin, neg_margin))
+
+
+LOSSES = {
+    make.__name__: make
+    for make in (
+        proxy_anchor,
+        proxy_nca,
+        softtriple,
+        arcface,
+        normalized_softmax,
+        multi_similarity,
+        triplet,
+        contrastive,
+    )
+}
+
+
+def build(name: str, num_classes: int, embedding_size: int, settings: str = "") -> LibraryLoss:
+    """The loss of that name; settings: 'margin=0.1,alpha=32', as --loss-args takes them.
+
+    Raises:
+        ValueError: a setting that the loss does not have, that is no number, or that it cannot work with.
+    """
+    make = LOSSES[name]
+    known = {p.name: p.default for p in inspect.signature(make).parameters.values() if p.default is not p.empty}
+    given = {}
+    for setting in filter(None, settings.split(",")):
+        key, _, value = (part.strip() for part in setting.partition("="))
+        if key not in known:
+            raise ValueError(
+                f"--loss-args: {name} takes {', '.join(known)} (as in margin=0.1,alpha=32), not {setting!r}"
+            )
+        try:
+            given[key] = type(known[key])(value)
+        except ValueError:
+            kind = "a whole number" if isinstance(known[key], int) else "a number"
+            raise ValueError(f"--loss-args: {key} of {name} must be {kind}, got {value!r}") from None
+        if not (given[key] > 0 or (given[key] == 0 and "margin" in key)) or given[key] == float("inf"):
+            raise ValueError(f"--loss-args: {key} of {name} must be finite and above 0, got {value}")
+    return make(num_classes, embedding_size, **given)

@@ -1,0 +1,329 @@
+"""Find the images of a folder that are most like given ones, with a trained network.
+
+    python code/retrieve.py --model-path logs/folder/run_1 --gallery my_pictures --query photo.jpg
+    python code/retrieve.py --model-path FILE.pth --gallery my_pictures --query new_pictures --top-k 5 --output found
+
+The gallery is embedded once: its embeddings are kept beside it, in GALLERY.embeddings-KEY.npz, where the key stands
+for the checkpoint and how images are prepared; later calls embed new and changed files alone. Writes neighbours.csv
+(all queries), neighbours.png (some) and neighbours.html, a page that needs nothing but itself.
+
+A query that is itself in the gallery is not its own neighbour. The search is exact unless --index faiss is given.
+"""
+
+import base64
+import csv
+import hashlib
+import html
+import io
+import os
+import sys
+from pathlib import Path
+from urllib.parse import quote
+
+import checkpoint
+import dataset
+import flags
+import layouts
+import metrics
+import net
+import numpy as np
+import pictures
+import runlog
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+SAVE_EVERY = 10_000  # images embedded between two writes of the cache: what an interruption can cost
+MOST_PRINTED, MOST_DRAWN, MOST_ON_PAGE = 10, 10, 200  # queries; the CSV file holds all of them
+SIDE = 160  # pixels of the longer side of a picture on the page
+
+
+def main():
+    parser = flags.retrieve_parser()
+    args, given = parser.parse()
+    path = checkpoint.find(args.model_path, runlog.best_name("DATASET", "MODEL"), only=False)
+    content = checkpoint.load(path)
+    args = parser.adopt(args, given, checkpoint.stored_flags(content), path)
+    queries, galleries = list_images(args.query, "--query"), list_images(args.gallery, "--gallery")
+    device = runlog.choose_device(args.gpu_id)
+    print(f"device: {runlog.describe_device(device)}")
+    network = net.build(args.model, args.sz_embedding, "none", bool(args.add_gmp), bool(args.layer_norm))
+    net.load_network_state(network, checkpoint.network_state(content, path), path)
+    network.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+    print(f"checkpoint: {path}")
+
+    gallery = embed_gallery(network, galleries, cache_path(args, path), device, args)
+    query = embed(network, queries, device, args, "embed queries")
+    if not len(query.rows):
+        raise ValueError(why_not(queries, 0) + (f", nor any other of the {len(queries)} queries" * (len(queries) > 1)))
+    found, distances = search(query, queries, gallery, galleries, args, device)
+
+    neighbours = {row: [] for row in range(len(queries))}  # query -> [(image of the gallery, cosine distance), …]
+    for row, indices, values in zip(query.rows.tolist(), found.tolist(), distances.tolist(), strict=True):
+        neighbours[row] = [(gallery.rows[i].item(), value) for i, value in zip(indices, values, strict=True) if i >= 0]
+    write(args, queries, galleries, neighbours, set(query.rows.tolist()), len(gallery.rows))
+
+
+def list_images(path: Path, option: str) -> dataset.ImageList:
+    """One image, or all below a folder, without classes."""
+    if path.is_file() and option == "--query":
+        root, paths = path.parent, [path.name]
+    elif path.is_dir():
+        found, _ = layouts.find_images(path, ".")
+        root, paths = path, [name.removeprefix("./") for name in found]
+    else:
+        raise FileNotFoundError(
+            f"{option} {path}: there is no such {'image or folder' if option == '--query' else 'folder'}"
+        )
+    if not paths:
+        raise ValueError(f"{option} {path}: the folder holds no image")
+    return dataset.ImageList(root, paths, np.zeros(len(paths), np.int64), [""])
+
+
+def embed(network, images, device, args, description) -> metrics.Embedded:
+    """Those of the images that can be decoded."""
+    transform = dataset.eval_transform(args.image_size, network.mean, network.std, network.bgr, network.scale)
+    loader = dataset.make_eval_loader(
+        images, transform, args.sz_batch, args.nb_workers, device.type == "cuda", skip_bad=True
+    )
+    return metrics.embed(network, loader, device, args.amp == "bf16", args.channels_last, description)
+
+
+def why_not(images, row) -> str:
+    """Why an image could not be decoded."""
+    try:
+        dataset.read_rgb(str(images.root / images.paths[row]))
+    except dataset.UnreadableImage as error:
+        return str(error)
+    return f"{images.root / images.paths[row]}: could not be decoded"
+
+
+# ---------------------------------------------------------------- the gallery and its cache
+
+
+def cache_path(args, model_path: Path) -> Path:
+    """Beside the gallery; another checkpoint, or another preparation of the images, has another name."""
+    with open(model_path, "rb") as file:
+        key = hashlib.file_digest(file, "sha256") if sys.version_info >= (3, 11) else hashlib.sha256(file.read())
+    made_by = (args.model, args.sz_embedding, args.add_gmp, args.layer_norm, args.image_size, args.amp)
+    key.update(repr(made_by).encode())
+    gallery = args.gallery.resolve()
+    return gallery.with_name(f"{gallery.name}.embeddings-{key.hexdigest()[:12]}.npz")
+
+
+def embed_gallery(network, images, cache: Path, device, args) -> metrics.Embedded:
+    """All images of the gallery that can be decoded; from the cache where a file is as it was."""
+    states = file_states(images)
+    embeddings, status = read_cache(cache, images, states, args.sz_embedding)
+    todo = np.flatnonzero(status == UNKNOWN)
+    print(f"gallery: {len(images):,} images, {len(images) - len(todo):,} of them from {cache}")
+    for start in range(0, len(todo), SAVE_EVERY):
+        rows = todo[start : start + SAVE_EVERY]
+        part = dataset.ImageList(images.root, [images.paths[row] for row in rows], np.zeros(len(rows), np.int64), [""])
+        count = f" {start // SAVE_EVERY + 1}/{-(-len(todo) // SAVE_EVERY)}" if len(todo) > SAVE_EVERY else ""
+        done = embed(network, part, device, args, f"embed gallery{count}")
+        status[rows] = BAD
+        status[rows[done.rows]] = GOOD
+        embeddings[rows[done.rows]] = done.embeddings.numpy()
+        write_cache(cache, images, states, embeddings, status)
+    bad, good = np.flatnonzero(status == BAD), np.flatnonzero(status == GOOD)
+    if len(bad):
+        print(f"warning: {len(bad):,} images of the gallery left out: {why_not(images, bad[0])}", file=sys.stderr)
+    if not len(good):
+        raise ValueError(f"--gallery {images.root}: none of its {len(images):,} images can be decoded")
+    rows = torch.from_numpy(good)
+    vectors = torch.from_numpy(embeddings if len(good) == len(embeddings) else embeddings[good])
+    return metrics.Embedded(vectors, torch.zeros(len(rows), dtype=torch.int64), rows)
+
+
+UNKNOWN, GOOD, BAD = 0, 1, 2  # what is known of a file: nothing, its embedding, that it cannot be decoded
+
+
+def file_states(images) -> np.ndarray:
+    """Size in bytes and time of change in ns of each file (N, 2)."""
+    stats = (
+        os.stat(images.root / path) for path in tqdm(images.paths, "files", unit="file", disable=None, leave=False)
+    )
+    return np.array([(stat.st_size, stat.st_mtime_ns) for stat in stats], dtype=np.int64)
+
+
+def read_cache(cache: Path, images, states, embedding_size) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings (N, D) and status (N,) of the images as far as the cache knows them."""
+    embeddings = np.zeros((len(images), embedding_size), np.float32)
+    status = np.zeros(len(images), np.uint8)
+    try:
+        with np.load(cache, allow_pickle=False) as file:
+            old = {name: file[name] for name in ("paths", "states", "status", "embeddings")}
+        place = {path: row for row, path in enumerate(old["paths"].tolist())}
+        rows = np.array([place.get(path, -1) for path in images.paths])
+        same = rows >= 0
+        same[same] = (old["states"][rows[same]] == states[same]).all(axis=1)
+        embeddings[same] = old["embeddings"][rows[same]]
+        status[same] = old["status"][rows[same]]
+    except FileNotFoundError:
+        pass
+    except Exception as error:  # a damaged archive fails in many ways; all that is lost is time
+        print(f"warning: {cache}: cannot be used ({type(error).__name__}), embedding anew", file=sys.stderr)
+        status[:] = UNKNOWN
+    return embeddings, status
+
+
+def write_cache(cache: Path, images, states, embeddings, status):
+    arrays = {"paths": np.array(images.paths), "states": states, "status": status, "embeddings": embeddings}
+    try:
+        checkpoint.write(lambda file: np.savez(file, **arrays), cache)
+    except OSError as error:
+        print(f"warning: {flags.one_line(error)}; the next call has to embed the gallery again", file=sys.stderr)
+
+
+# ---------------------------------------------------------------- search
+
+
+def search(query, queries, gallery, galleries, args, device) -> tuple[np.ndarray, np.ndarray]:
+    """Indices into the gallery (Q, top_k), -1 where there are no more, and cosine distances."""
+    k = min(args.top_k + 1, len(gallery.rows))  # one more: a query may find itself
+    if args.index == "faiss":
+        found, similarities = search_faiss(query.embeddings, gallery.embeddings, k)
+    else:
+        found, similarities = metrics.nearest(
+            query.embeddings, gallery.embeddings, k, memory_gib=args.search_memory, device=device
+        )
+    own = {os.path.realpath(galleries.root / galleries.paths[row]): i for i, row in enumerate(gallery.rows.tolist())}
+    itself = [own.get(os.path.realpath(queries.root / queries.paths[row]), -2) for row in query.rows.tolist()]
+    found, distances = np.asarray(found), 1 - np.asarray(similarities)
+    found = np.where(found == np.array(itself)[:, None], -1, found)
+    order = np.argsort(found < 0, axis=1, kind="stable")[:, : args.top_k]  # what is none goes to the end
+    return np.take_along_axis(found, order, 1), np.take_along_axis(distances, order, 1).clip(min=0)
+
+
+def search_faiss(query, gallery, k):
+    """The k nearest by cosine from an inverted file: a query looks into 1/32 of the cells, and finds nearly all."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise ValueError("--index faiss: faiss is not installed (pip install faiss-cpu, or --index exact)") from error
+    vectors = torch.nn.functional.normalize(gallery, dim=1).numpy()
+    cells = max(1, min(int(4 * len(vectors) ** 0.5), len(vectors) // 39))  # faiss wants 39 vectors a cell
+    index = faiss.index_factory(vectors.shape[1], f"IVF{cells},Flat", faiss.METRIC_INNER_PRODUCT)
+    index.train(vectors)
+    index.add(vectors)
+    index.nprobe = max(8, cells // 32)
+    similarities, found = index.search(torch.nn.functional.normalize(query, dim=1).numpy(), k)
+    return found, similarities
+
+
+# ---------------------------------------------------------------- what is written
+
+
+def write(args, queries, galleries, neighbours, decoded, size):
+    args.output.mkdir(parents=True, exist_ok=True)
+    files = [args.output / f"neighbours.{suffix}" for suffix in ("csv", "png", "html")]
+    text = csv_text(queries, galleries, neighbours)
+    checkpoint.write(lambda file: file.write(text.encode("utf-8", "surrogateescape")), files[0])
+    drawn = sorted(decoded)[:MOST_DRAWN]
+    pictures.neighbours(
+        [queries.root / queries.paths[row] for row in drawn],
+        [[galleries.root / galleries.paths[i] for i, _ in neighbours[row]] for row in drawn],
+        None,
+        [[value for _, value in neighbours[row]] for row in drawn],
+        [f"query: {queries.paths[row]}" for row in drawn],
+        files[1],
+        "cosine distance",
+    )
+    checkpoint.write_text(page(args, queries, galleries, neighbours, decoded, size), files[2])
+
+    for row in range(min(len(queries), MOST_PRINTED)):
+        print(f"\n{queries.root / queries.paths[row]}")
+        for rank, (i, distance) in enumerate(neighbours[row], 1):
+            print(f"{rank:>4}  {distance:.4f}  {galleries.root / galleries.paths[i]}")
+    if len(queries) > MOST_PRINTED:
+        print(f"\n… and {len(queries) - MOST_PRINTED:,} more queries")
+    for row in sorted(set(neighbours) - decoded)[:MOST_PRINTED]:
+        print(f"warning: {why_not(queries, row)}", file=sys.stderr)
+    undecoded = f", {len(queries) - len(decoded):,} more could not be decoded" if len(decoded) < len(queries) else ""
+    print(f"\nqueries: {len(decoded):,}{undecoded}; gallery: {size:,}; distances are 1 - cosine similarity")
+    print("written: " + ", ".join(map(str, files)))
+
+
+def csv_text(queries, galleries, neighbours) -> str:
+    """One row per query and neighbour; a query that could not be decoded has one row without any."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["query", "rank", "neighbour", "cosine_distance"])
+    for row, found in neighbours.items():
+        query = queries.root / queries.paths[row]
+        for rank, (i, distance) in enumerate(found, 1):
+            writer.writerow([query, rank, galleries.root / galleries.paths[i], f"{distance:.6f}"])
+        if not found:
+            writer.writerow([query, "", "", ""])
+    return text.getvalue()
+
+
+STYLE = """
+body { font: 14px/1.4 system-ui, sans-serif; color: #1f2328; background: #fff; margin: 2em auto; max-width: 1900px;
+       padding: 0 1.5em; }
+section { border-top: 2px solid #d0d7de; padding: .8em 0; }
+h2 { font-size: 1em; margin: 0 0 .6em; overflow-wrap: anywhere; }
+.row { display: flex; flex-wrap: wrap; gap: .8em; }
+figure { margin: 0; width: 160px; }
+figure.query { border-right: 3px solid #0969da; padding-right: .8em; }
+.box { height: 160px; display: flex; align-items: center; justify-content: center; background: #f6f8fa; }
+.box img { max-width: 160px; max-height: 160px; }
+figcaption { font-size: 12px; color: #57606a; overflow-wrap: anywhere; }
+figcaption b { color: #1f2328; }
+.bad { color: #cf222e; }
+a { color: inherit; text-decoration: none; }
+a:hover { text-decoration: underline; }
+"""
+
+
+def page(args, queries, galleries, neighbours, decoded, size) -> str:
+    """The queries and what they found as one file. Its policy forbids every request: it is the same page offline."""
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    shown = list(neighbours.items())[:MOST_ON_PAGE]
+    more = f" The first {len(shown):,} of {len(queries):,} queries; neighbours.csv holds all." * (
+        len(shown) < len(queries)
+    )
+    parts = []
+    for row, found in tqdm(shown, "page", unit="query", disable=None, leave=False):
+        query = queries.root / queries.paths[row]
+        figures = [figure(args, query, "<b>query</b>", "query")]
+        if row not in decoded:
+            figures.append(f"<p class='bad'>{escape(why_not(queries, row))}</p>")
+        for rank, (i, distance) in enumerate(found, 1):
+            path = galleries.root / galleries.paths[i]
+            caption = f"<b>{rank}</b> · distance <b>{distance:.4f}</b><br>{escape(galleries.paths[i])}"
+            figures.append(figure(args, path, caption, "neighbour"))
+        parts.append(f"<section><h2>{escape(query)}</h2><div class='row'>{''.join(figures)}</div></section>")
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Nearest images</title>\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        f'<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">\n'
+        f"<style>{STYLE}</style></head>\n<body><h1>Nearest images</h1>\n"
+        f"<p>{len(queries):,} queries, {size:,} images in {escape(args.gallery)}, by {escape(args.model_path)}. "
+        f"Distance: 1 − cosine similarity, 0 is the same direction.{more}</p>\n"
+        f"{chr(10).join(parts)}\n</body></html>\n"
+    )
+
+
+def figure(args, path: Path, caption: str, kind: str) -> str:
+    """A picture that leads to its file when clicked."""
+    pixels = pictures.read_thumbnail(path, SIDE)
+    image = "<span class='bad'>cannot be decoded</span>"
+    if pixels is not None:
+        data = io.BytesIO()
+        Image.fromarray(pixels).save(data, "JPEG", quality=85)
+        image = (
+            f'<img alt="{escape(path.name)}" src="data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}">'
+        )
+    link = quote(os.path.relpath(path, args.output).encode("utf-8", "surrogateescape"))
+    linked = f'<a href="{link}"><div class="box">{image}</div></a>'
+    return f'<figure class="{kind}">{linked}<figcaption>{caption}</figcaption></figure>'
+
+
+def escape(text) -> str:
+    return html.escape(str(text).encode("utf-8", "replace").decode())
+
+
+if __name__ == "__main__":
+    flags.run_script(main)

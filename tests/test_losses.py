@@ -1,0 +1,189 @@
+"""Other losses behind --loss: the library's own values, the same run around them, and HIST's own ablation."""
+
+import flags
+import losses
+import pandas as pd
+import pytest
+import torch
+import train
+from conftest import options
+from hist import HISTLoss
+from pytorch_metric_learning import distances, miners
+from pytorch_metric_learning import losses as library
+
+N, D, C = 24, 16, 6
+
+
+def load(path):
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(N, D, generator=generator), torch.arange(N) % C
+
+
+def made_by_script(words):
+    """The criterion that train.py makes of a command line."""
+    args = flags.train_parser().parse(["--embedding-size", str(D), *words])[0]
+    torch.manual_seed(0)
+    return train.make_criterion(C, args)
+
+
+def pair_margins(X):
+    return torch.nn.functional.normalize(X, dim=1)
+
+
+def proxy_anchor(X, T):
+    """From the equation of the paper: log-sums over the samples of each proxy, positive proxies averaged."""
+    torch.manual_seed(0)
+    proxies = torch.nn.functional.normalize(library.ProxyAnchorLoss(C, D).proxies, dim=1)
+    S = pair_margins(X) @ proxies.T
+    positive, total = T[:, None] == torch.arange(C), 0.0
+    present = positive.any(dim=0)
+    for c in range(C):
+        pulled = torch.exp(-32.0 * (S[positive[:, c], c] - 0.1)).sum()
+        pushed = torch.exp(32.0 * (S[~positive[:, c], c] + 0.1)).sum()
+        total = total + torch.log1p(pulled) / present.sum() * present[c] + torch.log1p(pushed) / C
+    return total
+
+
+def direct(name, X, T):
+    """What the library gives without us."""
+    torch.manual_seed(0)
+    if name == "proxy_anchor":
+        return library.ProxyAnchorLoss(C, D, margin=0.1, alpha=32)(X, T)
+    if name == "multi_similarity":
+        return library.MultiSimilarityLoss(alpha=2, beta=50, base=0.5)(X, T, miners.MultiSimilarityMiner(0.1)(X, T))
+    if name == "triplet":
+        squared = distances.LpDistance(power=2)
+        mined = miners.TripletMarginMiner(0.2, "semihard", distance=squared)(X, T)
+        return library.TripletMarginLoss(0.2, distance=squared)(X, T, mined)
+    if name == "proxy_nca":
+        return library.ProxyNCALoss(C, D, softmax_scale=9)(X, T)
+    return {
+        "softtriple": lambda: library.SoftTripleLoss(C, D, 10, 20, 0.1, 0.01),
+        "arcface": lambda: library.ArcFaceLoss(C, D, margin=28.6, scale=64),
+        "normalized_softmax": lambda: library.NormalizedSoftmaxLoss(C, D, temperature=0.05),
+        "contrastive": lambda: library.ContrastiveLoss(0, 1),
+    }[name]()(X, T)
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_values_and_gradients_are_the_librarys(name, batch):
+    X, T = batch
+    ours, theirs = X.clone().requires_grad_(), X.clone().requires_grad_()
+    value, expected = made_by_script(["--loss", name])(ours, T), direct(name, theirs, T)
+    assert expected > 0
+    torch.testing.assert_close(value, expected, rtol=0, atol=0)
+    value.backward()
+    expected.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0)
+
+
+def test_proxy_anchor_is_the_papers_equation(batch):
+    torch.testing.assert_close(made_by_script(["--loss", "proxy_anchor"])(*batch), proxy_anchor(*batch))
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_under_autocast_the_loss_is_computed_in_float32(name, batch):
+    X, T = batch
+    criterion = made_by_script(["--loss", name])
+    with torch.autocast("cpu", torch.bfloat16):
+        value = criterion(X.bfloat16(), T)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, criterion(X.bfloat16().float(), T), rtol=0, atol=0)
+
+
+def test_settings_reach_the_loss(batch):
+    criterion = made_by_script(["--loss", "proxy_anchor", "--loss-args", "margin=0.2, alpha=16"])
+    assert (criterion.loss.margin, criterion.loss.alpha) == (0.2, 16.0)
+    criterion = made_by_script(["--loss", "multi_similarity", "--loss-args=epsilon=0.3"])
+    assert (criterion.miner.epsilon, criterion.loss.beta) == (0.3, 50.0)
+    criterion = made_by_script(["--loss", "softtriple", "--loss-args=centers_per_class=2"])
+    assert criterion.loss.fc.shape == (D, 2 * C)
+
+
+def test_the_command_line_knows_every_loss():
+    assert flags.LOSSES == ("hist", *losses.LOSSES)
+
+
+@pytest.mark.parametrize(
+    "words, match",
+    [
+        ("--loss proxy_anchor --loss-args tau=3", r"proxy_anchor takes margin, alpha.*not 'tau=3'"),
+        ("--loss proxy_anchor --loss-args margin", r"margin of proxy_anchor must be a number, got ''"),
+        ("--loss triplet --loss-args margin=wide", r"must be a number, got 'wide'"),
+        ("--loss triplet --loss-args margin=nan", r"must be finite"),
+        ("--loss softtriple --loss-args centers_per_class=2.5", r"must be a whole number, got '2\.5'"),
+        ("--loss softtriple --loss-args gamma=0", r"gamma of softtriple must be finite and above 0"),
+        ("--loss hist --loss-args tau=3", r"--loss-args: hist has flags of its own"),
+        ("--loss tripplet", r"invalid choice: 'tripplet'"),
+    ],
+)
+def test_wrong_settings_are_one_line_and_leave_no_folder(refused, cub, tmp_path, words, match):
+    refused("train.py", *options(cub, tmp_path / "logs", *words.split()), match=match)
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("name", flags.LOSSES)
+def test_every_loss_trains_resumes_to_the_same_bits_and_scores(call, cub, tmp_path, name):
+    words = ["--loss", name, "--IPC", 4, "--lr-ds", 1e-2]
+    assert call("train.py", *options(cub, tmp_path / "whole", *words)).code == 0
+    assert call("train.py", *options(cub, tmp_path / "parts", *words, "--epochs", 1)).code == 0
+    last = tmp_path / "parts" / "cub" / "run_1" / "last.pth"
+    assert call("train.py", "--resume", last, "--epochs", 2).code == 0
+
+    whole, parts = load(tmp_path / "whole" / "cub" / "run_1" / "last.pth"), load(last)
+    for part in ("model_state_dict", "criterion_state_dict"):
+        assert whole[part].keys() == parts[part].keys()
+        assert all(torch.equal(whole[part][key], parts[part][key]) for key in whole[part])
+    rows = pd.read_csv(last.with_name("results.csv"))
+    trained = rows[rows["phase"] != "untrained"]
+    assert (trained["loss"] > 0).all() and trained["loss"].nunique() == len(trained)
+    assert ("ce_loss" in rows) == ("dist_loss" in rows) == (name == "hist")
+    assert (last.with_name("hypergraph.png")).exists() == (name == "hist")
+    assert (last.with_name("curves.png")).exists()
+
+    scored = call("evaluate.py", "--model-path", last, "--data-root", cub, "--workers", 0, "--gpu-id", -1)
+    assert scored.code == 0 and f"R@1     {100 * rows['R@1'].iloc[-1]:.4f}" in scored.out
+
+
+def test_proxies_learn_at_their_own_rate(call, cub, tmp_path):
+    words = ["--loss", "proxy_anchor", "--lr-ds", 0.02, "--lr-decay-step", 1]
+    assert call("train.py", *options(cub, tmp_path, *words)).code == 0
+    rows = pd.read_csv(tmp_path / "cub" / "run_1" / "results.csv")
+    assert rows["lr_ds"].dropna().tolist() == [0.02, 0.02, 0.01] and "lr_hgnn" not in rows
+
+
+def test_resuming_with_another_loss_is_refused(call, refused, cub, tmp_path):
+    assert call("train.py", *options(cub, tmp_path, "--epochs", 1)).code == 0
+    last = tmp_path / "cub" / "run_1" / "last.pth"
+    refused("train.py", "--resume", last, "--loss", "triplet", match="loss triplet instead of hist")
+
+
+# HIST without its hypergraph network ----------------------------------------------------------------------------
+
+
+def test_without_lambda_the_hgnn_is_skipped(batch, monkeypatch):
+    X, T = batch
+    torch.manual_seed(0)
+    with_it = HISTLoss(C, D, 8)
+    torch.manual_seed(0)
+    alone = HISTLoss(C, D, 8, ls=0)
+    with_it(X, T)
+    monkeypatch.setattr(alone.hgnn, "forward", None)  # calling it would fail
+    X = X.clone().requires_grad_()
+    loss = alone(X, T)
+    assert loss == alone.dist_loss == with_it.dist_loss and alone.ce_loss is None
+    loss.backward()
+    assert X.grad.abs().sum() > 0 and all(p.grad is None for p in alone.hgnn.parameters())
+
+
+def test_run_of_the_distribution_loss_alone(call, cub, tmp_path):
+    assert call("train.py", *options(cub, tmp_path, "--ls", 0)).code == 0
+    run = tmp_path / "cub" / "run_1"
+    rows = pd.read_csv(run / "results.csv").query("phase != 'untrained'")
+    assert rows["loss"].tolist() == rows["dist_loss"].tolist() and "ce_loss" not in rows
+    assert load(run / "last.pth")["criterion_state_dict"]["hgnn.bn1.num_batches_tracked"] == 0

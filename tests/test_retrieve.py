@@ -1,0 +1,302 @@
+"""Search in your own pictures: the figures of evaluate.py, a cache that knows what changed, a page that stays home."""
+
+import csv
+import html
+import html.parser
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import retrieve
+import torch
+from conftest import TINY
+from trees import picture, save
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(folder of class folders, run folder) of a network trained on the first half of the classes."""
+    root = tmp_path_factory.mktemp("trained")
+    for c in range(8):
+        for i in range(6):
+            save(root / "pictures" / f"class {c}" / f"{i}.png", c, i)
+    words = [*TINY, "--dataset", "folder", "--data-root", root / "pictures", "--log-dir", root / "logs"]
+    train = Path(retrieve.__file__).with_name("train.py")
+    subprocess.run([sys.executable, train, *map(str, words)], check=True, capture_output=True, timeout=200)
+    return root / "pictures", root / "logs" / "folder" / "run_1"
+
+
+@pytest.fixture
+def gallery(trained, tmp_path):
+    """The unseen classes in a folder of their own, which a test may change."""
+    for c in range(4, 8):
+        shutil.copytree(trained[0] / f"class {c}", tmp_path / "gallery" / f"class {c}")
+    return tmp_path / "gallery"
+
+
+@pytest.fixture
+def find(call, trained, tmp_path):
+    """Runs retrieve.py -> (outcome, rows of the CSV file)."""
+
+    def run(gallery, query, *more):
+        words = ["--model-path", trained[1], "--gallery", gallery, "--query", query, "--output", tmp_path / "out"]
+        outcome = call("retrieve.py", *words, "--workers", 0, "--gpu-id", -1, *more)
+        rows = []
+        if outcome.code == 0:
+            with open(tmp_path / "out" / "neighbours.csv", newline="") as file:
+                rows = list(csv.DictReader(file))
+        return outcome, rows
+
+    return run
+
+
+def test_finds_the_right_class_as_often_as_evaluate_says(call, find, trained, gallery, tmp_path):
+    figures = tmp_path / "figures.json"
+    words = ["--model-path", trained[1], "--data-root", trained[0], "--workers", 0, "--gpu-id", -1, "--json", figures]
+    assert call("evaluate.py", *words).code == 0
+    _, rows = find(gallery, gallery, "--top-k", 23)
+    nearest = [row for row in rows if row["rank"] == "1"]
+    assert len(nearest) == 24 and all(row["query"] != row["neighbour"] for row in rows)
+    right = [Path(row["query"]).parent.name == Path(row["neighbour"]).parent.name for row in nearest]
+    assert np.mean(right) == json.loads(figures.read_text())["figures"]["R@1"]
+    assert 0.25 < np.mean(right)  # chance is 5 of 23
+    for query in {row["query"] for row in rows}:
+        distances = [float(row["cosine_distance"]) for row in rows if row["query"] == query]
+        assert len(distances) == 23 and distances == sorted(distances)
+
+
+def test_a_copy_of_a_picture_is_its_nearest_neighbour(find, gallery, tmp_path):
+    shutil.copy(gallery / "class 5" / "2.png", tmp_path / "photo.png")
+    outcome, rows = find(gallery, tmp_path / "photo.png", "--top-k", 3)
+    assert [row["rank"] for row in rows] == ["1", "2", "3"]
+    assert rows[0]["neighbour"] == str(gallery / "class 5" / "2.png")
+    assert float(rows[0]["cosine_distance"]) < 1e-5 < float(rows[1]["cosine_distance"])
+    assert f"   1  0.0000  {gallery / 'class 5' / '2.png'}" in outcome.out
+    # the file itself, by another name, is left out
+    (tmp_path / "link.png").symlink_to(gallery / "class 5" / "2.png")
+    _, rows = find(gallery, tmp_path / "link.png", "--top-k", 24)
+    assert len(rows) == 23 and str(gallery / "class 5" / "2.png") not in [row["neighbour"] for row in rows]
+
+
+def embedded(monkeypatch):
+    """Notes which images are embedded."""
+    seen, embed = [], retrieve.embed
+
+    def noting(network, images, *more):
+        seen.extend(images.paths)
+        return embed(network, images, *more)
+
+    monkeypatch.setattr(retrieve, "embed", noting)
+    return seen
+
+
+def test_only_new_and_changed_files_are_embedded_again(find, gallery, tmp_path, monkeypatch):
+    query = tmp_path / "query.png"
+    picture(6, 99).save(query)
+    seen = embedded(monkeypatch)
+    _, first = find(gallery, query)
+    assert len(seen) == 24 + 1
+    caches = list(tmp_path.glob("gallery.embeddings-*.npz"))
+    assert len(caches) == 1
+
+    seen.clear()
+    outcome, again = find(gallery, query)
+    assert seen == ["query.png"] and again == first and "24 of them from" in outcome.out
+
+    seen.clear()
+    (gallery / "class 4" / "0.png").unlink()
+    picture(6, 98).save(gallery / "class 6" / "new.png")
+    picture(7, 97).save(gallery / "class 7" / "1.png")
+    _, changed = find(gallery, query)
+    assert sorted(seen) == ["class 6/new.png", "class 7/1.png", "query.png"]
+    caches[0].unlink()
+    assert find(gallery, query)[1] == changed  # as if there had never been a cache
+
+    caches[0].write_bytes(caches[0].read_bytes()[:-3000])
+    outcome, rows = find(gallery, query)
+    assert rows == changed and "cannot be used" in outcome.err
+
+
+def test_another_checkpoint_or_image_size_has_its_own_cache(find, gallery, trained, tmp_path):
+    query = gallery / "class 4" / "0.png"
+    find(gallery, query)
+    find(gallery, query, "--image-size", 40)
+    state = torch.load(next(trained[1].glob("*_best.pth")), weights_only=True)
+    state["model_state_dict"]["model.embedding.weight"] *= -1
+    torch.save(state, tmp_path / "other.pth")
+    find(gallery, query, "--model-path", tmp_path / "other.pth")
+    assert len(list(tmp_path.glob("gallery.embeddings-*.npz"))) == 3
+
+
+def test_what_was_embedded_before_an_interruption_is_kept(find, gallery, tmp_path, monkeypatch):
+    monkeypatch.setattr(retrieve, "SAVE_EVERY", 10)
+    query, write_cache, writes = gallery / "class 4" / "0.png", retrieve.write_cache, []
+
+    def interrupted(*arguments):
+        write_cache(*arguments)
+        writes.append(1)
+        if len(writes) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(retrieve, "write_cache", interrupted)
+    outcome, _ = find(gallery, query)
+    assert outcome.code == 130
+    monkeypatch.setattr(retrieve, "write_cache", write_cache)
+    outcome, rows = find(gallery, query)
+    assert "24 images, 20 of them from" in outcome.out and len(rows) == 10
+
+
+def test_pictures_that_cannot_be_decoded_are_named_and_left_out(find, gallery, tmp_path):
+    queries = tmp_path / "queries"
+    queries.mkdir()
+    picture(4, 50).save(queries / "a.png")
+    (queries / "b <i>.jpg").write_bytes(b"no picture")
+    (gallery / "class 4" / "bad.jpg").write_bytes(b"no picture")
+    for _ in range(2):  # the second time it is the cache that knows
+        outcome, rows = find(gallery, queries, "--top-k", 2)
+        assert outcome.code == 0
+        assert "1 images of the gallery left out" in outcome.err and "bad.jpg: cannot be decoded" in outcome.err
+        assert "b <i>.jpg: cannot be decoded" in outcome.err
+        assert [(Path(row["query"]).name, row["rank"]) for row in rows] == [
+            ("a.png", "1"),
+            ("a.png", "2"),
+            ("b <i>.jpg", ""),
+        ]
+    page = (tmp_path / "out" / "neighbours.html").read_text()
+    assert "b &lt;i&gt;.jpg: cannot be decoded" in page and "b <i>" not in page
+
+
+def test_a_folder_that_cannot_be_written_beside_costs_only_the_cache(find, gallery, monkeypatch):
+    monkeypatch.setattr(retrieve.checkpoint, "write", fail_for_npz(retrieve.checkpoint.write))
+    outcome, rows = find(gallery, gallery / "class 4" / "0.png")
+    assert outcome.code == 0 and len(rows) == 10
+    assert "the next call has to embed the gallery again" in outcome.err
+
+
+def fail_for_npz(write):
+    def writes(content, path):
+        if Path(path).suffix == ".npz":
+            raise OSError(30, "Read-only file system", str(path))
+        write(content, path)
+
+    return writes
+
+
+def test_faiss_finds_the_same_in_a_small_gallery(find, gallery):
+    pytest.importorskip("faiss")
+    query = gallery / "class 5"
+    exact, approximate = find(gallery, query)[1], find(gallery, query, "--index", "faiss")[1]
+    assert [row["neighbour"] for row in exact] == [row["neighbour"] for row in approximate]
+
+
+def test_inverted_file_misses_few_neighbours():
+    pytest.importorskip("faiss")
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(200, 32, generator=generator)
+    X = centres[torch.arange(20_000) % 200] + 0.5 * torch.randn(20_000, 32, generator=generator)
+    found, _ = retrieve.search_faiss(X[:500], X, 10)
+    exact, _ = retrieve.metrics.nearest(X[:500], X, 10)
+    hits = [len(set(a) & set(b)) for a, b in zip(found.tolist(), exact.tolist(), strict=True)]
+    assert np.mean(hits) > 9.5
+
+
+def test_more_neighbours_than_there_are_images(find, gallery):
+    _, rows = find(gallery, gallery / "class 4" / "0.png", "--top-k", 1000)
+    assert len(rows) == 23
+
+
+@pytest.mark.parametrize(
+    "words, match",
+    [
+        ("--gallery {gallery} --query {gallery}/none.png", r"--query .*none\.png: there is no such image or folder"),
+        ("--gallery {gallery}/none --query {gallery}", r"--gallery .*none: there is no such folder"),
+        ("--gallery {gallery}/empty --query {gallery}", r"--gallery .*empty: the folder holds no image"),
+        ("--gallery {gallery} --query {gallery}/text.jpg", r"text\.jpg: cannot be decoded"),
+        ("--gallery {gallery}/broken --query {gallery}/class-4", r"none of its 1 images can be decoded"),
+        ("--gallery {gallery} --query {gallery} --top-k 0", r"at least 1"),
+        ("--gallery {gallery} --query {gallery} --model-path {gallery}", r"there is no such checkpoint"),
+        ("--gallery {gallery}", r"--query"),
+    ],
+)
+def test_mistakes_are_one_line(call, trained, gallery, tmp_path, words, match):
+    (gallery / "empty").mkdir()
+    (gallery / "broken").mkdir()
+    (gallery / "broken" / "x.jpg").write_bytes(b"x")
+    (gallery / "text.jpg").write_bytes(b"text")
+    os.rename(gallery / "class 4", gallery / "class-4")
+    words = [word.format(gallery=gallery) for word in words.split()]
+    outcome = call("retrieve.py", "--model-path", trained[1], "--workers", 0, "--output", tmp_path / "out", *words)
+    errors = [line for line in outcome.err.splitlines() if line and not line.startswith("warning: ")]
+    assert outcome.code != 0 and len(errors) == 1 and re.search(match, errors[0]), outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+
+def test_page_shows_queries_neighbours_and_distances_and_loads_nothing(find, gallery, tmp_path):
+    outcome, rows = find(gallery, gallery / "class 6", "--top-k", 4)
+    text = (tmp_path / "out" / "neighbours.html").read_text()
+    page = Page(text)
+    sources = [attributes["src"] for _, attributes in page.tags if "src" in attributes]
+    assert len(sources) == 6 * (1 + 4) and all(source.startswith("data:image/jpeg;base64,") for source in sources)
+    policy = next(a["content"] for tag, a in page.tags if tag == "meta" and a.get("http-equiv"))
+    assert policy.startswith("default-src 'none'; img-src data:;")
+    for row in rows:
+        assert f"distance <b>{float(row['cosine_distance']):.4f}</b>" in text
+    links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
+    assert len(links) == 30 and all((tmp_path / "out" / link.replace("%20", " ")).is_file() for link in links)
+    assert (tmp_path / "out" / "neighbours.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_page_in_a_browser(find, gallery, tmp_path):
+    """All pictures are drawn, nothing is requested, nothing breaks the page's policy, a bad query says so."""
+    queries = tmp_path / "queries"
+    shutil.copytree(gallery / "class 6", queries)
+    (queries / "bad.jpg").write_bytes(b"no picture")
+    find(gallery, queries, "--top-k", 4)
+    probe = """<script>
+      window.problems = [];
+      addEventListener("error", event => problems.push(event.message));
+      addEventListener("securitypolicyviolation", event => problems.push(event.blockedURI));
+      addEventListener("load", () => {
+        const said = JSON.stringify({
+          problems,
+          images: [...document.images].map(image => image.naturalWidth),
+          requests: performance.getEntriesByType("resource").map(entry => entry.name)
+            .filter(name => !name.startsWith("data:")),
+          sections: [...document.querySelectorAll("section")].map(section => section.innerText),
+        });
+        document.body.replaceChildren(Object.assign(document.createElement("pre"), {id: "said", textContent: said}));
+      });
+    </script>"""
+    source = (tmp_path / "out" / "neighbours.html").read_text()
+    page = tmp_path / "page.html"
+    # the probe is the one script that is let in
+    page.write_text(source.replace("default-src 'none';", "default-src 'none'; script-src 'unsafe-inline';", 1)
+                    .replace("<style>", probe + "<style>", 1))  # fmt: skip
+    options = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --dump-dom".split()
+    command = [CHROMIUM, *options, f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    said = json.loads(html.unescape(re.search(r'<pre id="said">(.*?)</pre>', done.stdout, re.DOTALL)[1]))
+    assert said["problems"] == [] and said["requests"] == []
+    assert len(said["images"]) == 6 * 5 and min(said["images"]) > 0
+    assert len(said["sections"]) == 7
+    assert all("distance" in text for text in said["sections"][:6])
+    assert "cannot be decoded" in said["sections"][6]
