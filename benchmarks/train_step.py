@@ -41,6 +41,7 @@ OPTIONS = {
     "fused optimiser (always on)": ([], True),
     "channels last": (CHANNELS_LAST, False),
     "bf16": (BF16, False),
+    "bf16, channels last": (BF16 + CHANNELS_LAST, False),
     "compiled network": (COMPILE, False),
     "all of them": ALL,
 }

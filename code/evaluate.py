@@ -14,6 +14,7 @@ import warnings
 
 import checkpoint
 import dataset
+import distributed
 import flags
 import metrics
 import net
@@ -27,8 +28,10 @@ def main():
     parser = flags.evaluate_parser()
     args, given = parser.parse()
     names = {"recall", "rp", "map", "nmi"} if "all" in args.metrics else set(args.metrics)
-    device = runlog.choose_device(args.gpu_id)
-    print(f"device: {runlog.describe_device(device)}")
+    gpu_id = distributed.start(args.gpu_id)
+    processes = distributed.processes()  # started by torchrun, they share embedding and search; process 0 alone writes
+    device = runlog.choose_device(gpu_id)
+    print(f"device: {runlog.describe_device(device)}" + (f", {processes.count} processes" * (processes.count > 1)))
 
     num_bad = 0
     if args.embeddings:
@@ -47,7 +50,7 @@ def main():
             export(network, args)
             return
         benchmark = dataset.load_benchmark(args.dataset, args.data_root, args.train_classes)
-        for warning in benchmark.warnings:
+        for warning in benchmark.warnings if processes.rank == 0 else ():
             print(f"warning: {warning}", file=sys.stderr)
         network.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
         query = embed(network, benchmark.query, device, args)
@@ -55,7 +58,7 @@ def main():
         ks, source = benchmark.recall_at, str(path)
         parts = [(benchmark.query, query), (benchmark.gallery, gallery)][: 2 if gallery else 1]
         num_bad = sum(len(images) - len(part.rows) for images, part in parts)
-        if args.save_embeddings:
+        if args.save_embeddings and processes.rank == 0:
             save_embeddings(args.save_embeddings, parts, ks)
             print(f"embeddings: {args.save_embeddings}")
 
@@ -70,6 +73,9 @@ def main():
     if "nmi" in names:
         everything = [torch.cat(parts) for parts in zip(query[:2], gallery[:2], strict=True)] if gallery else query[:2]
         figures["NMI"] = metrics.nmi(*everything, memory_gib=args.search_memory, device=device, progress=True)
+    distributed.stop()
+    if processes.rank != 0:
+        return
     report(args, source, gallery, found, figures, num_bad)
     if args.pictures:
         args.pictures.mkdir(parents=True, exist_ok=True)
@@ -158,7 +164,13 @@ def embed(network, images, device, args):
     """metrics.Embedded of one split."""
     transform = dataset.eval_transform(args.image_size, network.mean, network.std, network.bgr, network.scale)
     loader = dataset.make_eval_loader(
-        images, transform, args.sz_batch, args.nb_workers, device.type == "cuda", args.skip_bad_images
+        images,
+        transform,
+        args.sz_batch,
+        args.nb_workers,
+        device.type == "cuda",
+        args.skip_bad_images,
+        distributed.processes(),
     )
     return metrics.embed(network, loader, device, args.amp == "bf16", args.channels_last)
 

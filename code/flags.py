@@ -38,13 +38,17 @@ LOSSES = (
 DATASETS = ("cub", "cars", "SOP", "Inshop", "glyphs", "folder")
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults behind every flag, the description's lines as they are."""
+
+
 class Parser(argparse.ArgumentParser):
     """ArgumentParser with one-line errors, recipe files with comments, and no abbreviations."""
 
     def __init__(self, description: str):
         super().__init__(
             description=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=HelpFormatter,
             fromfile_prefix_chars="@",
             allow_abbrev=False,
         )
@@ -271,7 +275,15 @@ def add_device_flags(parser: Parser):
 
 
 def train_parser() -> Parser:
-    parser = Parser("Train a network with HIST loss and score it on classes it never saw.")
+    parser = Parser(
+        "Train a network with HIST loss and score it on classes it never saw.\n\n"
+        "  a first try, offline   python code/train.py @recipes/glyphs.args\n"
+        "  the paper's recipe     python code/train.py @recipes/cub.args\n"
+        "  your own pictures      python code/train.py --dataset folder --data-root my_pictures\n"
+        "  to search in them      python code/retrieve.py --model-path logs/folder/run_1 --gallery my_pictures "
+        "--query photo.jpg\n"
+        "  on with a run          python code/train.py --dataset folder --resume"
+    )
     data = add_data_flags(parser, batch_size=32)
     data.add_argument(
         "--IPC",

@@ -25,12 +25,12 @@ FONT_FILE = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf
 # How much the drawings of one letter differ. With these the nearest neighbour on raw pixels is of the right
 # class for about a third of the images of the last 100 classes.
 FONT_SIZE = (0.45, 0.75)  # height of the font in image heights
-ROTATION = 15.0           # degrees, both ways
-SHEAR = 0.2               # horizontal shift per unit of height, both ways
-SHIFT = 0.085             # in image heights, both ways and both axes
-INK = (0, 110)            # grey values out of 255
+ROTATION = 15.0  # degrees, both ways
+SHEAR = 0.2  # horizontal shift per unit of height, both ways
+SHIFT = 0.085  # in image heights, both ways and both axes
+INK = (0, 110)  # grey values out of 255
 PAPER = (150, 255)
-NOISE = (2.0, 16.0)       # standard deviation in grey values
+NOISE = (2.0, 16.0)  # standard deviation in grey values
 
 
 @functools.lru_cache(maxsize=256)
@@ -99,7 +99,7 @@ def write_glyphs(folder: Path, num_classes: int, images_per_class: int, size: in
     chosen = np.random.RandomState(seed).permutation(len(letters))[:num_classes]
     for number, index in enumerate(tqdm(chosen, "drawing glyphs", unit="class", disable=not progress), 1):
         letter = letters[index]
-        name = f'{number:03d}.{unicodedata.name(letter, f"U{ord(letter):04X}").replace(" ", "_")}'
+        name = f"{number:03d}.{unicodedata.name(letter, f'U{ord(letter):04X}').replace(' ', '_')}"
         class_folder = folder / "images" / name
         class_folder.mkdir(parents=True)
         for i in range(images_per_class):
@@ -120,8 +120,10 @@ def ensure_glyphs(root: Path, num_classes=200, images_per_class=20, size=64, see
     Raises ValueError for parameters that make no set, OSError when root cannot be written.
     """
     if num_classes < 2 or images_per_class < 1 or size < 8 or not 0 <= seed < 2**32:
-        raise ValueError(f"glyphs: {num_classes} classes (at least 2), {images_per_class} images per class "
-                         f"(at least 1), {size} pixels (at least 8), seed {seed} (0 to 2**32 - 1): no set")
+        raise ValueError(
+            f"glyphs: {num_classes} classes (at least 2), {images_per_class} images per class "
+            f"(at least 1), {size} pixels (at least 8), seed {seed} (0 to 2**32 - 1): no set"
+        )
     name = "glyphs"
     if (num_classes, images_per_class, size, seed) != (200, 20, 64, 0):
         name += f"_{num_classes}x{images_per_class}_{size}" + (f"_seed{seed}" if seed else "")

@@ -1,5 +1,6 @@
 """Several processes compute what one does: losses, parameters, figures; and end together when one of them is lost."""
 
+import json
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 
 import metrics
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -138,6 +140,22 @@ def test_more_processes_than_images_and_uneven_batches_are_handled(tmp_path):
     words = [*TINY, "--dataset", "cub", "--data-root", tmp_path, "--log-dir", tmp_path, "--epochs", 1]
     done = torchrun(3, ROOT / "code" / "train.py", *words, "--batch-size", 2)
     assert done.returncode != 0 and "cannot be dealt out to 3 processes" in done.stderr
+
+
+def test_evaluate_script_gives_the_same_figures_and_writes_once(cub, alone, tmp_path):
+    words = ["--data-root", cub, "--model-path", alone, "--gpu-id", -1, "--workers", 0, "--metrics", "all"]
+    figures, said = {}, {}
+    for count in (1, 3):
+        files = ["--json", tmp_path / f"{count}.json", "--save-embeddings", tmp_path / f"{count}.npz"]
+        done = torchrun(count, ROOT / "code" / "evaluate.py", *words, *files)
+        assert done.returncode == 0, done.stderr
+        figures[count], said[count] = json.loads((tmp_path / f"{count}.json").read_text()), done.stdout
+    assert figures[1]["figures"].keys() == figures[3]["figures"].keys() >= {"R@1", "RP", "MAP@R", "NMI"}
+    assert figures[1]["figures"] == pytest.approx(figures[3]["figures"], abs=1e-6)
+    assert said[3].count("R@1 ") == 1 and "3 processes" in said[3]
+    with np.load(tmp_path / "1.npz") as one, np.load(tmp_path / "3.npz") as three:
+        assert one["paths"].tolist() == three["paths"].tolist()
+        np.testing.assert_allclose(one["embeddings"], three["embeddings"], atol=1e-5)
 
 
 EMBED = """

@@ -169,7 +169,11 @@ def readme_commands():
 def test_every_command_of_the_readme_parses(name, words):
     if (ROOT / "benchmarks" / name).is_file():
         return
-    parsers = {"train.py": flags.train_parser, "evaluate.py": flags.evaluate_parser}
+    parsers = {
+        "train.py": flags.train_parser,
+        "evaluate.py": flags.evaluate_parser,
+        "retrieve.py": flags.retrieve_parser,
+    }
     assert name in parsers or (ROOT / "code" / name).is_file()
     if name in parsers:
         parsers[name]().parse(words)
@@ -179,3 +183,18 @@ def test_continuous_integration_runs_the_test_line_of_the_readme():
     blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     line = next(line for block in blocks for line in block.splitlines() if "pytest" in line)
     assert line in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_python_examples_of_the_readme_run(monkeypatch):
+    """One behind the other, in one namespace, as they are written; the loss learns in both."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2 and "MetricLossOnly" in blocks[1]
+    torch.manual_seed(0)
+    namespace = {}
+    for block in blocks:
+        before = {} if not namespace else {n: p.clone() for n, p in namespace["criterion"].named_parameters()}
+        exec(block, namespace)
+        now = dict(namespace["criterion"].named_parameters())
+        assert all(torch.isfinite(p).all() for p in now.values())
+        assert all((now[name] != before[name]).any() for name in before)
+    assert namespace["criterion"].hgnn.bn1.num_batches_tracked == 8  # 2 batches, 2 epochs, 2 loops

@@ -93,8 +93,9 @@ def test_processes_that_start_at_once_both_succeed(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["glyphs_30x20_32"]
 
 
-@pytest.mark.parametrize("change", [{"num_classes": 1}, {"num_classes": 100_000}, {"images_per_class": 0},
-                                    {"size": 4}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "change", [{"num_classes": 1}, {"num_classes": 100_000}, {"images_per_class": 0}, {"size": 4}, {"seed": -1}]
+)
 def test_parameters_that_make_no_set(tmp_path, change):
     with pytest.raises(ValueError, match="glyphs: .*" + str(next(iter(change.values())))):
         glyphs.ensure_glyphs(tmp_path, **(SMALL | change))

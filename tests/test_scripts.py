@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import dataset
@@ -246,3 +247,50 @@ def test_glyphs_are_made_on_first_use(call, tmp_path, monkeypatch):
     assert outcome.code == 0 and made == [tmp_path]
     image = Image.open(next(small.rglob("*.png")))
     assert image.size == (32, 32)
+
+
+@pytest.mark.parametrize("model", ["resnet18", "bn_inception"])  # the latter wants other pixels: BGR, 0 to 255
+def test_exported_network_gives_the_same_embeddings(call, tmp_path, model):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    network = net.build(model, 16, "none").eval()
+    torch.save({"model_state_dict": network.state_dict()}, tmp_path / "net.pth")
+    words = ["--model", model, "--embedding-size", 16, "--image-size", 64, "--model-path", tmp_path / "net.pth"]
+    exported = call("evaluate.py", *words, "--export", tmp_path / "net.onnx")
+    assert exported.code == 0, exported.err
+    assert re.search(r"onnxruntime differs from torch by at most \d\.\de-\d\d", exported.out)
+    session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
+    for batch in (1, 5):
+        images = torch.randn(batch, 3, 64, 64)
+        with torch.inference_mode():
+            expected = network(images).numpy()
+        found = session.run(["embeddings"], {"images": images.numpy()})[0]
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    said = session.get_modelmeta().custom_metadata_map
+    assert said["image_size"] == "64" and said["resize"].startswith("shorter side to 73 pixels")
+    pixels = {"resnet18": ("RGB", "0 to 1"), "bn_inception": ("BGR", "0 to 255")}
+    assert (said["channels"], said["range"]) == pixels[model]
+    assert json.loads(said["mean"]) == list(network.mean)
+
+
+def test_export_that_differs_is_not_written(refused, tmp_path, monkeypatch):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    torch.save({"model_state_dict": net.build("resnet18", 16, "none").state_dict()}, tmp_path / "net.pth")
+    words = ["--model", "resnet18", "--embedding-size", 16, "--image-size", 64, "--model-path", tmp_path / "net.pth"]
+
+    class Session(onnxruntime.InferenceSession):
+        def run(self, *arguments):
+            return [found + 2e-4 for found in super().run(*arguments)]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    refused(
+        "evaluate.py", *words, "--export", tmp_path / "net.onnx", match="differ from torch's by 2.0e-04, not written"
+    )
+    assert not (tmp_path / "net.onnx").exists()
+
+
+def test_export_without_its_packages_says_what_to_install(refused, tmp_path, monkeypatch):
+    torch.save({"model_state_dict": net.build("resnet18", 16, "none").state_dict()}, tmp_path / "net.pth")
+    words = ["--model", "resnet18", "--embedding-size", 16, "--model-path", tmp_path / "net.pth"]
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    refused("evaluate.py", *words, "--export", tmp_path / "net.onnx", match="pip install onnx onnxscript")

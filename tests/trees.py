@@ -70,8 +70,9 @@ def make_cars(root: Path, layout: int = 1, classes: int = 8, images: int = 6, si
     return home
 
 
-def write_annotations(path: Path, files: list[str], classes: list[int] | None, file_field="relative_im_path",
-                      **variables) -> None:
+def write_annotations(
+    path: Path, files: list[str], classes: list[int] | None, file_field="relative_im_path", **variables
+) -> None:
     """A .mat file with `annotations` as Stanford wrote them; without classes, as its unlabelled test list."""
     from scipy.io import savemat
 
