@@ -11,6 +11,7 @@ A query that is itself in the gallery is not its own neighbour. The search is ex
 """
 
 import base64
+import contextlib
 import csv
 import hashlib
 import html
@@ -103,10 +104,8 @@ def why_not(images, row) -> str:
 
 def cache_path(args, model_path: Path) -> Path:
     """Beside the gallery; another checkpoint, or another preparation of the images, has another name."""
-    with open(model_path, "rb") as file:
-        key = hashlib.file_digest(file, "sha256") if sys.version_info >= (3, 11) else hashlib.sha256(file.read())
-    made_by = (args.model, args.sz_embedding, args.add_gmp, args.layer_norm, args.image_size, args.amp)
-    key.update(repr(made_by).encode())
+    key = hashlib.sha256(model_path.read_bytes())
+    key.update(repr((args.model, args.sz_embedding, args.add_gmp, args.layer_norm, args.image_size, args.amp)).encode())
     gallery = args.gallery.resolve()
     return gallery.with_name(f"{gallery.name}.embeddings-{key.hexdigest()[:12]}.npz")
 
@@ -114,62 +113,61 @@ def cache_path(args, model_path: Path) -> Path:
 def embed_gallery(network, images, cache: Path, device, args) -> metrics.Embedded:
     """All images of the gallery that can be decoded; from the cache where a file is as it was."""
     states = file_states(images)
-    embeddings, status = read_cache(cache, images, states, args.sz_embedding)
-    todo = np.flatnonzero(status == UNKNOWN)
+    embeddings, known = read_cache(cache, images, states, args.sz_embedding)
+    todo = np.flatnonzero(~known)
     print(f"gallery: {len(images):,} images, {len(images) - len(todo):,} of them from {cache}")
     for start in range(0, len(todo), SAVE_EVERY):
         rows = todo[start : start + SAVE_EVERY]
         part = dataset.ImageList(images.root, [images.paths[row] for row in rows], np.zeros(len(rows), np.int64), [""])
         count = f" {start // SAVE_EVERY + 1}/{-(-len(todo) // SAVE_EVERY)}" if len(todo) > SAVE_EVERY else ""
         done = embed(network, part, device, args, f"embed gallery{count}")
-        status[rows] = BAD
-        status[rows[done.rows]] = GOOD
         embeddings[rows[done.rows]] = done.embeddings.numpy()
-        write_cache(cache, images, states, embeddings, status)
-    bad, good = np.flatnonzero(status == BAD), np.flatnonzero(status == GOOD)
+        known[rows[done.rows]] = True
+        if len(done.rows):
+            write_cache(cache, images, states, embeddings, known)
+    bad = np.flatnonzero(~known)
     if len(bad):
         print(f"warning: {len(bad):,} images of the gallery left out: {why_not(images, bad[0])}", file=sys.stderr)
-    if not len(good):
+    if not known.any():
         raise ValueError(f"--gallery {images.root}: none of its {len(images):,} images can be decoded")
-    rows = torch.from_numpy(good)
-    vectors = torch.from_numpy(embeddings if len(good) == len(embeddings) else embeddings[good])
+    rows = torch.from_numpy(np.flatnonzero(known))
+    vectors = torch.from_numpy(embeddings[known] if len(bad) else embeddings)
     return metrics.Embedded(vectors, torch.zeros(len(rows), dtype=torch.int64), rows)
 
 
-UNKNOWN, GOOD, BAD = 0, 1, 2  # what is known of a file: nothing, its embedding, that it cannot be decoded
-
-
 def file_states(images) -> np.ndarray:
-    """Size in bytes and time of change in ns of each file (N, 2)."""
-    stats = (
-        os.stat(images.root / path) for path in tqdm(images.paths, "files", unit="file", disable=None, leave=False)
-    )
-    return np.array([(stat.st_size, stat.st_mtime_ns) for stat in stats], dtype=np.int64)
+    """Size in bytes and time of change in ns of each file (N, 2); -1 of one that cannot be looked at."""
+    states = np.full((len(images), 2), -1, np.int64)
+    for row, path in enumerate(tqdm(images.paths, "look at files", unit="file", disable=None, leave=False)):
+        with contextlib.suppress(OSError):
+            stat = os.stat(images.root / path)
+            states[row] = stat.st_size, stat.st_mtime_ns
+    return states
 
 
 def read_cache(cache: Path, images, states, embedding_size) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings (N, D) and status (N,) of the images as far as the cache knows them."""
+    """Embeddings (N, D) of the images as far as the cache has them, and of which it does (N,)."""
     embeddings = np.zeros((len(images), embedding_size), np.float32)
-    status = np.zeros(len(images), np.uint8)
+    known = np.zeros(len(images), bool)
     try:
         with np.load(cache, allow_pickle=False) as file:
-            old = {name: file[name] for name in ("paths", "states", "status", "embeddings")}
-        place = {path: row for row, path in enumerate(old["paths"].tolist())}
+            paths, old_states, old = (file[name] for name in ("paths", "states", "embeddings"))
+        place = {path: row for row, path in enumerate(paths.tolist())}
         rows = np.array([place.get(path, -1) for path in images.paths])
         same = rows >= 0
-        same[same] = (old["states"][rows[same]] == states[same]).all(axis=1)
-        embeddings[same] = old["embeddings"][rows[same]]
-        status[same] = old["status"][rows[same]]
+        same[same] = (old_states[rows[same]] == states[same]).all(axis=1)
+        embeddings[same] = old[rows[same]]
+        known = same
     except FileNotFoundError:
         pass
     except Exception as error:  # a damaged archive fails in many ways; all that is lost is time
         print(f"warning: {cache}: cannot be used ({type(error).__name__}), embedding anew", file=sys.stderr)
-        status[:] = UNKNOWN
-    return embeddings, status
+    return embeddings, known
 
 
-def write_cache(cache: Path, images, states, embeddings, status):
-    arrays = {"paths": np.array(images.paths), "states": states, "status": status, "embeddings": embeddings}
+def write_cache(cache: Path, images, states, embeddings, known):
+    paths = np.array([path for path, is_known in zip(images.paths, known, strict=True) if is_known])
+    arrays = {"paths": paths, "states": states[known], "embeddings": embeddings[known]}
     try:
         checkpoint.write(lambda file: np.savez(file, **arrays), cache)
     except OSError as error:
@@ -188,12 +186,22 @@ def search(query, queries, gallery, galleries, args, device) -> tuple[np.ndarray
         found, similarities = metrics.nearest(
             query.embeddings, gallery.embeddings, k, memory_gib=args.search_memory, device=device
         )
-    own = {os.path.realpath(galleries.root / galleries.paths[row]): i for i, row in enumerate(gallery.rows.tolist())}
-    itself = [own.get(os.path.realpath(queries.root / queries.paths[row]), -2) for row in query.rows.tolist()]
     found, distances = np.asarray(found), 1 - np.asarray(similarities)
-    found = np.where(found == np.array(itself)[:, None], -1, found)
+    found = np.where(found == places(query, queries, gallery, galleries)[:, None], -1, found)
     order = np.argsort(found < 0, axis=1, kind="stable")[:, : args.top_k]  # what is none goes to the end
     return np.take_along_axis(found, order, 1), np.take_along_axis(distances, order, 1).clip(min=0)
+
+
+def places(query, queries, gallery, galleries) -> np.ndarray:
+    """Where in the gallery each query itself lies (Q,), by its path; -2 where it does not."""
+    place = {galleries.paths[row]: i for i, row in enumerate(gallery.rows.tolist())}
+    root, found = os.path.realpath(galleries.root), []
+    for row in query.rows.tolist():
+        folder, name = os.path.split(queries.root / queries.paths[row])
+        names = (os.path.join(os.path.realpath(folder), name), os.path.realpath(os.path.join(folder, name)))
+        own = [place[path] for path in (os.path.relpath(name, root) for name in names) if path in place]
+        found.append(own[0] if own else -2)
+    return np.array(found)
 
 
 def search_faiss(query, gallery, k):

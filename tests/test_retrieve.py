@@ -160,10 +160,11 @@ def test_pictures_that_cannot_be_decoded_are_named_and_left_out(find, gallery, t
     picture(4, 50).save(queries / "a.png")
     (queries / "b <i>.jpg").write_bytes(b"no picture")
     (gallery / "class 4" / "bad.jpg").write_bytes(b"no picture")
-    for _ in range(2):  # the second time it is the cache that knows
+    (gallery / "class 4" / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    for _ in range(2):  # with and without a cache
         outcome, rows = find(gallery, queries, "--top-k", 2)
         assert outcome.code == 0
-        assert "1 images of the gallery left out" in outcome.err and "bad.jpg: cannot be decoded" in outcome.err
+        assert "2 images of the gallery left out" in outcome.err and "bad.jpg: cannot be decoded" in outcome.err
         assert "b <i>.jpg: cannot be decoded" in outcome.err
         assert [(Path(row["query"]).name, row["rank"]) for row in rows] == [
             ("a.png", "1"),
