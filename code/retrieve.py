@@ -152,7 +152,8 @@ def read_cache(cache: Path, images, states, embedding_size) -> tuple[np.ndarray,
     try:
         with np.load(cache, allow_pickle=False) as file:
             paths, old_states, old = (file[name] for name in ("paths", "states", "embeddings"))
-        place = {path: row for row, path in enumerate(paths.tolist())}
+        names = paths.tobytes().decode("utf-8", "surrogateescape").split("\0")
+        place = {path: row for row, path in enumerate(names)}
         rows = np.array([place.get(path, -1) for path in images.paths])
         same = rows >= 0
         same[same] = (old_states[rows[same]] == states[same]).all(axis=1)
@@ -166,7 +167,9 @@ def read_cache(cache: Path, images, states, embedding_size) -> tuple[np.ndarray,
 
 
 def write_cache(cache: Path, images, states, embeddings, known):
-    paths = np.array([path for path, is_known in zip(images.paths, known, strict=True) if is_known])
+    # One string of all paths: as an array of strings each would take as much as the longest of them.
+    paths = "\0".join(path for path, is_known in zip(images.paths, known, strict=True) if is_known)
+    paths = np.frombuffer(paths.encode("utf-8", "surrogateescape"), np.uint8)
     arrays = {"paths": paths, "states": states[known], "embeddings": embeddings[known]}
     try:
         checkpoint.write(lambda file: np.savez(file, **arrays), cache)
@@ -272,11 +275,11 @@ body { font: 14px/1.4 system-ui, sans-serif; color: #1f2328; background: #fff; m
        padding: 0 1.5em; }
 section { border-top: 2px solid #d0d7de; padding: .8em 0; }
 h2 { font-size: 1em; margin: 0 0 .6em; overflow-wrap: anywhere; }
-.row { display: flex; flex-wrap: wrap; gap: .8em; }
-figure { margin: 0; width: 160px; }
-figure.query { border-right: 3px solid #0969da; padding-right: .8em; }
+.row { display: flex; gap: .8em; align-items: flex-start; }
+.found { display: flex; flex-wrap: wrap; gap: .8em; border-left: 3px solid #0969da; padding-left: .8em; }
+figure { margin: 0; width: 160px; flex: none; }
 .box { height: 160px; display: flex; align-items: center; justify-content: center; background: #f6f8fa; }
-.box img { max-width: 160px; max-height: 160px; }
+.box img { width: 160px; height: 160px; object-fit: contain; }
 figcaption { font-size: 12px; color: #57606a; overflow-wrap: anywhere; }
 figcaption b { color: #1f2328; }
 .bad { color: #cf222e; }
@@ -295,14 +298,15 @@ def page(args, queries, galleries, neighbours, decoded, size) -> str:
     parts = []
     for row, found in tqdm(shown, "page", unit="query", disable=None, leave=False):
         query = queries.root / queries.paths[row]
-        figures = [figure(args, query, "<b>query</b>", "query")]
+        figures = []
         if row not in decoded:
             figures.append(f"<p class='bad'>{escape(why_not(queries, row))}</p>")
         for rank, (i, distance) in enumerate(found, 1):
             path = galleries.root / galleries.paths[i]
             caption = f"<b>{rank}</b> · distance <b>{distance:.4f}</b><br>{escape(galleries.paths[i])}"
-            figures.append(figure(args, path, caption, "neighbour"))
-        parts.append(f"<section><h2>{escape(query)}</h2><div class='row'>{''.join(figures)}</div></section>")
+            figures.append(figure(args, path, caption))
+        both = f"{figure(args, query, '<b>query</b>')}<div class='found'>{''.join(figures)}</div>"
+        parts.append(f"<section><h2>{escape(query)}</h2><div class='row'>{both}</div></section>")
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Nearest images</title>\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
@@ -314,7 +318,7 @@ def page(args, queries, galleries, neighbours, decoded, size) -> str:
     )
 
 
-def figure(args, path: Path, caption: str, kind: str) -> str:
+def figure(args, path: Path, caption: str) -> str:
     """A picture that leads to its file when clicked."""
     pixels = pictures.read_thumbnail(path, SIDE)
     image = "<span class='bad'>cannot be decoded</span>"
@@ -326,7 +330,7 @@ def figure(args, path: Path, caption: str, kind: str) -> str:
         )
     link = quote(os.path.relpath(path, args.output).encode("utf-8", "surrogateescape"))
     linked = f'<a href="{link}"><div class="box">{image}</div></a>'
-    return f'<figure class="{kind}">{linked}<figcaption>{caption}</figcaption></figure>'
+    return f"<figure>{linked}<figcaption>{caption}</figcaption></figure>"
 
 
 def escape(text) -> str:
