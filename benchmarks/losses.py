@@ -32,7 +32,7 @@ def train(loss: str, seed: int, number: int, epochs: int, output: Path) -> None:
     words = ["@recipes/glyphs.args", "--loss", loss, "--IPC", 4 if loss in PAIR_LOSSES else 0, "--seed", seed]
     words += ["--run-num", number, "--epochs", epochs, "--log-dir", output]
     if (run / "last.pth").exists():
-        words = ["--resume", run / "last.pth"]
+        words = ["--resume", run / "last.pth", "--epochs", epochs]
     elif run.exists():
         words.append("--overwrite")
     print(f"\n{loss}, seed {seed}", flush=True)
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=12, help="default: 12, as in the recipe")
     parser.add_argument("--output", type=Path, default=CODE.parent / "logs" / "losses", help="default: logs/losses")
     args = parser.parse_args()
-    print(machine("cpu", torch.get_num_threads()))
+    print(machine("cuda" if torch.cuda.is_available() else "cpu", torch.get_num_threads()))
     for seed in args.seeds:  # all losses of a seed before the next one: stopped early, the table still compares
         for loss in args.losses:
             train(loss, seed, 100 * (1 + flags.LOSSES.index(loss)) + seed, args.epochs, args.output)

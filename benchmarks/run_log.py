@@ -59,7 +59,7 @@ def main() -> None:
             time_calls(owner, name, spent, piece)
     with tempfile.TemporaryDirectory() as logs:
         sys.argv = ["train.py", "@recipes/glyphs.args", "--epochs", str(epochs), "--log-dir", logs]
-        sys.argv += ["--wandb", "offline"]
+        sys.argv += ["--wandb", "offline", "--gpu-id", "-1"]
         stderr, sys.stderr = sys.stderr, Terminal()
         try:
             train.main()

@@ -47,6 +47,8 @@ def main():
         network = net.build(args.model, args.sz_embedding, "none", bool(args.add_gmp), bool(args.layer_norm))
         net.load_network_state(network, checkpoint.network_state(content, path), path)
         if args.export:
+            if processes.count > 1:
+                raise ValueError("--export is done by one process: start it without torchrun")
             export(network, args)
             return
         benchmark = dataset.load_benchmark(args.dataset, args.data_root, args.train_classes)
@@ -101,15 +103,18 @@ def export(network, args):
     batch = torch.export.Dim("batch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about torch's own parts
-        program = torch.onnx.export(
-            network,
-            (images[:2],),
-            dynamo=True,
-            verbose=False,
-            input_names=["images"],
-            output_names=["embeddings"],
-            dynamic_shapes=({0: batch},),
-        )
+        try:
+            program = torch.onnx.export(
+                network,
+                (images[:2],),
+                dynamo=True,
+                verbose=False,
+                input_names=["images"],
+                output_names=["embeddings"],
+                dynamic_shapes=({0: batch},),
+            )
+        except torch.onnx.OnnxExporterError as error:  # of timm's networks not all can be traced
+            raise ValueError(f"--export: torch cannot export {args.model} ({str(error).strip()[:200]})") from error
     program.model.metadata_props |= {
         "image_size": str(args.image_size),
         "resize": f"shorter side to {round(args.image_size * 256 / 224)} pixels, then the middle",

@@ -128,6 +128,8 @@ def run_script(main) -> None:
 
     `python -X dev script.py` shows the traceback instead.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # file names may be bytes that are no text
     try:
         main()
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
@@ -325,7 +327,7 @@ def train_parser() -> Parser:
         "--loss-args",
         default="",
         metavar="NAME=NUMBER,…",
-        help="settings of a loss other than hist, as margin=0.1,alpha=32; without them those of its paper",
+        help="settings of a loss other than hist, as margin=0.1,alpha=32; without them those of its paper or library",
     )
     loss.add_argument(
         "--tau",
@@ -447,12 +449,15 @@ def retrieve_parser() -> Parser:
     search.add_argument(
         "--query", type=Path, required=True, metavar="IMAGE_OR_DIR", help="image to search for, or a folder of them"
     )
-    search.add_argument("--top-k", type=whole(1), default=10, help="neighbours of each query")
+    search.add_argument(
+        "--top-k", type=whole(1), default=10, help="neighbours of each query; pictures and page show 20 at most"
+    )
     search.add_argument(
         "--index",
         choices=("exact", "faiss"),
         default="exact",
-        help="faiss: an inverted file of faiss, which may miss neighbours; for many queries in millions of images",
+        help="faiss: an inverted file of faiss, which may miss neighbours; for thousands of queries in millions of "
+        "images, else making it takes longer than it saves",
     )
     search.add_argument(
         "--output",

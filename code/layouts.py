@@ -96,14 +96,19 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(s for s, name in known.items() if name in Image.OPEN and name not in only_by_name)
 
 
-def find_images(folder: Path, prefix: str) -> tuple[list[str], int]:
-    """All images under folder in sorted order, as prefix/name, and the number of other files."""
-    found, others = [], 0
+def find_images(folder: Path, prefix: str, above: tuple[str, ...] = ()) -> tuple[list[str], int]:
+    """All images under folder in sorted order, as prefix/name, and the number of other files.
+
+    Links to folders are followed, but for those that lead back to a folder above.
+    """
+    found, others, above = [], 0, (*above, os.path.realpath(folder))
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name.startswith("."):  # macOS leaves a ._name beside each name
             continue
-        if entry.is_dir(follow_symlinks=False):
-            deeper, more = find_images(Path(entry.path), f"{prefix}/{entry.name}")
+        if entry.is_dir():
+            if os.path.realpath(entry.path) in above:
+                continue
+            deeper, more = find_images(Path(entry.path), f"{prefix}/{entry.name}", above)
             found += deeper
             others += more
         elif os.path.splitext(entry.name)[1].lower() in image_suffixes():
@@ -121,7 +126,10 @@ def read_class_folders(root: Path, inside: str, notes: list[str]) -> list[tuple[
     """The images of root/inside/<class>/ with the folder's name as the class id (inside may be '')."""
     pairs, others = [], 0
     for name in class_folders(root / inside):
-        found, more = find_images(root / inside / name, f"{inside}/{name}" if inside else name)
+        prefix = f"{inside}/{name}" if inside else name
+        found, more = find_images(
+            root / inside / name, prefix, (os.path.realpath(root), os.path.realpath(root / inside))
+        )
         if not found:
             raise ValueError(f"{root / inside / name}: the class folder holds no image; fill it or remove it")
         pairs += [(path, name) for path in found]

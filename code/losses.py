@@ -2,8 +2,9 @@
 
 Each function below makes one, called like HISTLoss: criterion(embeddings (N, D), labels (N,)) -> scalar, with raw
 embeddings as the network emits them. What a function takes behind the sizes is what --loss-args can set, and the
-default is the value of the paper that it names. Those that have parameters (proxies, centres, class weights) train
-them at --lr-ds; the others compare images of a batch with each other and want several of each class in it (--IPC).
+default is the value of the paper that it names, or of the library where it says so. Those that have parameters
+(proxies, centres, class weights) train them at --lr-ds; the others compare images of a batch with each other and want
+several of each class in it (--IPC).
 """
 
 import inspect

@@ -305,7 +305,8 @@ def median_seconds(group: list[Run]) -> float | None:
 
 def published(run: Run) -> dict[str, dict[str, tuple[float, float | None]]]:
     """{source: {figure: (value, ±)}} that belong beside a run, in percent."""
-    if run.flags["sz_embedding"] != PUBLISHED_SIZE or run.flags["loss"] != "hist":
+    whole_method = run.flags["loss"] == "hist" and run.flags["ls"] != 0
+    if run.flags["sz_embedding"] != PUBLISHED_SIZE or not whole_method:
         return {}
     return PUBLISHED.get((run.flags["dataset"], run.flags["model"]), {})
 

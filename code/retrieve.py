@@ -34,8 +34,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-SAVE_EVERY = 10_000  # images embedded between two writes of the cache: what an interruption can cost
+PART = 10_000  # images that are embedded at a time, with the cache written in between
 MOST_PRINTED, MOST_DRAWN, MOST_ON_PAGE = 10, 10, 200  # queries; the CSV file holds all of them
+MOST_NEIGHBOURS = 20  # of each that are printed and shown; the CSV file holds all of them
 SIDE = 160  # pixels of the longer side of a picture on the page
 
 
@@ -45,18 +46,26 @@ def main():
     path = checkpoint.find(args.model_path, runlog.best_name("DATASET", "MODEL"), only=False)
     content = checkpoint.load(path)
     args = parser.adopt(args, given, checkpoint.stored_flags(content), path)
+    if args.index == "faiss":
+        import_faiss()
     queries, galleries = list_images(args.query, "--query"), list_images(args.gallery, "--gallery")
+    for searched in [args.gallery, args.query]:
+        if searched.is_dir() and args.output.resolve().is_relative_to(searched.resolve()):
+            raise ValueError(
+                f"--output {args.output} lies in {searched}, where it would be found next time: name another"
+            )
     device = runlog.choose_device(args.gpu_id)
     print(f"device: {runlog.describe_device(device)}")
     network = net.build(args.model, args.sz_embedding, "none", bool(args.add_gmp), bool(args.layer_norm))
-    net.load_network_state(network, checkpoint.network_state(content, path), path)
+    state = checkpoint.network_state(content, path)
+    net.load_network_state(network, state, path)
     network.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     print(f"checkpoint: {path}")
 
-    gallery = embed_gallery(network, galleries, cache_path(args, path), device, args)
     query = embed(network, queries, device, args, "embed queries")
     if not len(query.rows):
         raise ValueError(why_not(queries, 0) + (f", nor any other of the {len(queries)} queries" * (len(queries) > 1)))
+    gallery = embed_gallery(network, galleries, cache_path(args, state), device, args)
     found, distances = search(query, queries, gallery, galleries, args, device)
 
     neighbours = {row: [] for row in range(len(queries))}  # query -> [(image of the gallery, cosine distance), …]
@@ -102,9 +111,12 @@ def why_not(images, row) -> str:
 # ---------------------------------------------------------------- the gallery and its cache
 
 
-def cache_path(args, model_path: Path) -> Path:
-    """Beside the gallery; another checkpoint, or another preparation of the images, has another name."""
-    key = hashlib.sha256(model_path.read_bytes())
+def cache_path(args, state: dict[str, torch.Tensor]) -> Path:
+    """Beside the gallery; other weights, or another preparation of the images, have another name."""
+    key = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        key.update(name.encode())
+        key.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
     key.update(repr((args.model, args.sz_embedding, args.add_gmp, args.layer_norm, args.image_size, args.amp)).encode())
     gallery = args.gallery.resolve()
     return gallery.with_name(f"{gallery.name}.embeddings-{key.hexdigest()[:12]}.npz")
@@ -112,22 +124,29 @@ def cache_path(args, model_path: Path) -> Path:
 
 def embed_gallery(network, images, cache: Path, device, args) -> metrics.Embedded:
     """All images of the gallery that can be decoded; from the cache where a file is as it was."""
-    states = file_states(images)
+    states, _ = look_at_files(images)
     embeddings, known = read_cache(cache, images, states, args.sz_embedding)
     todo = np.flatnonzero(~known)
     print(f"gallery: {len(images):,} images, {len(images) - len(todo):,} of them from {cache}")
-    for start in range(0, len(todo), SAVE_EVERY):
-        rows = todo[start : start + SAVE_EVERY]
+    unsaved = 0
+    for start in range(0, len(todo), PART):
+        rows = todo[start : start + PART]
         part = dataset.ImageList(images.root, [images.paths[row] for row in rows], np.zeros(len(rows), np.int64), [""])
-        count = f" {start // SAVE_EVERY + 1}/{-(-len(todo) // SAVE_EVERY)}" if len(todo) > SAVE_EVERY else ""
+        count = f" {start // PART + 1}/{-(-len(todo) // PART)}" if len(todo) > PART else ""
         done = embed(network, part, device, args, f"embed gallery{count}")
-        embeddings[rows[done.rows]] = done.embeddings.numpy()
-        known[rows[done.rows]] = True
-        if len(done.rows):
+        done_rows = rows[done.rows.numpy()]
+        embeddings[done_rows] = done.embeddings.numpy()
+        known[done_rows] = True
+        unsaved += len(done.rows)
+        # The whole file is written anew, so that a large one waits until a tenth of it is new.
+        if unsaved > known.sum() // 10 or (unsaved and start + PART >= len(todo)):
             write_cache(cache, images, states, embeddings, known)
+            unsaved = 0
     bad = np.flatnonzero(~known)
     if len(bad):
-        print(f"warning: {len(bad):,} images of the gallery left out: {why_not(images, bad[0])}", file=sys.stderr)
+        print(f"warning: {len(bad):,} images of the gallery left out, the first:", file=sys.stderr)
+    for row in bad[:MOST_PRINTED]:
+        print(f"warning: {why_not(images, row)}", file=sys.stderr)
     if not known.any():
         raise ValueError(f"--gallery {images.root}: none of its {len(images):,} images can be decoded")
     rows = torch.from_numpy(np.flatnonzero(known))
@@ -135,14 +154,15 @@ def embed_gallery(network, images, cache: Path, device, args) -> metrics.Embedde
     return metrics.Embedded(vectors, torch.zeros(len(rows), dtype=torch.int64), rows)
 
 
-def file_states(images) -> np.ndarray:
-    """Size in bytes and time of change in ns of each file (N, 2); -1 of one that cannot be looked at."""
-    states = np.full((len(images), 2), -1, np.int64)
+def look_at_files(images) -> tuple[np.ndarray, np.ndarray]:
+    """What changes when a file does (N, 3): size in bytes, times of its content and of its entry in ns; and what file
+    it is (N, 2), whatever links lead to it. -1 where there is no file."""
+    found = np.full((len(images), 5), -1, np.int64)
     for row, path in enumerate(tqdm(images.paths, "look at files", unit="file", disable=None, leave=False)):
         with contextlib.suppress(OSError):
             stat = os.stat(images.root / path)
-            states[row] = stat.st_size, stat.st_mtime_ns
-    return states
+            found[row] = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, stat.st_ino
+    return found[:, :3], found[:, 3:]
 
 
 def read_cache(cache: Path, images, states, embedding_size) -> tuple[np.ndarray, np.ndarray]:
@@ -182,7 +202,11 @@ def write_cache(cache: Path, images, states, embeddings, known):
 
 def search(query, queries, gallery, galleries, args, device) -> tuple[np.ndarray, np.ndarray]:
     """Indices into the gallery (Q, top_k), -1 where there are no more, and cosine distances."""
-    k = min(args.top_k + 1, len(gallery.rows))  # one more: a query may find itself
+    own, others = (
+        look_at_files(images)[1][part.rows.numpy()] for images, part in ((queries, query), (galleries, gallery))
+    )
+    _, links = np.unique(others, axis=0, return_counts=True)
+    k = min(args.top_k + links.max(), len(others))  # a query may find itself, by as many names as it has
     if args.index == "faiss":
         found, similarities = search_faiss(query.embeddings, gallery.embeddings, k)
     else:
@@ -190,36 +214,31 @@ def search(query, queries, gallery, galleries, args, device) -> tuple[np.ndarray
             query.embeddings, gallery.embeddings, k, memory_gib=args.search_memory, device=device
         )
     found, distances = np.asarray(found), 1 - np.asarray(similarities)
-    found = np.where(found == places(query, queries, gallery, galleries)[:, None], -1, found)
+    itself = (others[found] == own[:, None]).all(axis=2)
+    found = np.where(itself, -1, found)
     order = np.argsort(found < 0, axis=1, kind="stable")[:, : args.top_k]  # what is none goes to the end
     return np.take_along_axis(found, order, 1), np.take_along_axis(distances, order, 1).clip(min=0)
 
 
-def places(query, queries, gallery, galleries) -> np.ndarray:
-    """Where in the gallery each query itself lies (Q,), by its path; -2 where it does not."""
-    place = {galleries.paths[row]: i for i, row in enumerate(gallery.rows.tolist())}
-    root, found = os.path.realpath(galleries.root), []
-    for row in query.rows.tolist():
-        folder, name = os.path.split(queries.root / queries.paths[row])
-        names = (os.path.join(os.path.realpath(folder), name), os.path.realpath(os.path.join(folder, name)))
-        own = [place[path] for path in (os.path.relpath(name, root) for name in names) if path in place]
-        found.append(own[0] if own else -2)
-    return np.array(found)
-
-
-def search_faiss(query, gallery, k):
-    """The k nearest by cosine from an inverted file: a query looks into 1/32 of the cells, and finds nearly all."""
+def import_faiss():
     try:
         import faiss
     except ImportError as error:
         raise ValueError("--index faiss: faiss is not installed (pip install faiss-cpu, or --index exact)") from error
+    return faiss
+
+
+def search_faiss(query, gallery, k):
+    """The k nearest by cosine from an inverted file: a query looks into 32 of sqrt(N) cells, and finds nearly all."""
+    faiss = import_faiss()
     vectors = torch.nn.functional.normalize(gallery, dim=1).numpy()
-    cells = max(1, min(int(4 * len(vectors) ** 0.5), len(vectors) // 39))  # faiss wants 39 vectors a cell
+    cells = max(1, min(int(len(vectors) ** 0.5), len(vectors) // 39))  # faiss wants 39 vectors a cell
     index = faiss.index_factory(vectors.shape[1], f"IVF{cells},Flat", faiss.METRIC_INNER_PRODUCT)
+    index.cp.max_points_per_centroid = 64  # to learn the cells from: more takes longer and finds no more
     index.train(vectors)
     index.add(vectors)
-    index.nprobe = max(8, cells // 32)
-    similarities, found = index.search(torch.nn.functional.normalize(query, dim=1).numpy(), k)
+    index.nprobe = 32
+    similarities, found = index.search(torch.nn.functional.normalize(query, dim=1).numpy(), int(k))
     return found, similarities
 
 
@@ -232,20 +251,21 @@ def write(args, queries, galleries, neighbours, decoded, size):
     text = csv_text(queries, galleries, neighbours)
     checkpoint.write(lambda file: file.write(text.encode("utf-8", "surrogateescape")), files[0])
     drawn = sorted(decoded)[:MOST_DRAWN]
+    shown = {row: found[:MOST_NEIGHBOURS] for row, found in neighbours.items()}
     pictures.neighbours(
         [queries.root / queries.paths[row] for row in drawn],
-        [[galleries.root / galleries.paths[i] for i, _ in neighbours[row]] for row in drawn],
+        [[galleries.root / galleries.paths[i] for i, _ in shown[row]] for row in drawn],
         None,
-        [[value for _, value in neighbours[row]] for row in drawn],
+        [[value for _, value in shown[row]] for row in drawn],
         [f"query: {queries.paths[row]}" for row in drawn],
         files[1],
         "cosine distance",
     )
-    checkpoint.write_text(page(args, queries, galleries, neighbours, decoded, size), files[2])
+    checkpoint.write_text(page(args, queries, galleries, shown, decoded, size), files[2])
 
     for row in range(min(len(queries), MOST_PRINTED)):
         print(f"\n{queries.root / queries.paths[row]}")
-        for rank, (i, distance) in enumerate(neighbours[row], 1):
+        for rank, (i, distance) in enumerate(shown[row], 1):
             print(f"{rank:>4}  {distance:.4f}  {galleries.root / galleries.paths[i]}")
     if len(queries) > MOST_PRINTED:
         print(f"\n… and {len(queries) - MOST_PRINTED:,} more queries")
@@ -259,7 +279,7 @@ def write(args, queries, galleries, neighbours, decoded, size):
 def csv_text(queries, galleries, neighbours) -> str:
     """One row per query and neighbour; a query that could not be decoded has one row without any."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text)
     writer.writerow(["query", "rank", "neighbour", "cosine_distance"])
     for row, found in neighbours.items():
         query = queries.root / queries.paths[row]

@@ -16,7 +16,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 NASTY = '<script>alert("x")</script> a|b $5 & 100% #1 _u_ {c} \\d ~e^f * `g` [h](http://i.example/) ä'
 
 
-def make_run(folder, recalls, seed=1, validation=None, **changed):
+def make_run(folder, recalls, seed=1, validation=None, seconds=None, **changed):
     """A finished run; recalls: {K: R@K per epoch}, validation: val R@1 per epoch; changed: flags by destination."""
     folder.mkdir(parents=True)
     epochs = len(next(iter(recalls.values())))
@@ -32,6 +32,7 @@ def make_run(folder, recalls, seed=1, validation=None, **changed):
         if validation:
             row["val R@1"] = validation[number - 2] if number >= 2 else 0.999
         if number:
+            row |= {"seconds": seconds * number} if seconds else {}
             row |= {"loss": 9.0 / number, "dist_loss": 5.0 / number, "ce_loss": 4.0 / number, "lr": 1e-4}
     with open(folder / "results.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
@@ -53,6 +54,14 @@ def logs(tmp_path_factory):
     picture(1, 1).save(root / "cub" / "run_4" / "neighbours.png")
     make_run(root / "cars" / "run_1", {1: [0.898], 2: [0.94], 4: [0.963]}, remark="=1+1")
     make_run(root / "cars" / "run_2", {1: [0.896], 2: [0.94], 4: [0.963]}, sz_embedding=64)
+    for number, seconds, changed in (
+        (1, 3.0, {}),
+        (2, 4.0, {"seed": 2}),
+        (3, 7.5, {"loss": "triplet"}),
+        (4, 1, {"ls": 0.0}),
+    ):
+        recalls = {1: [0.8, 0.898], 2: [0.8, 0.94], 4: [0.8, 0.963]}
+        make_run(root / "losses" / f"run_{number}", recalls, seconds=seconds, **({"dataset": "cars"} | changed))
 
     (root / "cub" / "run_5").mkdir()
     make_run(root / "cub" / "run_6", {1: [0.7], 2: [0.7], 4: [0.8]}, nb_epochs=40)
@@ -168,6 +177,17 @@ def test_published_figures_stand_only_beside_what_they_belong_to(logs):
     for flags in ({"model": "resnet18"}, {"dataset": "glyphs"}):
         other = report.Run(same_size.folder, same_size.flags | flags, {}, [], {}, {}, "")
         assert report.published(other) == {}
+
+
+def test_other_losses_are_groups_of_their_own_with_their_seconds(logs):
+    section = report.Section("losses", report.read_runs(logs / "losses")[0])
+    table = section.figures_table()
+    # two epochs each, rows number 2 and 3 of the history: the median of 6, 9 and 8, 12 over both seeds is 8.5
+    seconds = {(row["loss"], row["ls"]): row["s/epoch"] for row in table.to_dict("records")}
+    assert seconds == {("hist", 1.0): 8.5, ("triplet", 1.0): 18.75, ("hist", 0.0): 2.5}
+    # only the whole method stands beside what was published of it
+    beside = table.dropna(subset="source")
+    assert set(zip(beside["loss"], beside["ls"], strict=True)) == {("hist", 1.0)}
 
 
 def test_runs_on_other_pictures_are_no_seeds_of_each_other(tmp_path):

@@ -51,7 +51,7 @@ def find(call, trained, tmp_path):
         outcome = call("retrieve.py", *words, "--workers", 0, "--gpu-id", -1, *more)
         rows = []
         if outcome.code == 0:
-            with open(tmp_path / "out" / "neighbours.csv", newline="") as file:
+            with open(tmp_path / "out" / "neighbours.csv", newline="", errors="surrogateescape") as file:
                 rows = list(csv.DictReader(file))
         return outcome, rows
 
@@ -80,10 +80,21 @@ def test_a_copy_of_a_picture_is_its_nearest_neighbour(find, gallery, tmp_path):
     assert rows[0]["neighbour"] == str(gallery / "class 5" / "2.png")
     assert float(rows[0]["cosine_distance"]) < 1e-5 < float(rows[1]["cosine_distance"])
     assert f"   1  0.0000  {gallery / 'class 5' / '2.png'}" in outcome.out
-    # the file itself, by another name, is left out
-    (tmp_path / "link.png").symlink_to(gallery / "class 5" / "2.png")
+
+
+def test_a_query_in_the_gallery_does_not_find_itself_whatever_links_lead_to_it(find, gallery, tmp_path):
+    own = gallery / "class 5" / "2.png"
+    (tmp_path / "link.png").symlink_to(own)
     _, rows = find(gallery, tmp_path / "link.png", "--top-k", 24)
-    assert len(rows) == 23 and str(gallery / "class 5" / "2.png") not in [row["neighbour"] for row in rows]
+    assert len(rows) == 23 and str(own) not in [row["neighbour"] for row in rows]
+    # a gallery of links, one of them to a folder, and one file under two names
+    links = tmp_path / "links"
+    links.mkdir()
+    (links / "class 5").symlink_to(gallery / "class 5")
+    (links / "again.png").symlink_to(own)
+    (links / "loop").symlink_to(links)
+    _, rows = find(links, own, "--top-k", 24)
+    assert sorted(Path(row["neighbour"]).name for row in rows) == ["0.png", "1.png", "3.png", "4.png", "5.png"]
 
 
 def embedded(monkeypatch):
@@ -114,7 +125,9 @@ def test_only_new_and_changed_files_are_embedded_again(find, gallery, tmp_path, 
     seen.clear()
     (gallery / "class 4" / "0.png").unlink()
     picture(6, 98).save(gallery / "class 6" / "new.png")
+    times = os.stat(gallery / "class 7" / "1.png")
     picture(7, 97).save(gallery / "class 7" / "1.png")
+    os.utime(gallery / "class 7" / "1.png", ns=(times.st_atime_ns, times.st_mtime_ns))  # as unpacking an archive does
     _, changed = find(gallery, query)
     assert sorted(seen) == ["class 6/new.png", "class 7/1.png", "query.png"]
     caches[0].unlink()
@@ -123,6 +136,23 @@ def test_only_new_and_changed_files_are_embedded_again(find, gallery, tmp_path, 
     caches[0].write_bytes(caches[0].read_bytes()[:-3000])
     outcome, rows = find(gallery, query)
     assert rows == changed and "cannot be used" in outcome.err
+
+
+def test_names_that_are_no_text(find, gallery, tmp_path):
+    name = os.fsdecode(b"caf\xe9\r.png")
+    os.rename(gallery / "class 5" / "2.png", gallery / "class 5" / name)
+    for _ in range(2):  # with and without a cache
+        outcome, _ = find(gallery, gallery / "class 5" / name, "--top-k", 23)
+        assert outcome.code == 0 and r"caf\udce9" in outcome.out
+    raw = (tmp_path / "out" / "neighbours.csv").read_bytes()
+    assert raw.count(b"\r\n") == 24 and raw.count(b"caf\xe9\r.png") == 23
+
+
+def test_pictures_and_page_show_no_more_than_fits(find, gallery, tmp_path, monkeypatch):
+    monkeypatch.setattr(retrieve, "MOST_NEIGHBOURS", 3)
+    outcome, rows = find(gallery, gallery / "class 4" / "0.png")
+    assert len(rows) == 10 and outcome.out.count(str(gallery)) < 8
+    assert (tmp_path / "out" / "neighbours.html").read_text().count("<figure>") == 1 + 3
 
 
 def test_another_checkpoint_or_image_size_has_its_own_cache(find, gallery, trained, tmp_path):
@@ -137,7 +167,7 @@ def test_another_checkpoint_or_image_size_has_its_own_cache(find, gallery, train
 
 
 def test_what_was_embedded_before_an_interruption_is_kept(find, gallery, tmp_path, monkeypatch):
-    monkeypatch.setattr(retrieve, "SAVE_EVERY", 10)
+    monkeypatch.setattr(retrieve, "PART", 10)
     query, write_cache, writes = gallery / "class 4" / "0.png", retrieve.write_cache, []
 
     def interrupted(*arguments):
@@ -164,7 +194,8 @@ def test_pictures_that_cannot_be_decoded_are_named_and_left_out(find, gallery, t
     for _ in range(2):  # with and without a cache
         outcome, rows = find(gallery, queries, "--top-k", 2)
         assert outcome.code == 0
-        assert "2 images of the gallery left out" in outcome.err and "bad.jpg: cannot be decoded" in outcome.err
+        assert "2 images of the gallery left out" in outcome.err
+        assert "bad.jpg: cannot be decoded" in outcome.err and "gone.jpg: cannot be decoded" in outcome.err
         assert "b <i>.jpg: cannot be decoded" in outcome.err
         assert [(Path(row["query"]).name, row["rank"]) for row in rows] == [
             ("a.png", "1"),
@@ -225,6 +256,7 @@ def test_more_neighbours_than_there_are_images(find, gallery):
         ("--gallery {gallery} --query {gallery} --top-k 0", r"at least 1"),
         ("--gallery {gallery} --query {gallery} --model-path {gallery}", r"there is no such checkpoint"),
         ("--gallery {gallery}", r"--query"),
+        ("--gallery {gallery} --query {gallery}/class-4/0.png --output {gallery}/out", r"--output .* lies in"),
     ],
 )
 def test_mistakes_are_one_line(call, trained, gallery, tmp_path, words, match):
@@ -234,7 +266,8 @@ def test_mistakes_are_one_line(call, trained, gallery, tmp_path, words, match):
     (gallery / "text.jpg").write_bytes(b"text")
     os.rename(gallery / "class 4", gallery / "class-4")
     words = [word.format(gallery=gallery) for word in words.split()]
-    outcome = call("retrieve.py", "--model-path", trained[1], "--workers", 0, "--output", tmp_path / "out", *words)
+    common = ["--model-path", trained[1], "--workers", 0, "--gpu-id", -1, "--output", tmp_path / "out"]
+    outcome = call("retrieve.py", *common, *words)
     errors = [line for line in outcome.err.splitlines() if line and not line.startswith("warning: ")]
     assert outcome.code != 0 and len(errors) == 1 and re.search(match, errors[0]), outcome.err
     assert not (tmp_path / "out").exists()
