@@ -65,8 +65,10 @@ def main():
     query = embed(network, queries, device, args, "embed queries")
     if not len(query.rows):
         raise ValueError(why_not(queries, 0) + (f", nor any other of the {len(queries)} queries" * (len(queries) > 1)))
-    gallery = embed_gallery(network, galleries, cache_path(args, state), device, args)
-    found, distances = search(query, queries, gallery, galleries, args, device)
+    states, files = look_at_files(galleries)
+    gallery = embed_gallery(network, galleries, states, cache_path(args, state), device, args)
+    own, others = look_at_files(queries)[1][query.rows.numpy()], files[gallery.rows.numpy()]
+    found, distances = search(query.embeddings, own, gallery.embeddings, others, args, device)
 
     neighbours = {row: [] for row in range(len(queries))}  # query -> [(image of the gallery, cosine distance), …]
     for row, indices, values in zip(query.rows.tolist(), found.tolist(), distances.tolist(), strict=True):
@@ -122,9 +124,8 @@ def cache_path(args, state: dict[str, torch.Tensor]) -> Path:
     return gallery.with_name(f"{gallery.name}.embeddings-{key.hexdigest()[:12]}.npz")
 
 
-def embed_gallery(network, images, cache: Path, device, args) -> metrics.Embedded:
+def embed_gallery(network, images, states, cache: Path, device, args) -> metrics.Embedded:
     """All images of the gallery that can be decoded; from the cache where a file is as it was."""
-    states, _ = look_at_files(images)
     embeddings, known = read_cache(cache, images, states, args.sz_embedding)
     todo = np.flatnonzero(~known)
     print(f"gallery: {len(images):,} images, {len(images) - len(todo):,} of them from {cache}")
@@ -200,19 +201,17 @@ def write_cache(cache: Path, images, states, embeddings, known):
 # ---------------------------------------------------------------- search
 
 
-def search(query, queries, gallery, galleries, args, device) -> tuple[np.ndarray, np.ndarray]:
-    """Indices into the gallery (Q, top_k), -1 where there are no more, and cosine distances."""
-    own, others = (
-        look_at_files(images)[1][part.rows.numpy()] for images, part in ((queries, query), (galleries, gallery))
-    )
+def search(query, own, gallery, others, args, device) -> tuple[np.ndarray, np.ndarray]:
+    """Indices into the gallery (Q, top_k), -1 where there are no more, and cosine distances.
+
+    query (Q, D), gallery (N, D); own (Q, 2), others (N, 2): which files they are. A query does not find its own file.
+    """
     _, links = np.unique(others, axis=0, return_counts=True)
-    k = min(args.top_k + links.max(), len(others))  # a query may find itself, by as many names as it has
+    k = min(args.top_k + links.max(), len(others))  # a file may be there by several names
     if args.index == "faiss":
-        found, similarities = search_faiss(query.embeddings, gallery.embeddings, k)
+        found, similarities = search_faiss(query, gallery, k)
     else:
-        found, similarities = metrics.nearest(
-            query.embeddings, gallery.embeddings, k, memory_gib=args.search_memory, device=device
-        )
+        found, similarities = metrics.nearest(query, gallery, k, memory_gib=args.search_memory, device=device)
     found, distances = np.asarray(found), 1 - np.asarray(similarities)
     itself = (others[found] == own[:, None]).all(axis=2)
     found = np.where(itself, -1, found)
