@@ -1,7 +1,7 @@
 """When retrieve.py --index faiss pays: its exact search against the inverted file, by the number of queries.
 
     python benchmarks/index.py                    # a million embeddings of 128 dimensions: some minutes on two cores
-    python benchmarks/index.py --images 100000
+    python benchmarks/index.py --noise 0.5        # classes that lie closer together than apart
 
 Unit vectors around class centres, 20 to a class; the queries are new vectors of the same classes. Both times are those
 of a call: the inverted file is made anew in each. Found: share of the ten truly nearest that the inverted file gives.
@@ -27,6 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--images", type=int, default=1_000_000)
     parser.add_argument("--size", type=int, default=128, help="D (default 128)")
+    parser.add_argument("--noise", type=float, default=1.3, help="around the class centres (default 1.3)")
     parser.add_argument("--queries", type=int, nargs="+", default=[1, 100, 1000, 10_000])
     args = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
@@ -35,7 +36,7 @@ def main() -> None:
 
     def draw(count):
         labels = torch.arange(count) % classes
-        return centres[labels] + 1.3 * torch.randn(count, args.size, generator=generator)
+        return centres[labels] + args.noise * torch.randn(count, args.size, generator=generator)
 
     gallery, rows = draw(args.images), []
     for count in args.queries:

@@ -115,14 +115,16 @@ def export(network, args):
             )
         except torch.onnx.OnnxExporterError as error:  # of timm's networks not all can be traced
             raise ValueError(f"--export: torch cannot export {args.model} ({str(error).strip()[:200]})") from error
-    program.model.metadata_props |= {
-        "image_size": str(args.image_size),
-        "resize": f"shorter side to {round(args.image_size * 256 / 224)} pixels, then the middle",
-        "channels": "BGR" if network.bgr else "RGB",
-        "range": f"0 to {network.scale:g}",
-        "mean": str(list(network.mean)),
-        "std": str(list(network.std)),
-    }
+    program.model.metadata_props.update(
+        {
+            "image_size": str(args.image_size),
+            "resize": f"shorter side to {round(args.image_size * 256 / 224)} pixels, then the middle",
+            "channels": "BGR" if network.bgr else "RGB",
+            "range": f"0 to {network.scale:g}",
+            "mean": str(list(network.mean)),
+            "std": str(list(network.std)),
+        }
+    )
     content = program.model_proto.SerializeToString()
     compared = "not compared, onnxruntime is not installed"
     try:

@@ -6,6 +6,7 @@ flags behind it on the command line win.
 """
 
 import argparse
+import difflib
 import math
 import re
 import shlex
@@ -22,6 +23,7 @@ ARCHITECTURE = {
     "add_gmp": "--add-gmp",
     "layer_norm": "--layer-norm",
 }
+FROM_CHECKPOINT = "needed for published checkpoints alone: this project's say these themselves, and the image size"
 TAKEN_FROM_CHECKPOINT = (*ARCHITECTURE, "dataset", "image_size", "train_classes", "amp", "channels_last")
 # hist, and what losses.py has, which is not imported before one of them is asked for
 LOSSES = (
@@ -39,7 +41,10 @@ DATASETS = ("cub", "cars", "SOP", "Inshop", "glyphs", "folder")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults behind every flag, the description's lines as they are."""
+    """Defaults behind every flag that has one, the description's lines as they are."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, "", False) else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,6 +73,14 @@ class Parser(argparse.ArgumentParser):
         return arg
 
     def error(self, message: str):
+        if message.startswith("unrecognized arguments: -"):
+            flag = message.split()[2].partition("=")[0]
+            likely = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            message += f"; did you mean {likely[0]}?" if likely else ""
+        elif "No such file or directory: '" in message:
+            name = message.rpartition("No such file or directory: '")[2].rstrip("'")
+            recipes = ", ".join(f"@recipes/{path.name}" for path in sorted((CODE / "recipes").glob("*.args")))
+            message = f"@{name}: there is no such file of flags; shipped are {recipes}"
         self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help lists the flags)\n")
 
     def command_line(self, values: dict[str, object]) -> list[str]:
@@ -105,7 +118,11 @@ class Parser(argparse.ArgumentParser):
                 raise ValueError(
                     f"{path} was trained with {option} {stored[name]}, the command line says {getattr(args, name)}"
                 )
-        adopted = self.command_line({name: stored[name] for name in TAKEN_FROM_CHECKPOINT if name in stored})
+        taken = {name: stored[name] for name in TAKEN_FROM_CHECKPOINT if name in stored}
+        # The user's own folder has no usual place as the benchmarks have: it is where it was, if it still is.
+        if stored.get("dataset") == "folder" and Path(str(stored.get("data_root"))).exists():
+            taken["data_root"] = stored["data_root"]
+        adopted = self.command_line(taken)
         return self.parse(adopted + sys.argv[1:])[0]
 
 
@@ -185,8 +202,8 @@ def real(at_least: float = 0.0, below: float = math.inf, positive: bool = False)
     return number
 
 
-def add_network_flags(parser: Parser):
-    group = parser.add_argument_group("network")
+def add_network_flags(parser: Parser, description: str | None = None):
+    group = parser.add_argument_group("network", description)
     group.add_argument(
         "--model",
         default="resnet50",
@@ -391,7 +408,12 @@ def train_parser() -> Parser:
     run.add_argument(
         "--log-dir", type=Path, default=CODE.parent / "logs", help="runs are kept under log-dir/DATASET/run_N"
     )
-    run.add_argument("--run-num", type=whole(0), default=1, help="N of run_N; without this flag the next free number")
+    run.add_argument(
+        "--run-num",
+        type=whole(0),
+        default=1,
+        help="N of run_N (%(default)s in the original); without this flag the next free number",
+    )
     run.add_argument("--overwrite", action="store_true", help="replace the run of --run-num if it exists")
     run.add_argument(
         "--resume",
@@ -414,7 +436,7 @@ def evaluate_parser() -> Parser:
     parser = Parser("Score a checkpoint: recall@K of images of classes that were not trained on.")
     parser.add_argument("--model-path", default="", help="checkpoint, or a folder that holds DATASET_MODEL_best.pth")
     add_data_flags(parser, batch_size=150)
-    add_network_flags(parser)
+    add_network_flags(parser, FROM_CHECKPOINT)
     add_device_flags(parser)
     parser.add_argument("--remark", default="", help="a note that is printed with the figures")
     scores = parser.add_argument_group("figures")
@@ -456,8 +478,8 @@ def retrieve_parser() -> Parser:
         "--index",
         choices=("exact", "faiss"),
         default="exact",
-        help="faiss: an inverted file of faiss, which may miss neighbours; for thousands of queries in millions of "
-        "images, else making it takes longer than it saves",
+        help="faiss: an inverted file of faiss, which misses about one neighbour in 20; for thousands of queries in "
+        "millions of images, else making it takes longer than it saves",
     )
     search.add_argument(
         "--output",
@@ -468,6 +490,6 @@ def retrieve_parser() -> Parser:
     )
     images = parser.add_argument_group("images")
     add_image_flags(images, batch_size=150)
-    add_network_flags(parser)
+    add_network_flags(parser, FROM_CHECKPOINT)
     add_device_flags(parser)
     return parser

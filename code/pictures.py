@@ -172,7 +172,7 @@ def neighbours(
             axes.text(
                 x + 0.5,
                 top + 1.37,
-                f"{marks[known]}{value:.3f}",
+                f"{marks[known]}{value:.4f}",
                 ha="center",
                 va="center",
                 fontsize=10,

@@ -152,7 +152,9 @@ def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
         try:
             runs.append(read_run(path))
         except OSError as error:
-            reasons.append(f"{path}: left out, {Path(error.filename or path).name}: {error.strerror}")
+            name = Path(error.filename or path).name
+            no_epoch = isinstance(error, FileNotFoundError) and name == "results.csv"
+            reasons.append(f"{path}: left out, " + ("it has no epoch yet" if no_epoch else f"{name}: {error.strerror}"))
         except ValueError as error:
             reasons.append(f"{path}: left out, {' '.join(str(error).split())}")
     return runs, reasons

@@ -114,6 +114,8 @@ def main():
     run_folder = distributed.from_first(run_folder)
     log = RunFolder(run_folder, args, device, history, best, state.get("wandb_id") if state else None)
     print(f"run: {run_folder}" + (f", resumed behind epoch {epoch}" if state else ""))
+    if state and epoch >= args.nb_epochs:
+        print(f"nothing left to do, {epoch} of {args.nb_epochs} epochs are done: --epochs N goes on longer")
     stop = StopSignals()
 
     def finish_epoch(row, started):
@@ -494,6 +496,8 @@ class RunFolder:
             lines.append(f"       chosen by {self.protocol()}")
         lines.append(f"last   epoch {last['epoch']:<4} {runlog.percent(runlog.recalls(last))}")
         lines.append(f"untrained {' ':<8}{runlog.percent(runlog.recalls(self.history[0]))}")
+        if best and best["R@1"] < self.history[0]["R@1"]:
+            lines.append("       better than the best epoch: train longer (--epochs), or look at the learning rates")
         if num_bad:
             lines.append(f"{num_bad} training images could not be decoded and were replaced")
         lines.append(f"files  {os.path.relpath(self.folder)}")
@@ -502,6 +506,9 @@ class RunFolder:
             if self.args.data_root != flags.CODE.parent / "data":
                 words += ["--data-root", self.args.data_root]
             lines.append(f"score  {command_for('evaluate.py', *words)}")
+        if best and self.args.dataset == "folder" and self.args.data_root.is_dir():
+            words = ["--model-path", os.path.relpath(self.folder), "--gallery", self.args.data_root]
+            lines.append(f"search {command_for('retrieve.py', *words)} --query IMAGE_OR_FOLDER")
         return "\n".join(lines)
 
 

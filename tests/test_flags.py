@@ -135,6 +135,12 @@ def test_wrong_flags_are_one_line(refused, words, match):
     refused("train.py", *words.split(), match=re.escape(match))
 
 
+def test_misspelt_flags_and_recipes_get_a_suggestion(refused):
+    refused("train.py", "--datset", "cub", match="unrecognized arguments: --datset cub; did you mean --dataset")
+    refused("train.py", "--qqq", match=r"unrecognized arguments: --qqq \(")
+    refused("train.py", "@recipe/cub.args", match="@recipe/cub.args: there is no such .*@recipes/cub.args")
+
+
 def test_one_line():
     assert flags.one_line(ValueError("a\n b")) == "a b"
     assert flags.one_line(KeyboardInterrupt()) == "KeyboardInterrupt"

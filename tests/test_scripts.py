@@ -16,7 +16,7 @@ import torch
 import train
 from conftest import TINY
 from PIL import Image
-from trees import make_cub
+from trees import make_cub, save
 
 
 def load(path):
@@ -294,3 +294,47 @@ def test_export_without_its_packages_says_what_to_install(refused, tmp_path, mon
     words = ["--model", "resnet18", "--embedding-size", 16, "--model-path", tmp_path / "net.pth"]
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     refused("evaluate.py", *words, "--export", tmp_path / "net.onnx", match="pip install onnx onnxscript")
+
+
+def make_folder(root, classes, images=6):
+    for c in range(classes):
+        for i in range(images):
+            save(root / f"class {c}" / f"{i}.png", c, i)
+
+
+def test_own_pictures_are_found_again_where_they_were(call, tmp_path):
+    make_folder(tmp_path / "mine", 8)
+    words = [*TINY, "--dataset", "folder", "--data-root", tmp_path / "mine", "--log-dir", tmp_path / "logs"]
+    trained = call("train.py", *words, "--epochs", 1)
+    assert trained.code == 0 and f"--gallery {tmp_path / 'mine'} --query" in trained.out
+    run = ["--model-path", tmp_path / "logs" / "folder" / "run_1", "--gpu-id", -1, "--workers", 0]
+    assert call("evaluate.py", *run).code == 0
+    (tmp_path / "mine").rename(tmp_path / "moved")
+    assert call("evaluate.py", *run, "--data-root", tmp_path / "moved").code == 0
+
+    done = call("train.py", "--resume", tmp_path / "logs" / "folder" / "run_1" / "last.pth", "--data-root",
+                tmp_path / "moved")  # fmt: skip
+    assert done.code == 0 and "nothing left to do, 1 of 1 epochs are done" in done.out
+
+
+def test_one_class_to_test_on_is_doubted(call, tmp_path):
+    make_folder(tmp_path / "mine", 2, images=12)
+    words = [*TINY, "--dataset", "folder", "--data-root", tmp_path / "mine", "--log-dir", tmp_path / "logs"]
+    assert "only one class to test on" in call("train.py", *words, "--epochs", 0).err
+
+
+def test_summary_says_so_where_training_made_it_worse(call, cub, tmp_path, monkeypatch):
+    words = [*TINY, "--dataset", "cub", "--data-root", cub, "--log-dir", tmp_path, "--epochs", 1, "--warm", 0]
+    evaluate = train.evaluate
+
+    def falling(*arguments):
+        figures, searched = evaluate(*arguments)
+        figures["R@1"] = 0.9 / len(seen.append(1) or seen)
+        return figures, searched
+
+    seen = []
+    monkeypatch.setattr(train, "evaluate", falling)
+    assert "better than the best epoch: train longer" in call("train.py", *words).out
+    seen = []
+    monkeypatch.setattr(train, "evaluate", lambda *a: ({"R@1": len(seen.append(1) or seen) / 9}, evaluate(*a)[1]))
+    assert "better than the best epoch" not in call("train.py", *words).out
