@@ -85,6 +85,11 @@ def main():
     benchmark = dataset.load_benchmark(args.dataset, args.data_root, args.train_classes)
     for warning in benchmark.warnings if processes.rank == 0 else ():
         print(f"warning: {warning}", file=sys.stderr)
+    if benchmark.query.num_classes < 2 and processes.rank == 0:
+        root = benchmark.query.root
+        print(
+            f"warning: {root}: only one class to test on, figures say nothing; is it the right folder?", file=sys.stderr
+        )
     train_images, validation_images = benchmark.train, None
     if args.val_classes > 0:
         train_images, validation_images = dataset.split_validation(benchmark.train, args.val_classes, args.seed)
@@ -322,6 +327,7 @@ def train_epoch(network, forward, criterion, loss_of, loader, optimizer, device,
             embeddings, labels, stop_number = distributed.gather_batch(embeddings, labels, stop.number)
             loss = loss_of(embeddings, labels)
             names, values = zip(*terms_of(loss, criterion).items(), strict=True)
+            short = [name.removesuffix("_loss") for name in names]
             terms, arrived = to_host(torch.stack(values))
             optimizer.zero_grad()
             loss.backward()
@@ -329,7 +335,7 @@ def train_epoch(network, forward, criterion, loss_of, loader, optimizer, device,
             arrived()
             if not math.isfinite(terms[0]):
                 paths = [loader.dataset.images.paths[index] for index, _ in list(loader.batch_sampler)[step - 1]]
-                said = [f"{name} {value:.4g}" for name, value in zip(names[1:], terms[1:].tolist(), strict=True)]
+                said = [f"{name} {value:.4g}" for name, value in zip(short[1:], terms[1:].tolist(), strict=True)]
                 said += [f"{name} {rate:.3g}" for name, rate in rates.items()]
                 raise ValueError(
                     f"the loss is {terms[0]:.4g} in {title}, step {step} of {len(loader)} ({', '.join(said)}); "
@@ -338,7 +344,7 @@ def train_epoch(network, forward, criterion, loss_of, loader, optimizer, device,
                 )
             optimizer.step()
             totals = totals + terms.double().numpy()
-            bar.set_postfix(dict(zip(names, totals / step, strict=True)), refresh=False)
+            bar.set_postfix(dict(zip(short, totals / step, strict=True)), refresh=False)
             bar.update(len(labels))
             if stop_number:
                 stop.number = stop_number
