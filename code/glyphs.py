@@ -97,7 +97,7 @@ def write_glyphs(folder: Path, num_classes: int, images_per_class: int, size: in
     letters = distinct_letters()
     # RandomState, not default_rng: NumPy promises that its stream never changes.
     chosen = np.random.RandomState(seed).permutation(len(letters))[:num_classes]
-    for number, index in enumerate(tqdm(chosen, "drawing glyphs", unit="class", disable=not progress), 1):
+    for number, index in enumerate(tqdm(chosen, "drawing glyphs", unit="class", disable=None if progress else True), 1):
         letter = letters[index]
         name = f"{number:03d}.{unicodedata.name(letter, f'U{ord(letter):04X}').replace(' ', '_')}"
         class_folder = folder / "images" / name
