@@ -5,9 +5,10 @@
     python benchmarks/processes.py --gpus            # one GPU a process
 
 Two networks: ResNet-18 at 64 pixels, as in the first command, which computes little between two sums of its gradients
-over the processes, and ResNet-50 at 224 pixels, which computes a lot. The batch is 32 whatever the number of processes,
-each has its share of it. Efficiency: how many times faster than one process, over the number of processes. The cores
-of one machine share its memory's bandwidth and have no network between them: of machines this says nothing.
+over the processes, and ResNet-50 at 224 pixels, which computes a lot. The batch is 32 (on GPUs 128, from all letters)
+whatever the number of processes, each has its share of it. Efficiency: how many times faster than one process, over the
+number of processes. The cores of one machine share its memory's bandwidth and have no network between them: of machines
+this says nothing.
 """
 
 import argparse
@@ -24,15 +25,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "code"))
 import glyphs  # noqa: E402
 
-COMMON = "--weights none --warm 0 --bn-freeze 0 --epochs 3 --amp bf16 --channels-last 1 --workers 0 --dataset folder"
+COMMON = "--weights none --warm 0 --bn-freeze 0 --epochs 3 --amp bf16 --channels-last 1 --dataset folder"
 NETWORKS = {
     "ResNet-18, 64 pixels": (200, "--model resnet18 --image-size 64"),
     "ResNet-50, 224 pixels": (20, "--model resnet50 --image-size 224"),
 }  # and the number of letters, half of which train
 
 
-def run(count: int, words: list[str], letters: int) -> pd.DataFrame:
-    """The training epochs of a run on that many processes."""
+def run(count: int, words: list[str], letters: int | None) -> pd.DataFrame:
+    """The training epochs of a run on that many processes, with so many of the letters, None for all."""
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder, "letters")
         images.mkdir()
@@ -54,10 +55,12 @@ def main() -> None:
     print(machine("cuda" if args.gpus else "cpu", 1) + "\n")
     lines = []
     for name, (letters, flags) in NETWORKS.items():
-        words = [*COMMON.split(), *flags.split(), "--gpu-id", "0" if args.gpus else "-1"]
         first = None
         for count in args.counts:
-            rows = run(count, words, letters)
+            words, used = ["--gpu-id", "-1", "--workers", "0"], letters
+            if args.gpus:  # the cores prepare images
+                words, used = ["--gpu-id", "0", "--workers", str(os.cpu_count() // count), "--batch-size", "128"], None
+            rows = run(count, [*COMMON.split(), *flags.split(), *words], used)
             rates = [rows["images_per_s"].median(), 1 / rows["seconds"].median()]
             first = first or (count, rates)
             faster = [rate / before for rate, before in zip(rates, first[1], strict=True)]

@@ -189,7 +189,8 @@ def share_of_the_loss(words: list[str], warmup: int, steps: int, device: torch.d
 
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
+    gpu = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=gpu, help="default cuda if there is a GPU")
     parser.add_argument("--model", default="resnet50", help="a name that train.py's --model takes")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 128])
@@ -203,8 +204,6 @@ def parse_flags() -> argparse.Namespace:
 def main() -> None:
     args = parse_flags()
     device = torch.device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # whose stream the events go to
     steps = args.steps or (5 if device.type == "cpu" else 50)
     warmup = 2 if device.type == "cpu" else 10
     print(", ".join(f"{name} {value}" for name, value in runlog.environment(device).items()))

@@ -126,7 +126,7 @@ def random_states() -> dict:
         "python": random.getstate(),
         "numpy": (algorithm, keys.tolist(), position, has_gauss, cached),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
 
 

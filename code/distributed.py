@@ -73,11 +73,10 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
 
 
-def synchronise_batchnorm(network: nn.Module, device: torch.device) -> nn.Module:
+def synchronise_batchnorm(network: nn.Module, device: torch.device) -> None:
     """BatchNorm statistics of the whole batch instead of each process's share, where torch can: on GPUs."""
     if dist.is_initialized() and device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    return network
+        network.synchronise_batchnorm()
 
 
 class _GatherEmbeddings(torch.autograd.Function):
@@ -101,7 +100,7 @@ class _GatherEmbeddings(torch.autograd.Function):
 
 
 def gather_batch(embeddings: Tensor, labels: Tensor, stop_number: int) -> tuple[Tensor, Tensor, int]:
-    """The whole batch from each process's share: embeddings (N, D), labels (N,) on the CPU, and a stop signal.
+    """The whole batch from each process's share: embeddings (N, D), labels (N,) beside them, and a stop signal.
 
     A signal reaches one process only, or each at another moment. Carried along with the labels it is known to all
     after the same step, so that they stop together; the largest number received wins, 0 is none.
@@ -112,7 +111,10 @@ def gather_batch(embeddings: Tensor, labels: Tensor, stop_number: int) -> tuple[
     parts = [torch.empty_like(message) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, message, group=_control)
     together = torch.stack(parts)
-    return _GatherEmbeddings.apply(embeddings), together[:, :-1].flatten(), int(together[:, -1].max())
+    labels = together[:, :-1].flatten()
+    if embeddings.is_cuda:  # DistributedDataParallel would move them, and make the host wait for the device
+        labels = labels.pin_memory().to(embeddings.device, non_blocking=True)
+    return _GatherEmbeddings.apply(embeddings), labels, int(together[:, -1].max())
 
 
 def from_first(value):

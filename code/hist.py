@@ -247,11 +247,16 @@ class HISTLoss(nn.Module):
         if labels.device.type != "cuda":
             self._raise_if_outside(*torch.stack(torch.aminmax(labels)).tolist(), call="this call")
             return labels
+        labels = labels.to(torch.int64)  # of what a byte holds, C - 1 may be too much
         host = torch.stack(torch.aminmax(labels)).to("cpu", non_blocking=True)
         copied = torch.cuda.Event()
-        copied.record()
+        copied.record(torch.cuda.current_stream(labels.device))
         self._label_range = (host, copied)
         return labels.clamp(0, self.num_classes - 1)
+
+    def __getstate__(self) -> dict:
+        """Without the labels that are still to be looked at: an event cannot be copied or pickled."""
+        return super().__getstate__() | {"_label_range": None}
 
     def _raise_if_outside(self, lowest: int, highest: int, call: str) -> None:
         if lowest < 0 or highest >= self.num_classes:

@@ -215,6 +215,7 @@ class _Search:
     def __init__(self, Q, q_labels, num_positives, group, G, g_labels, one_set, precision, memory_gib, progress):
         self.Q, self.q_labels, self.R = Q[group], q_labels[group], num_positives[group]
         self.G, self.g_labels = G, g_labels
+        self.host_labels = self.q_labels.cpu(), g_labels.cpu()  # looked at for every block, without asking a GPU
         self.offset = group.start if one_set else None  # query i is gallery image i + offset
         self.symmetric = one_set and len(self.Q) == len(G)
         self.precision = precision
@@ -273,7 +274,7 @@ class _Search:
 
     def _mixed(self, rows: slice, columns: slice) -> bool:
         """Whether the block holds pairs of one class; sorted as they are, few blocks do."""
-        i, j = self.q_labels[rows], self.g_labels[columns]
+        i, j = self.host_labels[0][rows], self.host_labels[1][columns]
         return bool(i[0] <= j[-1]) and bool(j[0] <= i[-1])
 
     def _similarities(self, rows: slice | Tensor, columns: slice) -> Tensor:

@@ -52,6 +52,9 @@ def choose_device(gpu_id: int) -> torch.device:
     if gpu_id >= count:
         raise ValueError(f"--gpu-id {gpu_id}: there are {count} GPUs, numbered from 0; -1 is the CPU")
     torch.cuda.set_device(gpu_id)
+    # Loss and search are exact in float32. It is the default, unless an environment variable that some containers set
+    # says otherwise.
+    torch.set_float32_matmul_precision("highest")
     return torch.device("cuda", gpu_id)
 
 

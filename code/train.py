@@ -32,7 +32,7 @@ import torch
 from hist import HISTLoss
 from tqdm import tqdm
 
-EVALUATION_BATCH = 150  # as evaluate.py's default, so that both compute the very same figures
+EVALUATION_BATCH = 150  # as evaluate.py's default, so that both compute the same figures, on the CPU to the bit
 RATES = ("lr", "lr_embedding", "lr_ds", "lr_hgnn")  # columns of results.csv, one per parameter group there is
 # What may differ between a run and its resumption without making it another run.
 FREE_ON_RESUME = {
@@ -100,7 +100,7 @@ def main():
     network = net.build(args.model, args.sz_embedding, weights, args.add_gmp, args.layer_norm, args.bn_freeze)
     network.to(device, memory_format=memory_format(args))
     if not args.bn_freeze:
-        network = distributed.synchronise_batchnorm(network, device)
+        distributed.synchronise_batchnorm(network, device)
     criterion = make_criterion(train_images.num_classes, args).to(device)
     optimizer = make_optimizer(network, criterion, args)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_decay_step, args.lr_decay_gamma)
@@ -153,6 +153,7 @@ def main():
     except Interrupted:
         if processes.rank == 0:
             print(f"\n{signal.Signals(stop.number).name}: stopped. {log.kept()}", file=sys.stderr)
+        distributed.stop()
         sys.exit(128 + stop.number)
     finally:
         log.finish()
@@ -317,6 +318,8 @@ def train_epoch(network, forward, criterion, loss_of, loader, optimizer, device,
     criterion.train()
     if args.bn_freeze:
         network.freeze_batchnorm_statistics()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     totals, started = 0.0, time.monotonic()
     rates = dict(zip(RATES, (group["lr"] for group in optimizer.param_groups), strict=False))
     with tqdm(total=len(loader) * args.sz_batch, desc=title, unit="img", disable=None, leave=False) as bar:
@@ -349,6 +352,8 @@ def train_epoch(network, forward, criterion, loss_of, loader, optimizer, device,
             if stop_number:
                 stop.number = stop_number
                 raise Interrupted
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     seconds = time.monotonic() - started
     means = dict(zip(names, (totals / len(loader)).tolist(), strict=True))
     row = means | rates | {"images_per_s": len(loader) * args.sz_batch / seconds}
@@ -369,7 +374,7 @@ def to_host(values):
     if values.device.type != "cuda":
         return host, lambda: None
     event = torch.cuda.Event()
-    event.record()
+    event.record(torch.cuda.current_stream(values.device))
     return host, event.synchronize
 
 
@@ -427,7 +432,8 @@ class RunFolder:
         self.history.append(row)
         tqdm.write(runlog.console_line(row, self.args.nb_epochs))
         common = {
-            "model_state_dict": network.state_dict(),
+            # on the CPU, for readers elsewhere that do not say where to
+            "model_state_dict": {name: value.cpu() for name, value in network.state_dict().items()},
             "epoch": row["epoch"],
             "figures": runlog.recalls(row),
             **self.origin,

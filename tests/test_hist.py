@@ -618,6 +618,7 @@ def test_gpu_gives_the_same_without_waiting():
     assert relative(gpu_loss.cpu(), loss) < 1e-4
     assert relative(gpu_X.grad.cpu(), X.grad) < 1e-3
     assert torch.equal(twin(gpu_X, T), twin(gpu_X, gpu_T))  # labels may stay behind
+    HISTLoss(300, 64).cuda()(gpu_X, gpu_T.byte())  # a byte does not hold the largest class
 
 
 @needs_gpu

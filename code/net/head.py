@@ -69,7 +69,9 @@ class EmbeddingNet(nn.Module):
         """Feature maps (N, C, h, w) → (N, C): global average, plus global maximum with add_gmp."""
         pooled = F.adaptive_avg_pool2d(maps, 1)
         if self.add_gmp:
-            pooled = pooled + F.adaptive_max_pool2d(maps, 1)
+            # A window as large as the map: torch refuses to differentiate adaptive_max_pool2d on a GPU under
+            # --deterministic. Values and gradients are the same, ties go to the first place in both.
+            pooled = pooled + F.max_pool2d(maps, maps.shape[-2:])
         return pooled.flatten(1)
 
     def forward(self, images):
@@ -106,6 +108,10 @@ class EmbeddingNet(nn.Module):
         """Puts every BatchNorm2d of the backbone in eval mode. train() undoes it: call this after train()."""
         for module in self._batchnorms():
             module.eval()
+
+    def synchronise_batchnorm(self):
+        """Makes BatchNorm compute its statistics over the batches of all processes; torch has that on GPUs alone."""
+        self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
 
     def _batchnorms(self):
         return [module for module in self.model.modules() if isinstance(module, nn.BatchNorm2d)]

@@ -56,6 +56,12 @@ class TimmModel(EmbeddingNet):
         """Maps (N, C, h, w) or tokens → (N, C)."""
         return super().pool(maps) if self.gives_maps else self.model.forward_head(maps, pre_logits=True)
 
+    def synchronise_batchnorm(self):
+        """As for every network, by timm's own means: its BatchNorm may hold the activation, which torch would drop."""
+        from timm.layers import convert_sync_batchnorm
+
+        self.model = convert_sync_batchnorm(self.model)
+
 
 def create_model(name, pretrained):
     """timm's model `name` (without 'timm:'), without classifier; raises what TimmModel raises."""
