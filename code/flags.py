@@ -119,8 +119,10 @@ class Parser(argparse.ArgumentParser):
                     f"{path} was trained with {option} {stored[name]}, the command line says {getattr(args, name)}"
                 )
         taken = {name: stored[name] for name in TAKEN_FROM_CHECKPOINT if name in stored}
+        if "dataset" in given and args.dataset != stored.get("dataset"):
+            taken.pop("train_classes", None)  # it said how to divide another data set
         # The user's own folder has no usual place as the benchmarks have: it is where it was, if it still is.
-        if stored.get("dataset") == "folder" and Path(str(stored.get("data_root"))).exists():
+        elif stored.get("dataset") == "folder" and Path(str(stored.get("data_root"))).exists():
             taken["data_root"] = stored["data_root"]
         adopted = self.command_line(taken)
         return self.parse(adopted + sys.argv[1:])[0]
@@ -226,8 +228,8 @@ def add_image_flags(group, batch_size: int) -> None:
     group.add_argument(
         "--image-size",
         type=whole(8),
-        default=224,
-        help="pixels fed to the network; evaluation first resizes to image-size·256/224",
+        help="pixels fed to the network, by default its own: 224, but for some of timm's; "
+        "evaluation first resizes to image-size·256/224",
     )
     group.add_argument("--batch-size", dest="sz_batch", type=whole(1), default=batch_size, help="images in a batch")
     group.add_argument(

@@ -102,8 +102,10 @@ class CDs2Hg(nn.Module):
 
         The width E depends on the labels, which costs a device synchronisation; HISTLoss avoids it.
         """
-        distances = self.squared_distances(X)
-        return self.distribution_loss(distances, T), self.incidence(distances, T, torch.unique(T))
+        with torch.autocast(X.device.type, enabled=False):
+            T = T.to(torch.int64)
+            distances = self.squared_distances(X.to(self.means.dtype))
+            return self.distribution_loss(distances, T), self.incidence(distances, T, torch.unique(T))
 
 
 def propagate(features: Tensor, H: Tensor, W: Tensor | None = None) -> Tensor:
@@ -139,8 +141,10 @@ class HGNN(nn.Module):
 
     def forward(self, X: Tensor, H: Tensor, W: Tensor | None = None) -> Tensor:
         """X (N, D) raw embeddings, incidence H (N, M), hyperedge weights W (M,) -> logits (N, C)."""
-        hidden = propagate(self.theta1(X), H, W)  # (N, hidden)
-        return propagate(self.theta2(self.lrelu(self.bn1(hidden))), H, W)
+        with torch.autocast(X.device.type, enabled=False):
+            X, H = (x.to(self.theta1.weight.dtype) for x in (X, H))
+            hidden = propagate(self.theta1(X), H, W)  # (N, hidden)
+            return propagate(self.theta2(self.lrelu(self.bn1(hidden))), H, W)
 
 
 class HISTLoss(nn.Module):
@@ -201,7 +205,7 @@ class HISTLoss(nn.Module):
         if indices_tuple is not None:
             raise ValueError("HISTLoss: the hypergraph is made of the whole batch, it takes no miner's indices_tuple")
         self._check(embeddings, labels)
-        labels = self._check_range(labels).to(embeddings.device, torch.int64, non_blocking=True)
+        labels = self._check_range(labels).to(embeddings.device, non_blocking=True)
         with torch.autocast(embeddings.device.type, enabled=False):
             X = embeddings.to(self.cds2hg.means.dtype)
             distances = self.cds2hg.squared_distances(X)  # (N, C)
@@ -218,6 +222,9 @@ class HISTLoss(nn.Module):
             return dist_loss + self.ls * ce_loss
 
     def _check(self, embeddings: Tensor, labels: Tensor) -> None:
+        if not isinstance(embeddings, Tensor) or not isinstance(labels, Tensor):
+            kinds = f"{type(embeddings).__name__} and {type(labels).__name__}"
+            raise ValueError(f"HISTLoss: embeddings and labels must be tensors, got {kinds}")
         if embeddings.ndim != 2 or embeddings.shape[1] != self.embedding_size:
             raise ValueError(
                 f"HISTLoss: embeddings must have shape (N, {self.embedding_size}), got {tuple(embeddings.shape)}"
@@ -244,10 +251,10 @@ class HISTLoss(nn.Module):
             self._label_range = None
             copied.synchronize()  # a copy queued one whole step ago: there is nothing left to wait for
             self._raise_if_outside(*host.tolist(), call="the previous call")
+        labels = labels.to(torch.int64)  # narrower types may not hold C - 1, and not all can be compared
         if labels.device.type != "cuda":
             self._raise_if_outside(*torch.stack(torch.aminmax(labels)).tolist(), call="this call")
             return labels
-        labels = labels.to(torch.int64)  # of what a byte holds, C - 1 may be too much
         host = torch.stack(torch.aminmax(labels)).to("cpu", non_blocking=True)
         copied = torch.cuda.Event()
         copied.record(torch.cuda.current_stream(labels.device))

@@ -28,7 +28,7 @@ HOMES = {
     "SOP": "Stanford_Online_Products",
     "Inshop": "Inshop_Clothes",
 }
-CARS_CLASSES, SOP_CLASSES = 196, 22634
+CUB_CLASSES, CARS_CLASSES, SOP_CLASSES = 200, 196, 22634
 
 # (images, classes) of each split as published
 PUBLISHED = {
@@ -44,8 +44,9 @@ PUBLISHED = {
 class Listing:
     """What a reader found: per split, pairs of (path relative to root, class id).
 
-    The splits are train + test, or train + query + gallery, or all (then split by class, first half trains).
+    The splits are train + test, or train + query + gallery, or all (then split by class, see split_by_class).
     source names the list files that gave the paths, None if the folders themselves were walked.
+    last_train_class is the published boundary, for class ids that are numbers.
     """
 
     root: Path
@@ -53,6 +54,7 @@ class Listing:
     source: str | None = None
     names: dict[int | str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    last_train_class: int | None = None
 
 
 def not_there(name: str, path: Path) -> FileNotFoundError:
@@ -142,8 +144,8 @@ def read_class_folders(root: Path, inside: str, notes: list[str]) -> list[tuple[
 # ---------------------------------------------------------------- readers, one per layout
 
 
-def read_cub(root: Path) -> Listing:
-    """root/images/NNN.Name/*: the class id is the folder's number. The layout of glyphs, too."""
+def read_cub(root: Path, num_classes: int | None = None) -> Listing:
+    """root/images/NNN.Name/*: the class id is the folder's number, up to num_classes. The layout of glyphs, too."""
     if not (root / "images").is_dir():
         raise not_there("cub", root / "images")
     numbers = {}
@@ -151,6 +153,8 @@ def read_cub(root: Path) -> Listing:
         number = name.partition(".")[0]
         if not is_number(number) or int(number) < 1:
             raise ValueError(f"{root / 'images' / name}: a class folder begins with its number: 001.Name")
+        if num_classes and int(number) > num_classes:
+            raise ValueError(f"{root / 'images' / name}: class {number}, they go from 1 to {num_classes}")
         if int(number) in numbers.values():
             raise ValueError(f"{root / 'images' / name}: a second class folder with the number {number}")
         numbers[name] = int(number)
@@ -379,14 +383,24 @@ def read_listing(name: str, data_root: Path) -> Listing:
         return read_cub(ensure_glyphs(data_root))
     if name == "folder":
         return read_folder(data_root)
-    readers = {"cub": read_cub, "cars": read_cars, "SOP": read_sop, "Inshop": read_inshop}
-    if name not in readers:
-        raise ValueError(f"{name!r} is no dataset; there are {', '.join([*readers, 'glyphs', 'folder'])}")
-    return readers[name](data_root / HOMES[name])
+    if name not in HOMES:
+        raise ValueError(f"{name!r} is no dataset; there are {', '.join([*HOMES, 'glyphs', 'folder'])}")
+    home = data_root / HOMES[name]
+    if name == "SOP":
+        return read_sop(home)
+    if name == "Inshop":
+        return read_inshop(home)
+    listing = read_cub(home, CUB_CLASSES) if name == "cub" else read_cars(home)
+    listing.last_train_class = PUBLISHED[name]["train"][1]  # both number their classes from 1
+    return listing
 
 
 def split_by_class(listing: Listing, train_classes: float) -> None:
-    """Turns the split `all` into train and test: the first classes in sorted order train."""
+    """Turns the split `all` into train and test.
+
+    The published boundary divides the classes, so that one that is missing moves no other over it; where all classes
+    lie on one side of it, or none is published, the first ones in sorted order train, the share train_classes of them.
+    """
     pairs = listing.splits.pop("all")
     classes = sorted({class_id for _, class_id in pairs})
     if len(classes) < 2:
@@ -394,7 +408,11 @@ def split_by_class(listing: Listing, train_classes: float) -> None:
             f"{listing.root}: {len(classes)} class with images found, at least 2 are needed: one to train on, "
             "another to test on"
         )
-    train = set(classes[: min(max(round(train_classes * len(classes)), 1), len(classes) - 1)])
+    boundary = listing.last_train_class
+    if boundary and classes[0] <= boundary < classes[-1]:
+        train = {class_id for class_id in classes if class_id <= boundary}
+    else:
+        train = set(classes[: min(max(round(train_classes * len(classes)), 1), len(classes) - 1)])
     listing.splits["train"] = [pair for pair in pairs if pair[1] in train]
     listing.splits["test"] = [pair for pair in pairs if pair[1] not in train]
 

@@ -186,7 +186,9 @@ def retrieval(
 
 def _sorted_by_class(embeddings: Tensor, labels: Tensor, device, what: str) -> tuple[Tensor, Tensor, Tensor]:
     """Unit vectors and labels in order of class, and that order (on the CPU)."""
-    embeddings, labels = torch.as_tensor(embeddings), torch.as_tensor(labels)
+    embeddings, labels = torch.as_tensor(embeddings).detach(), torch.as_tensor(labels)
+    if not labels.is_floating_point():
+        labels = labels.to(torch.int64)  # torch cannot sort or search all integer types
     if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
         raise ValueError(
             f"{what}: embeddings (N, D) and labels (N,) expected, got {tuple(embeddings.shape)}, {tuple(labels.shape)}"
@@ -511,7 +513,13 @@ def _true_positions(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nearest(
-    query: Tensor, gallery: Tensor, k: int, exclude: Tensor | None = None, memory_gib: float = 1.0, device="cpu"
+    query: Tensor,
+    gallery: Tensor,
+    k: int,
+    exclude: Tensor | None = None,
+    memory_gib: float = 1.0,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The k nearest of gallery (N, D) for each of query (Q, D) by cosine -> indices and similarities (Q, k).
 
@@ -522,13 +530,16 @@ def nearest(
     k = min(k, len(gallery) - int(exclude is not None))
     rows = max(1, int(memory_gib * 2**30 / 8 / len(gallery)))
     values, indices = [], []
-    for start in range(0, len(query), rows):
-        S = query[start : start + rows] @ gallery.T
-        if exclude is not None:
-            S.scatter_(1, exclude[start : start + rows, None].to(device), -INF)
-        top = S.topk(k, dim=1)
-        values.append(top.values.cpu())
-        indices.append(top.indices.cpu())
+    quiet = None if progress else True
+    with tqdm(total=len(query), desc="search", unit="query", leave=False, disable=quiet) as bar:
+        for start in range(0, len(query), rows):
+            S = query[start : start + rows] @ gallery.T
+            if exclude is not None:
+                S.scatter_(1, exclude[start : start + rows, None].to(device), -INF)
+            top = S.topk(k, dim=1)
+            values.append(top.values.cpu())
+            indices.append(top.indices.cpu())
+            bar.update(len(S))
     return torch.cat(indices), torch.cat(values)
 
 

@@ -59,6 +59,7 @@ def main():
     network = net.build(args.model, args.sz_embedding, "none", bool(args.add_gmp), bool(args.layer_norm))
     state = checkpoint.network_state(content, path)
     net.load_network_state(network, state, path)
+    args.image_size = args.image_size or network.image_size
     network.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     print(f"checkpoint: {path}")
 
@@ -210,7 +211,7 @@ def search(query, own, gallery, others, args, device) -> tuple[np.ndarray, np.nd
     if args.index == "faiss":
         found, similarities = search_faiss(query, gallery, k)
     else:
-        found, similarities = metrics.nearest(query, gallery, k, memory_gib=args.search_memory, device=device)
+        found, similarities = metrics.nearest(query, gallery, k, None, args.search_memory, device, progress=True)
     found, distances = np.asarray(found), 1 - np.asarray(similarities)
     itself = (others[found] == own[:, None]).all(axis=2)
     found = np.where(itself, -1, found)

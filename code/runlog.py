@@ -152,6 +152,7 @@ def start_wandb(mode: str | None, dataset: str, folder: Path, config: dict, tags
         import wandb
     except ImportError as error:
         raise ValueError(f"--wandb {mode}: wandb is not installed (pip install wandb, or --wandb off)") from error
+    tags = [tag[:64] for tag in tags]  # wandb takes no longer ones
     options = dict(project=f"hist_{dataset}", name=folder.name, config=config, tags=tags, dir=str(folder), id=run_id,
                    resume="allow", settings=wandb.Settings(silent=True))  # fmt: skip
     run = None
@@ -168,10 +169,10 @@ def start_wandb(mode: str | None, dataset: str, folder: Path, config: dict, tags
 
 
 def log_to_wandb(run, row: dict, best: dict | None) -> None:
-    """One row; the summary keeps the best R@K and its epoch."""
+    """A row, but for what the run's configuration says; the summary keeps the best R@K and its epoch."""
     if run is None:
         return
-    run.log(row)
+    run.log({name: value for name, value in row.items() if name not in ("seed", "commit", "torch")})
     if best:
         run.summary.update({f"best {name}": value for name, value in recalls(best).items()})
         run.summary["best epoch"] = best["epoch"]

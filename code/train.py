@@ -98,6 +98,7 @@ def main():
     # Network, loss, optimiser
     weights = "none" if state else args.weights
     network = net.build(args.model, args.sz_embedding, weights, args.add_gmp, args.layer_norm, args.bn_freeze)
+    args.image_size = args.image_size or network.image_size
     network.to(device, memory_format=memory_format(args))
     if not args.bn_freeze:
         distributed.synchronise_batchnorm(network, device)
@@ -408,8 +409,10 @@ class RunFolder:
         self.best_path = folder / runlog.best_name(args.dataset, args.model)
         self.results_path = folder / f"{self.best_path.stem}_results.txt"
         self.drawing_seconds, self.started = 0.0, time.monotonic()
-        stored = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        stored |= {"resume": None, "overwrite": False, "run_num": int(folder.name.removeprefix("run_"))}
+        # Paths are stored whole, to be found from wherever a later command is given.
+        stored = {k: str(value.resolve()) if isinstance(value, Path) else value for k, value in vars(args).items()}
+        number = folder.name.removeprefix("run_")
+        stored |= {"resume": None, "overwrite": False, "run_num": int(number) if number.isdigit() else args.run_num}
         self.origin = {
             "flags": stored,
             "made_by": {**runlog.environment(device), "command": shlex.join(sys.argv)},
@@ -419,7 +422,8 @@ class RunFolder:
         if distributed.processes().rank == 0:
             runlog.clear_folder(folder, ".*.tmp")
             tags = [args.dataset, args.model, f"seed {args.seed}", *args.remark.split()]
-            self.wandb = runlog.start_wandb(args.wandb, args.dataset, folder, stored, tags, wandb_id)
+            config = stored | self.origin["made_by"]
+            self.wandb = runlog.start_wandb(args.wandb, args.dataset, folder, config, tags, wandb_id)
             if self.wandb:
                 self.origin["wandb_id"] = self.wandb.id
             checkpoint.write_text(json.dumps(self.origin, indent=2) + "\n", folder / "args.json")
@@ -429,6 +433,8 @@ class RunFolder:
 
         The best network goes first and last.pth behind it: killed in between, a resumed run does the epoch again.
         """
+        made_by = self.origin["made_by"]
+        row |= {"seed": self.args.seed, "commit": made_by["commit"], "torch": made_by["torch"]}
         self.history.append(row)
         tqdm.write(runlog.console_line(row, self.args.nb_epochs))
         common = {
@@ -492,7 +498,12 @@ class RunFolder:
     def results_text(self):
         lines = [f"Best epoch: {self.best['epoch']}", f"Chosen by: {self.protocol()}"]
         lines += [f"{name}: {100 * value:.4f}" for name, value in self.best.items() if "R@" in name]
-        return "\n".join([*lines, f"Seed: {self.args.seed}", f"Remark: {self.args.remark}"]) + "\n"
+        lines += [f"Seed: {self.args.seed}", f"Remark: {self.args.remark}"]
+        # the command stays out: a run that was resumed leaves the same text as one that was not
+        lines += [
+            f"{what.capitalize()}: {value}" for what, value in self.origin["made_by"].items() if what != "command"
+        ]
+        return "\n".join(lines) + "\n"
 
     def kept(self):
         if not self.history:
@@ -517,6 +528,8 @@ class RunFolder:
             words = ["--model-path", os.path.relpath(self.best_path)]
             if self.args.data_root != flags.CODE.parent / "data":
                 words += ["--data-root", self.args.data_root]
+            if self.args.skip_bad_images:
+                words.append("--skip-bad-images")
             lines.append(f"score  {command_for('evaluate.py', *words)}")
         if best and self.args.dataset == "folder" and self.args.data_root.is_dir():
             words = ["--model-path", os.path.relpath(self.folder), "--gallery", self.args.data_root]

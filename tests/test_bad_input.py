@@ -61,6 +61,10 @@ def no_class_number(root):
     Image.new("RGB", (8, 8)).save(cub_images(root) / "Cardinal" / "a.jpg")
 
 
+def number_too_high(root):
+    first_class(root).rename(cub_images(root) / "999.Dodo")
+
+
 def sop_list(change):
     def breaks(root):
         path = root / "Stanford_Online_Products" / "Ebay_train.txt"
@@ -98,6 +102,7 @@ CASES = [
     ("train.py", CUB + " --epochs 1", cut_image, r"001\.\S+\.jpg: cannot be decoded"),
     ("train.py", CUB + " --epochs 1", text_as_image, r"\.jpg: cannot be decoded"),
     ("train.py", CUB, no_class_number, r"Cardinal"),
+    ("train.py", CUB, number_too_high, r"999\.Dodo: class 999, they go from 1 to 200"),
     ("train.py", CUB + " --batch-size 1000", None, r"1,?000.*24"),
     ("train.py", CUB + " --IPC 3", None, r"IPC|images per class|images_per_class"),
     ("train.py", CUB + " --IPC 1", None, r"8 classes.*4|4.*classes"),

@@ -67,6 +67,34 @@ def test_cub_class_id_is_the_number_of_the_folder(tmp_path):
     assert benchmark.query.class_names == ["10.Zebra_finch"]
 
 
+@pytest.mark.parametrize(
+    ("name", "classes", "train", "test"),
+    [
+        ("cub", [1, 2, 3, 101, 102], 3, 2),
+        ("cub", [1, 150, 151, 200], 1, 3),
+        ("cub", [1, 2, 99, 100], 2, 2),  # none of the published test classes: the first half trains
+        ("cub", [101, 102, 103, 104], 2, 2),
+        ("cars", [1, 97, 98, 99], 3, 1),
+        ("glyphs", [1, 2, 101, 102, 103, 104], 3, 3),
+    ],
+)
+def test_no_class_crosses_the_published_boundary_where_others_are_missing(name, classes, train, test):
+    listing = layouts.Listing(Path("root"), {"all": [(f"{c}.jpg", c) for c in classes]})
+    listing.last_train_class = {"cub": 100, "cars": 98}.get(name)
+    layouts.split_by_class(listing, 0.5)
+    assert [c for _, c in listing.splits["train"]] == classes[:train]
+    assert [c for _, c in listing.splits["test"]] == classes[train:] and len(classes) == train + test
+
+
+def test_the_published_boundary_is_that_of_the_benchmark(tmp_path):
+    home = trees.make_cub(tmp_path, classes=5)
+    (home / "images" / "005.Bird_5").rename(home / "images" / "101.Bird_5")
+    benchmark = dataset.load_benchmark("cub", tmp_path)
+    assert (benchmark.train.num_classes, benchmark.query.class_names) == (4, ["101.Bird_5"])
+    trees.make_cars(tmp_path, classes=4)
+    assert layouts.read_listing("cars", tmp_path).last_train_class == 98
+
+
 def test_counts_as_published_give_no_warning_and_the_2010_edition_one(monkeypatch, tmp_path):
     trees.make_cub(tmp_path, classes=4, images=3)
     monkeypatch.setitem(layouts.PUBLISHED, "cub", {"train": (6, 2), "test": (6, 2)})

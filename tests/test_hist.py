@@ -394,7 +394,7 @@ def test_length_of_an_embedding_matters_to_the_network_alone():
     assert relative(criterion.ce_loss, ce_loss) > 1e-3
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8, torch.uint16, torch.uint32, torch.uint64])
 def test_labels_of_other_integer_types(dtype):
     criterion = make(5, 8)
     X, T = make_batch([0, 4, 4, 2], 8)
@@ -449,6 +449,20 @@ def test_autocast_changes_nothing():
     (autocast_gradient,) = torch.autograd.grad(loss, X)
     assert loss.dtype == torch.float32 and criterion.dist_loss.dtype == torch.float32
     assert torch.equal(loss, plain) and torch.equal(autocast_gradient, gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_parts_on_their_own_compute_in_their_precision_too(dtype):
+    criterion = make(30, 64, hidden=32, dtype=torch.float32)
+    X, T = make_batch([i % 7 for i in range(16)], 64, torch.float32)
+    X = X.detach().bfloat16().float()  # what all of the types hold
+    dist_loss, H = criterion.cds2hg(X, T)
+    logits = criterion.hgnn(X, H)
+    with torch.autocast("cpu", torch.bfloat16):
+        again, same_H = criterion.cds2hg(X.to(dtype), T.int())
+        assert torch.equal(again, dist_loss) and torch.equal(same_H, H)
+        assert torch.equal(criterion.hgnn(X.to(dtype), H.double()), logits)
+    assert logits.dtype == torch.float32
 
 
 def test_bf16_embeddings_give_a_float32_loss():
@@ -574,6 +588,7 @@ def test_memory_does_not_grow_with_batch_times_classes_times_size():
         (torch.zeros(4, 8), torch.tensor([0, -1, 2, 4]), r"\[0, 5\), this call had labels from -1 to 4"),
         (torch.zeros(1, 8), torch.tensor([0]), "at least 2 samples, got 1"),
         (torch.zeros(0, 8), torch.zeros(0, dtype=torch.long), "at least 2 samples, got 0"),
+        (torch.zeros(2, 8), [0, 1], "must be tensors, got Tensor and list"),
     ],
 )
 def test_wrong_calls_are_named(embeddings, labels, message):

@@ -228,7 +228,10 @@ def test_resume_takes_the_newest_run_and_refuses_other_flags(call, refused, cub,
     assert "run_2, resumed behind epoch 1" in call("train.py", *where, "--epochs", 2).out
     assert "run_1, resumed" in call("train.py", *where, "--run-num", 1).out
     refused("train.py", *where, "--run-num", 1, "--overwrite", match="exclude each other")
-    best = tmp_path / "cub" / "run_1" / "cub_resnet18_best.pth"
+    (tmp_path / "cub" / "run_1").rename(tmp_path / "kept")
+    kept = call("train.py", "--resume", tmp_path / "kept" / "last.pth", "--epochs", 3)
+    assert kept.code == 0 and f"run: {tmp_path / 'kept'}, resumed behind epoch 1" in kept.out
+    best = tmp_path / "kept" / "cub_resnet18_best.pth"
     refused("train.py", "--resume", best, match="cannot be resumed from, it lacks best, criterion_state_dict")
 
 

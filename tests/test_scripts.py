@@ -46,6 +46,13 @@ def test_train_then_evaluate_agree_to_the_last_digit(script, cub, tmp_path):
     assert re.search(r"best +epoch \d", trained.out) and re.search(r"last +epoch 2", trained.out)
     text = (run / "cub_resnet18_best_results.txt").read_text()
     assert f"R@1: {100 * again['R@1']:.4f}" in text
+    # what made it
+    made_by = json.loads((run / "args.json").read_text())["made_by"]
+    assert (rows["seed"] == 1).all() and (rows["commit"] == made_by["commit"]).all()
+    assert f"Commit: {made_by['commit']}" in text and f"Torchvision: {made_by['torchvision']}" in text
+    said = json.loads(figures.read_text())
+    assert said["trained_by"] == made_by and said["flags"]["seed"] == 1
+    assert said["scored_by"]["torch"] == torch.__version__
 
 
 def test_scripts_run_from_the_code_folder_too(script, cub, tmp_path):
@@ -217,8 +224,10 @@ def test_skip_bad_images_goes_on_and_counts(call, refused, cub, tmp_path):
     refused("train.py", *options, match=r"\.jpg: cannot be decoded")
     outcome = call("train.py", *options, "--skip-bad-images")
     assert outcome.code == 0 and "could not be decoded" in outcome.out
-    outcome = call("evaluate.py", "--model-path", tmp_path / "logs" / "cub" / "run_2", "--data-root", tmp_path / "data",
-                   "--gpu-id", -1, "--skip-bad-images", "--workers", 0)  # fmt: skip
+    line = next(line for line in outcome.out.splitlines() if line.startswith("score"))
+    words = shlex.split(line)[3:]
+    assert words[-1] == "--skip-bad-images"
+    outcome = call("evaluate.py", *words, "--gpu-id", -1, "--workers", 0)
     assert outcome.code == 0 and "left out: 1 images that could not be decoded" in outcome.out
 
 
@@ -315,6 +324,38 @@ def test_own_pictures_are_found_again_where_they_were(call, tmp_path):
     done = call("train.py", "--resume", tmp_path / "logs" / "folder" / "run_1" / "last.pth", "--data-root",
                 tmp_path / "moved")  # fmt: skip
     assert done.code == 0 and "nothing left to do, 1 of 1 epochs are done" in done.out
+
+
+def test_own_pictures_given_by_a_relative_path_are_found_from_elsewhere(call, tmp_path, monkeypatch):
+    make_folder(tmp_path / "mine", 8)
+    monkeypatch.chdir(tmp_path)
+    words = [*TINY, "--dataset", "folder", "--data-root", "mine", "--log-dir", "logs", "--epochs", 1]
+    assert call("train.py", *words).code == 0
+    monkeypatch.chdir("/")
+    run = tmp_path / "logs" / "folder" / "run_1"
+    assert call("evaluate.py", "--model-path", run, "--gpu-id", -1, "--workers", 0).code == 0
+    assert call("train.py", "--resume", run / "last.pth", "--epochs", 2).code == 0
+
+
+def test_another_data_set_is_not_looked_for_among_own_pictures(call, cub, tmp_path):
+    make_folder(tmp_path / "mine", 8)
+    words = [*TINY, "--dataset", "folder", "--data-root", tmp_path / "mine", "--log-dir", tmp_path / "logs"]
+    assert call("train.py", *words, "--train-classes", 0.25, "--epochs", 1).code == 0
+    checkpoint = next((tmp_path / "logs").glob("folder/run_1/*_best.pth"))
+    scored = call("evaluate.py", "--model-path", checkpoint, "--dataset", "cub", "--data-root", cub, "--gpu-id", -1)
+    assert scored.code == 0, scored.err
+    lost = call("evaluate.py", "--model-path", checkpoint, "--dataset", "cub", "--gpu-id", -1)
+    assert str(tmp_path / "mine") not in lost.err
+
+
+def test_networks_of_timm_get_images_of_their_own_size(call, cub, tmp_path):
+    words = [*TINY, "--model", "timm:test_vit", "--dataset", "cub", "--data-root", cub, "--log-dir", tmp_path]
+    del words[words.index("--image-size") : words.index("--image-size") + 2]
+    trained = call("train.py", *words, "--epochs", 1, "--warm", 0)
+    assert trained.code == 0, trained.err
+    run = tmp_path / "cub" / "run_1"
+    assert json.loads((run / "args.json").read_text())["flags"]["image_size"] == 160
+    assert call("evaluate.py", "--model-path", run, "--data-root", cub, "--gpu-id", -1, "--workers", 0).code == 0
 
 
 def test_one_class_to_test_on_is_doubted(call, tmp_path):

@@ -64,15 +64,17 @@ def items(message):
 
 
 def test_offline_run_read_back(call, cub, tmp_path, monkeypatch):
-    outcome = call("train.py", *options(cub, tmp_path, "--wandb", "offline", "--remark", "two words"))
+    outcome = call("train.py", *options(cub, tmp_path, "--wandb", "offline", "--remark", f"two words {'x' * 70}"))
     assert outcome.code == 0, outcome.err
     run = tmp_path / "cub" / "run_1"
     found = records_of(run, runs=1)
     (started,) = [record.run for record in found if record.HasField("run")][:1]
     assert (started.project, started.display_name) == ("hist_cub", "run_1")
-    assert {"cub", "resnet18", "two", "words"} <= set(started.tags)
+    assert {"cub", "resnet18", "two", "words", "x" * 64} <= set(started.tags)  # wandb takes no longer ones
     config = items(started.config.update)
     assert config["sz_batch"] == 8 and config["nb_epochs"] == 2 and config["lr"] == 1e-3 and config["IPC"] == 0
+    assert config["commit"] == runlog.environment(torch.device("cpu"))["commit"] and "train.py" in config["command"]
+    assert config["torch"] == torch.__version__
     assert any(record.metric.step_metric == "epoch" for record in found if record.HasField("metric"))
 
     logged = [items(record.history.item) for record in found if record.HasField("history")]
