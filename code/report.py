@@ -61,6 +61,7 @@ PUBLISHED = {
     ("SOP", "bn_inception"): {"best quoted": {"R@1": (79.8, None)}, "replication, re-run": {"R@1": (77.4, None)}},
 }
 PUBLISHED_SIZE = 512
+MADE_BY = ("commit", "torch", "device")  # of report.csv
 SOURCES = {
     "paper": "Lim, Yun, Park, Choi, Hypergraph-Induced Semantic Tuplet Loss for Deep Metric Learning, CVPR 2022",
     "replication": "Yuan, Le-Phuoc, ReScience C (ML Reproducibility Challenge) 2022, zenodo 8173666",
@@ -227,7 +228,8 @@ class Section:
             row |= {"seed": run.flags["seed"], "chosen by": run.chosen_by, "best epoch": run.best["epoch"]}
             row |= {f"{name} (%)": percent(run.best[name]) for name in self.figures}
             row |= {f"last {name} (%)": percent(run.last[name]) for name in self.figures}
-            rows.append(row | {"remark": run.flags["remark"]})
+            row |= {"remark": run.flags["remark"]}
+            rows.append(row | {name: run.made_by.get(name, "") for name in MADE_BY})
         return pd.DataFrame(rows)
 
     def figures_table(self) -> pd.DataFrame:
@@ -258,7 +260,7 @@ class Section:
 
     def runs_shown(self, all_last: bool) -> pd.DataFrame:
         """The runs, of the last epoch all figures or R@1 alone; remarks if there are any."""
-        table = self.runs_table().drop(columns="dataset")
+        table = self.runs_table().drop(columns=["dataset", *MADE_BY])
         dropped = [] if all_last else [f"last {name} (%)" for name in self.figures if name != "R@1"]
         if not table["remark"].any():
             dropped.append("remark")

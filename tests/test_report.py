@@ -232,6 +232,7 @@ def test_markdown_tables_are_rectangular(written):
 def test_csv_is_read_back(written):
     runs = pd.read_csv(written[0] / "report.csv")
     assert runs.groupby("dataset").size().to_dict() == {"cars": 2, "cub": 5}
+    assert (runs["commit"] == "abc").all()
     assert runs.set_index(["dataset", "run"]).loc[("cub", "run_3"), "remark"] == NASTY
     assert runs.set_index(["dataset", "run"]).loc[("cars", "run_1"), "R@1 (%)"] == 89.8
     groups = pd.read_csv(written[0] / "report_groups.csv")
