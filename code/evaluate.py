@@ -11,6 +11,7 @@ Checkpoints of this project know their architecture and data set; for published 
 import json
 import sys
 import warnings
+from pathlib import Path
 
 import checkpoint
 import dataset
@@ -33,7 +34,7 @@ def main():
     device = runlog.choose_device(gpu_id)
     print(f"device: {runlog.describe_device(device)}" + (f", {processes.count} processes" * (processes.count > 1)))
 
-    num_bad, origin = 0, {"scored_by": runlog.environment(device)}
+    num_bad, origin = 0, {}
     if args.embeddings:
         for option in ("pictures", "export"):
             if getattr(args, option):
@@ -47,7 +48,7 @@ def main():
         network = net.build(args.model, args.sz_embedding, "none", bool(args.add_gmp), bool(args.layer_norm))
         net.load_network_state(network, checkpoint.network_state(content, path), path)
         args.image_size = args.image_size or network.image_size
-        origin |= {"trained_by": content.get("made_by"), "flags": checkpoint.stored_flags(content)}
+        origin = {"trained_by": content.get("made_by"), "trained_with": checkpoint.stored_flags(content)}
         if args.export:
             if processes.count > 1:
                 raise ValueError("--export is done by one process: start it without torchrun")
@@ -80,7 +81,7 @@ def main():
     distributed.stop()
     if processes.rank != 0:
         return
-    report(args, source, gallery, found, figures, num_bad, origin)
+    report(args, device, source, gallery, found, figures, num_bad, origin)
     if args.pictures:
         args.pictures.mkdir(parents=True, exist_ok=True)
         pictures.search(
@@ -144,7 +145,7 @@ def export(network, args):
     print(f"exported: {args.export} ({len(content) / 2**20:.0f} MiB; {compared})")
 
 
-def report(args, source, gallery, found, figures, num_bad, origin):
+def report(args, device, source, gallery, found, figures, num_bad, origin):
     print(f"checkpoint: {source}")
     searched = f"gallery: {len(gallery.labels):,}" if gallery else "each among the others"
     print(f"queries: {found.num_queries:,}, {searched}")
@@ -165,9 +166,11 @@ def report(args, source, gallery, found, figures, num_bad, origin):
             "without_positive": found.num_without_positive,
             "undecoded": num_bad,
             "figures": figures,
+            "scored_by": runlog.environment(device),
+            "scored_with": {k: str(value) if isinstance(value, Path) else value for k, value in vars(args).items()},
             **origin,
         }
-        checkpoint.write_text(json.dumps(content, indent=2, default=str) + "\n", args.json)
+        checkpoint.write_text(json.dumps(content, indent=2) + "\n", args.json)
 
 
 def embed(network, images, device, args):

@@ -228,7 +228,8 @@ def add_image_flags(group, batch_size: int) -> None:
     group.add_argument(
         "--image-size",
         type=whole(8),
-        help="pixels fed to the network, by default its own: 224, but for some of timm's; "
+        help="pixels fed to the network, by default those it was trained with; if that is not known its own: 224, but "
+        "for some of timm's; "
         "evaluation first resizes to image-size·256/224",
     )
     group.add_argument("--batch-size", dest="sz_batch", type=whole(1), default=batch_size, help="images in a batch")

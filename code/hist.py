@@ -142,7 +142,7 @@ class HGNN(nn.Module):
     def forward(self, X: Tensor, H: Tensor, W: Tensor | None = None) -> Tensor:
         """X (N, D) raw embeddings, incidence H (N, M), hyperedge weights W (M,) -> logits (N, C)."""
         with torch.autocast(X.device.type, enabled=False):
-            X, H = (x.to(self.theta1.weight.dtype) for x in (X, H))
+            X, H, W = (None if x is None else x.to(self.theta1.weight.dtype) for x in (X, H, W))
             hidden = propagate(self.theta1(X), H, W)  # (N, hidden)
             return propagate(self.theta2(self.lrelu(self.bn1(hidden))), H, W)
 

@@ -61,7 +61,7 @@ PUBLISHED = {
     ("SOP", "bn_inception"): {"best quoted": {"R@1": (79.8, None)}, "replication, re-run": {"R@1": (77.4, None)}},
 }
 PUBLISHED_SIZE = 512
-MADE_BY = ("commit", "torch", "device")  # of report.csv
+MADE_BY = ("commit", "torch")  # of the best epoch, in report.csv
 SOURCES = {
     "paper": "Lim, Yun, Park, Choi, Hypergraph-Induced Semantic Tuplet Loss for Deep Metric Learning, CVPR 2022",
     "replication": "Yuan, Le-Phuoc, ReScience C (ML Reproducibility Challenge) 2022, zenodo 8173666",
@@ -229,7 +229,7 @@ class Section:
             row |= {f"{name} (%)": percent(run.best[name]) for name in self.figures}
             row |= {f"last {name} (%)": percent(run.last[name]) for name in self.figures}
             row |= {"remark": run.flags["remark"]}
-            rows.append(row | {name: run.made_by.get(name, "") for name in MADE_BY})
+            rows.append(row | {name: run.best.get(name, "") for name in MADE_BY})
         return pd.DataFrame(rows)
 
     def figures_table(self) -> pd.DataFrame:
@@ -291,8 +291,10 @@ class Section:
 
 def experiment(run: Run) -> tuple:
     """What makes two runs the same but for chance."""
-    ignored = SAME_EXPERIMENT - ({"data_root"} if run.flags["dataset"] == "folder" else set())
-    return tuple(sorted((name, value) for name, value in run.flags.items() if name not in ignored))
+    made = {name: value for name, value in run.flags.items() if name not in SAME_EXPERIMENT}
+    if run.flags["dataset"] == "folder":  # wherever it lies
+        made["data_root"] = Path(str(run.flags["data_root"])).name
+    return tuple(sorted(made.items()))
 
 
 def mean_and_std(group: list[Run], name: str) -> tuple[float, float | None]:

@@ -169,10 +169,10 @@ def start_wandb(mode: str | None, dataset: str, folder: Path, config: dict, tags
 
 
 def log_to_wandb(run, row: dict, best: dict | None) -> None:
-    """A row, but for what the run's configuration says; the summary keeps the best R@K and its epoch."""
+    """One row; the summary keeps the best R@K and its epoch."""
     if run is None:
         return
-    run.log({name: value for name, value in row.items() if name not in ("seed", "commit", "torch")})
+    run.log(row)
     if best:
         run.summary.update({f"best {name}": value for name, value in recalls(best).items()})
         run.summary["best epoch"] = best["epoch"]

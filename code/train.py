@@ -409,8 +409,8 @@ class RunFolder:
         self.best_path = folder / runlog.best_name(args.dataset, args.model)
         self.results_path = folder / f"{self.best_path.stem}_results.txt"
         self.drawing_seconds, self.started = 0.0, time.monotonic()
-        # Paths are stored whole, to be found from wherever a later command is given.
-        stored = {k: str(value.resolve()) if isinstance(value, Path) else value for k, value in vars(args).items()}
+        # Paths are stored whole, to be found from wherever a later command is given; links in them stay links.
+        stored = {k: str(value.absolute()) if isinstance(value, Path) else value for k, value in vars(args).items()}
         number = folder.name.removeprefix("run_")
         stored |= {"resume": None, "overwrite": False, "run_num": int(number) if number.isdigit() else args.run_num}
         self.origin = {
@@ -434,8 +434,7 @@ class RunFolder:
         The best network goes first and last.pth behind it: killed in between, a resumed run does the epoch again.
         """
         made_by = self.origin["made_by"]
-        row |= {"seed": self.args.seed, "commit": made_by["commit"], "torch": made_by["torch"]}
-        self.history.append(row)
+        self.history.append(row | {"seed": self.args.seed, "commit": made_by["commit"], "torch": made_by["torch"]})
         tqdm.write(runlog.console_line(row, self.args.nb_epochs))
         common = {
             # on the CPU, for readers elsewhere that do not say where to

@@ -462,6 +462,7 @@ def test_the_parts_on_their_own_compute_in_their_precision_too(dtype):
         again, same_H = criterion.cds2hg(X.to(dtype), T.int())
         assert torch.equal(again, dist_loss) and torch.equal(same_H, H)
         assert torch.equal(criterion.hgnn(X.to(dtype), H.double()), logits)
+        assert relative(criterion.hgnn(X, H, torch.ones(H.shape[1]).double()), logits) < 1e-6
     assert logits.dtype == torch.float32
 
 

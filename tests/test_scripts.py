@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import train
+import trees
 from conftest import TINY
 from PIL import Image
 from trees import make_cub, save
@@ -50,9 +51,10 @@ def test_train_then_evaluate_agree_to_the_last_digit(script, cub, tmp_path):
     made_by = json.loads((run / "args.json").read_text())["made_by"]
     assert (rows["seed"] == 1).all() and (rows["commit"] == made_by["commit"]).all()
     assert f"Commit: {made_by['commit']}" in text and f"Torchvision: {made_by['torchvision']}" in text
+    assert (rows["torch"] == torch.__version__).all()
     said = json.loads(figures.read_text())
-    assert said["trained_by"] == made_by and said["flags"]["seed"] == 1
-    assert said["scored_by"]["torch"] == torch.__version__
+    assert said["trained_by"] == made_by and said["trained_with"]["seed"] == 1
+    assert said["scored_by"]["torch"] == torch.__version__ and said["scored_with"]["image_size"] == 32
 
 
 def test_scripts_run_from_the_code_folder_too(script, cub, tmp_path):
@@ -327,9 +329,11 @@ def test_own_pictures_are_found_again_where_they_were(call, tmp_path):
 
 
 def test_own_pictures_given_by_a_relative_path_are_found_from_elsewhere(call, tmp_path, monkeypatch):
-    make_folder(tmp_path / "mine", 8)
+    trees.make_folder(tmp_path / "mine", "csv")
+    (tmp_path / "mine" / "list.csv").rename(tmp_path / "list.csv")  # beside the images there is but a link to the list
+    (tmp_path / "mine" / "list.csv").symlink_to("../list.csv")
     monkeypatch.chdir(tmp_path)
-    words = [*TINY, "--dataset", "folder", "--data-root", "mine", "--log-dir", "logs", "--epochs", 1]
+    words = [*TINY, "--dataset", "folder", "--data-root", "mine/list.csv", "--log-dir", "logs", "--epochs", 1]
     assert call("train.py", *words).code == 0
     monkeypatch.chdir("/")
     run = tmp_path / "logs" / "folder" / "run_1"
@@ -356,6 +360,15 @@ def test_networks_of_timm_get_images_of_their_own_size(call, cub, tmp_path):
     run = tmp_path / "cub" / "run_1"
     assert json.loads((run / "args.json").read_text())["flags"]["image_size"] == 160
     assert call("evaluate.py", "--model-path", run, "--data-root", cub, "--gpu-id", -1, "--workers", 0).code == 0
+    # of a checkpoint that says nothing, too
+    state = load(next(run.glob("*_best.pth")))["model_state_dict"]
+    torch.save({"model_state_dict": state}, tmp_path / "bare.pth")
+    bare = ["--model-path", tmp_path / "bare.pth", "--model", "timm:test_vit", "--embedding-size", 16, "--gpu-id", -1]
+    scored = call("evaluate.py", *bare, "--dataset", "cub", "--data-root", cub, "--json", tmp_path / "figures.json")
+    assert scored.code == 0 and json.loads((tmp_path / "figures.json").read_text())["scored_with"]["image_size"] == 160
+    images = next((cub / "CUB_200_2011" / "images").glob("00*"))
+    words = ["--gallery", images, "--query", images, "--output", tmp_path / "found", "--workers", 0]
+    assert call("retrieve.py", *bare, *words).code == 0
 
 
 def test_one_class_to_test_on_is_doubted(call, tmp_path):
