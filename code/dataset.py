@@ -190,9 +190,10 @@ class ImageDataset(Dataset):
     def read(self, index: int) -> Image.Image:
         try:
             return read_rgb(os.path.join(self.images.root, self.images.paths[index]))
-        except UnreadableImage:
-            if self.bad is not None:
-                self.bad[index] = 1
+        except UnreadableImage as error:
+            if self.bad is None:
+                raise UnreadableImage(f"{error} (--skip-bad-images goes on past such images)") from None
+            self.bad[index] = 1
             raise
 
     def substitutes(self, index: int) -> Iterator[int]:

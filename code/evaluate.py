@@ -11,7 +11,6 @@ Checkpoints of this project know their architecture and data set; for published 
 import json
 import sys
 import warnings
-from pathlib import Path
 
 import checkpoint
 import dataset
@@ -167,7 +166,7 @@ def report(args, device, source, gallery, found, figures, num_bad, origin):
             "undecoded": num_bad,
             "figures": figures,
             "scored_by": runlog.environment(device),
-            "scored_with": {k: str(value) if isinstance(value, Path) else value for k, value in vars(args).items()},
+            "scored_with": flags.plain(args),
             **origin,
         }
         checkpoint.write_text(json.dumps(content, indent=2) + "\n", args.json)

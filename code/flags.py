@@ -128,6 +128,12 @@ class Parser(argparse.ArgumentParser):
         return self.parse(adopted + sys.argv[1:])[0]
 
 
+def plain(args: argparse.Namespace) -> dict[str, object]:
+    """Flags by destination as plain data, for files. Paths whole, so that they are found from any folder; links in
+    them stay links."""
+    return {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, on one line."""
     if isinstance(error, torch.OutOfMemoryError):
@@ -228,9 +234,8 @@ def add_image_flags(group, batch_size: int) -> None:
     group.add_argument(
         "--image-size",
         type=whole(8),
-        help="pixels fed to the network, by default those it was trained with; if that is not known its own: 224, but "
-        "for some of timm's; "
-        "evaluation first resizes to image-size·256/224",
+        help="pixels fed to the network, by default those it was trained with; if that is not known its own, 224 but "
+        "for some of timm's; evaluation first resizes to image-size·256/224",
     )
     group.add_argument("--batch-size", dest="sz_batch", type=whole(1), default=batch_size, help="images in a batch")
     group.add_argument(

@@ -530,8 +530,7 @@ def nearest(
     k = min(k, len(gallery) - int(exclude is not None))
     rows = max(1, int(memory_gib * 2**30 / 8 / len(gallery)))
     values, indices = [], []
-    quiet = None if progress else True
-    with tqdm(total=len(query), desc="search", unit="query", leave=False, disable=quiet) as bar:
+    with tqdm(total=len(query), desc="search", unit="query", leave=False, disable=None if progress else True) as bar:
         for start in range(0, len(query), rows):
             S = query[start : start + rows] @ gallery.T
             if exclude is not None:

@@ -167,8 +167,7 @@ def read_run(folder: Path) -> Run:
     if not isinstance(content, dict) or not isinstance(content.get("flags"), dict):
         raise ValueError("args.json holds no flags")
     # A flag that is younger than the run had its default.
-    defaults = vars(flags.train_parser().parse_args([]))
-    run_flags = {name: str(value) if isinstance(value, Path) else value for name, value in defaults.items()}
+    run_flags = flags.plain(flags.train_parser().parse_args([]))
     run_flags |= {
         name: value if isinstance(value, str | int | float) else "" for name, value in content["flags"].items()
     }

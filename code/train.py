@@ -409,9 +409,8 @@ class RunFolder:
         self.best_path = folder / runlog.best_name(args.dataset, args.model)
         self.results_path = folder / f"{self.best_path.stem}_results.txt"
         self.drawing_seconds, self.started = 0.0, time.monotonic()
-        # Paths are stored whole, to be found from wherever a later command is given; links in them stay links.
-        stored = {k: str(value.absolute()) if isinstance(value, Path) else value for k, value in vars(args).items()}
         number = folder.name.removeprefix("run_")
+        stored = flags.plain(args)
         stored |= {"resume": None, "overwrite": False, "run_num": int(number) if number.isdigit() else args.run_num}
         self.origin = {
             "flags": stored,
