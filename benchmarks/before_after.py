@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "code"))
 import checkpoint
 import dataset
 import flags
+import inference
 import metrics
 import net
 import pictures
@@ -37,7 +38,7 @@ def main():
     chosen = torch.from_numpy(np.random.RandomState(0).permutation(len(images))[:QUERIES])
     sides = []
     for title in ("before training", "after training"):
-        embedded = metrics.embed(network, loader, "cpu", args.amp == "bf16")
+        embedded = inference.embed(network, loader, "cpu", args.amp == "bf16")
         found = metrics.retrieval(embedded.embeddings, embedded.labels, ks=(1,))
         print(f"{title}: R@1 {100 * found.recall[1]:.2f}")
         index, similarity = metrics.nearest(embedded.embeddings[chosen], embedded.embeddings, 8, chosen)

@@ -1,14 +1,11 @@
 """Images, labels, splits, transforms, sampler, loaders.
 
-    python code/dataset.py check cub --decode          # is it complete, is it the right edition?
-    python code/dataset.py download cub                # fetch it (cub, SOP), or say where to get it
-    python code/dataset.py show cub --output cub.png   # look at it before training
-
 layouts.py says what lies where under the data root.
 """
 
 import os
 import signal
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +94,7 @@ def load_benchmark(name: str, data_root: Path, train_classes: float = 0.5) -> Be
         if missing:
             raise FileNotFoundError(
                 f"{listing.source} names {len(missing):,} images that are not there, the first is "
-                f"{listing.root / missing[0]}; `python code/dataset.py check {name}` names more"
+                f"{listing.root / missing[0]}; `python code/prepare.py check {name}` names more"
             )
     train = make_image_list(listing, ["train"])["train"]
     if "test" in listing.splits:
@@ -426,7 +423,4 @@ def make_eval_loader(
 
 
 if __name__ == "__main__":
-    from datatools import main
-    from flags import run_script
-
-    run_script(main)
+    sys.exit("dataset.py: check, download and show moved: python code/prepare.py check|download|show NAME")

@@ -124,3 +124,31 @@ def from_first(value):
     holder = [value]
     dist.broadcast_object_list(holder)
     return holder[0]
+
+
+def all_reduce(values: Tensor, how: str) -> None:
+    """The sum or maximum over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[how])
+
+
+def all_gather(values: Tensor) -> Tensor:
+    """The values (n,) of all processes, one after another; n may differ."""
+    if not dist.is_initialized():
+        return values
+    sizes = [values.new_zeros(1) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, values.new_tensor([len(values)]))
+    parts = [values.new_zeros(int(max(sizes))) for _ in sizes]
+    dist.all_gather(parts, nn.functional.pad(values, (0, len(parts[0]) - len(values))))
+    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
+
+
+def gather_shares(share: Tensor, total: int) -> Tensor:
+    """Rows that were dealt out in turn (process r has rows r, r + count, …), back in order (total, …), everywhere."""
+    if not dist.is_initialized():
+        return share
+    padded = share.new_zeros(-(-total // dist.get_world_size()), *share.shape[1:])
+    padded[: len(share)] = share
+    parts = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, padded)
+    return torch.stack(parts, dim=1).flatten(0, 1)[:total]

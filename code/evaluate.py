@@ -16,6 +16,7 @@ import checkpoint
 import dataset
 import distributed
 import flags
+import inference
 import metrics
 import net
 import numpy as np
@@ -173,7 +174,7 @@ def report(args, device, source, gallery, found, figures, num_bad, origin):
 
 
 def embed(network, images, device, args):
-    """metrics.Embedded of one split."""
+    """inference.Embedded of one split."""
     transform = dataset.eval_transform(args.image_size, network.mean, network.std, network.bgr, network.scale)
     loader = dataset.make_eval_loader(
         images,
@@ -184,7 +185,7 @@ def embed(network, images, device, args):
         args.skip_bad_images,
         distributed.processes(),
     )
-    return metrics.embed(network, loader, device, args.amp == "bf16", args.channels_last)
+    return inference.embed(network, loader, device, args.amp == "bf16", args.channels_last)
 
 
 def save_embeddings(path, parts, ks):
@@ -207,7 +208,7 @@ def read_embeddings(path):
                 if not prefix or f"{prefix}embeddings" in arrays:
                     embeddings, labels = arrays[f"{prefix}embeddings"], arrays[f"{prefix}labels"]
                     tensors = torch.from_numpy(embeddings), torch.from_numpy(labels)
-                    parts.append(metrics.Embedded(*tensors, torch.arange(len(labels))))
+                    parts.append(inference.Embedded(*tensors, torch.arange(len(labels))))
             ks = tuple(int(k) for k in arrays["ks"]) if "ks" in arrays else (1, 2, 4, 8, 16, 32)
     except OSError:
         raise

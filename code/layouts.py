@@ -60,7 +60,7 @@ class Listing:
 
 def not_there(name: str, path: Path) -> FileNotFoundError:
     return FileNotFoundError(
-        f"{path} is not there; `python code/dataset.py download {name}` fetches it or says where it is, "
+        f"{path} is not there; `python code/prepare.py download {name}` fetches it or says where it is, "
         f"--data-root names the folder that holds {HOMES[name]}"
     )
 
@@ -234,7 +234,7 @@ def read_cars(root: Path) -> Listing:
     if not test_file.is_file() and find("cars_test_annos.mat").is_file():
         raise FileNotFoundError(
             f"{root / test_file.name} is not there, {find('cars_test_annos.mat')} has no labels; "
-            "`python code/dataset.py download cars` says where to get it"
+            "`python code/prepare.py download cars` says where to get it"
         )
     train_file = find("cars_train_annos.mat")
     pairs = read_car_annotations(train_file, "fname", "cars_train/")

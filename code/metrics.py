@@ -1,4 +1,4 @@
-"""Retrieval figures: embed a loader, then R@K, R-precision, MAP@R and NMI, exact and in bounded memory.
+"""Retrieval figures: R@K, R-precision, MAP@R and NMI, exact and in bounded memory.
 
 The figures need no sorted list of neighbours. A query's R@K follows from one number, how many images of other classes
 lie closer than its closest image of the same class; R-precision and MAP@R follow from the same count for each of its
@@ -11,11 +11,10 @@ the tied ones. Thus an image that exists twice, or a network that maps everythin
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
+import distributed
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
@@ -45,76 +44,6 @@ class Retrieval:
         if self.r_precision is not None:
             named |= {"RP": self.r_precision, "MAP@R": self.map_at_r}
         return named
-
-
-class Embedded(NamedTuple):
-    """embeddings (N, D) float32 and labels (N,) int64 on the CPU, and which images of the data set they are, (N,)."""
-
-    embeddings: Tensor
-    labels: Tensor
-    rows: Tensor
-
-
-@torch.inference_mode()
-def embed(network, loader, device, amp=False, channels_last=False, description="embed", after_batch=lambda: None):
-    """Embeddings of every image of a loader, in its order -> Embedded. The network is left in eval mode.
-
-    Images that a loader with skip_bad could not decode (label -1) are left out. amp: bf16 autocast. after_batch is
-    called after every batch and may raise to stop. With several processes each embeds its share, every one gets all:
-    process r of n has to be given a loader of the images r, r + n, r + 2n, … and all of them the same data set.
-    """
-    network.eval()
-    device = torch.device(device)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    rank, count = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    total = len(loader.dataset)
-    if total == 0:
-        raise ValueError("there is no image to embed")
-    share = len(range(rank, total, count))
-    embeddings, labels, done = None, torch.empty(share, dtype=torch.int64), 0
-    with tqdm(total=total, desc=description, unit="img", disable=None, leave=False) as bar:
-        for images, targets in loader:
-            images = images.to(device, non_blocking=True, memory_format=layout)
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                batch = network(images).float()
-            if embeddings is None:
-                # Collected on the device: reading every batch back would make the host wait for each of them.
-                embeddings = torch.empty(share, batch.shape[1], device=device)
-            embeddings[done : done + len(batch)] = batch
-            labels[done : done + len(batch)] = targets
-            done += len(batch)
-            bar.update(len(batch) * count)
-            after_batch()
-    if embeddings is None:  # fewer images than processes
-        embeddings = torch.empty(0, network.embedding_size, device=device)
-    embeddings, labels = _gather_shares(embeddings, total).cpu(), _gather_shares(labels.to(device), total).cpu()
-    decoded = labels >= 0
-    return Embedded(embeddings[decoded], labels[decoded], decoded.nonzero()[:, 0])
-
-
-def evaluate(
-    network,
-    query_loader,
-    gallery_loader,
-    ks,
-    device,
-    amp=False,
-    channels_last=False,
-    memory_gib=1.0,
-    precision=False,
-    after_batch=lambda: None,
-) -> tuple[Retrieval, Embedded, Embedded | None]:
-    """Embed the loaders and search, every query among the gallery or, if that is None, among all other queries.
-
-    Returns the figures and what was embedded: (Retrieval, query, gallery or None).
-    """
-    options = dict(amp=amp, channels_last=channels_last, after_batch=after_batch)
-    query = embed(network, query_loader, device, description="embed queries" if gallery_loader else "embed", **options)
-    gallery = None
-    if gallery_loader is not None:
-        gallery = embed(network, gallery_loader, device, description="embed gallery", **options)
-    sets = (*query[:2], *(gallery[:2] if gallery else (None, None)))
-    return retrieval(*sets, ks, precision, memory_gib, device, progress=True), query, gallery
 
 
 def retrieval(
@@ -236,8 +165,8 @@ class _Search:
 
     def run(self) -> None:
         pairs = list(self._pairs())
-        if dist.is_initialized():  # the processes share the blocks and then put their counts together
-            pairs = pairs[dist.get_rank() :: dist.get_world_size()]
+        rank, count = distributed.processes()
+        pairs = pairs[rank::count]  # the processes share the blocks and then put their counts together
         mixed = [pair for pair in pairs if self._mixed(*pair)]
         with tqdm(
             total=len(pairs) + len(mixed),
@@ -250,19 +179,19 @@ class _Search:
             for rows, columns in mixed:
                 self._visit_positives(rows, columns, positives)
                 bar.update()
-            _all_reduce(self.best, "max")
+            distributed.all_reduce(self.best, "max")
             self.best[self.R == 0] = INF  # nothing is closer than that: these queries count nothing
             if self.precision:
-                self.positives = _all_gather(torch.cat(positives)).sort().values  # keys, see _keys
+                self.positives = distributed.all_gather(torch.cat(positives)).sort().values  # keys, see _keys
                 self._start_rivals()
             for rows, columns in pairs:
                 self._visit_negatives(rows, columns)
                 bar.update()
             for counts in (self.above, self.tied, self.tied_positives):
-                _all_reduce(counts, "sum")
+                distributed.all_reduce(counts, "sum")
             if self.precision:
                 self._keep_closest_rivals()
-                self.rivals = [_all_gather(self.rivals[0])]
+                self.rivals = [distributed.all_gather(self.rivals[0])]
                 self._keep_closest_rivals()
 
     def _pairs(self) -> Iterator[tuple[slice, slice]]:
@@ -433,34 +362,6 @@ class _Search:
                 equal &= self.q_labels[i, None] != self.g_labels[None, j]
                 ties[part] += equal.sum(dim=1)
         return ties
-
-
-def _all_reduce(values: Tensor, how: str) -> None:
-    """The sum or maximum over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(values, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[how])
-
-
-def _all_gather(values: Tensor) -> Tensor:
-    """The values (n,) of all processes, one behind the other; n may differ."""
-    if not dist.is_initialized():
-        return values
-    sizes = [values.new_zeros(1) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, values.new_tensor([len(values)]))
-    parts = [values.new_zeros(int(max(sizes))) for _ in sizes]
-    dist.all_gather(parts, F.pad(values, (0, len(parts[0]) - len(values))))
-    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
-
-
-def _gather_shares(share: Tensor, total: int) -> Tensor:
-    """Rows that were dealt out in turn (process r has rows r, r + count, …), back in order (total, …), everywhere."""
-    if not dist.is_initialized():
-        return share
-    padded = share.new_zeros(-(-total // dist.get_world_size()), *share.shape[1:])
-    padded[: len(share)] = share
-    parts = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, padded)
-    return torch.stack(parts, dim=1).flatten(0, 1)[:total]
 
 
 def _blocks(length: int, size: int) -> list[slice]:

@@ -216,7 +216,7 @@ def search(
 
     Args:
         per_query: {'R@1': (Q,), …}, how well each query went.
-        query, gallery: metrics.Embedded; gallery None where the queries search among themselves.
+        query, gallery: inference.Embedded; gallery None where the queries search among themselves.
         query_images, gallery_images: the dataset.ImageList each was made of.
         nearest: metrics.nearest.
     """

@@ -24,6 +24,7 @@ from urllib.parse import quote
 import checkpoint
 import dataset
 import flags
+import inference
 import layouts
 import metrics
 import net
@@ -92,13 +93,13 @@ def list_images(path: Path, option: str) -> dataset.ImageList:
     return dataset.ImageList(root, paths, np.zeros(len(paths), np.int64), [""])
 
 
-def embed(network, images, device, args, description) -> metrics.Embedded:
+def embed(network, images, device, args, description) -> inference.Embedded:
     """Those of the images that can be decoded."""
     transform = dataset.eval_transform(args.image_size, network.mean, network.std, network.bgr, network.scale)
     loader = dataset.make_eval_loader(
         images, transform, args.sz_batch, args.nb_workers, device.type == "cuda", skip_bad=True
     )
-    return metrics.embed(network, loader, device, args.amp == "bf16", args.channels_last, description)
+    return inference.embed(network, loader, device, args.amp == "bf16", args.channels_last, description)
 
 
 def why_not(images, row) -> str:
@@ -124,7 +125,7 @@ def cache_path(args, state: dict[str, torch.Tensor]) -> Path:
     return gallery.with_name(f"{gallery.name}.embeddings-{key.hexdigest()[:12]}.npz")
 
 
-def embed_gallery(network, images, states, cache: Path, device, args) -> metrics.Embedded:
+def embed_gallery(network, images, states, cache: Path, device, args) -> inference.Embedded:
     """All images of the gallery that can be decoded; from the cache where a file is as it was."""
     embeddings, known = read_cache(cache, images, states, args.sz_embedding)
     todo = np.flatnonzero(~known)
@@ -152,7 +153,7 @@ def embed_gallery(network, images, states, cache: Path, device, args) -> metrics
         raise ValueError(f"--gallery {images.root}: none of its {len(images):,} images can be decoded")
     rows = torch.from_numpy(np.flatnonzero(known))
     vectors = torch.from_numpy(embeddings[known] if len(bad) else embeddings)
-    return metrics.Embedded(vectors, torch.zeros(len(rows), dtype=torch.int64), rows)
+    return inference.Embedded(vectors, torch.zeros(len(rows), dtype=torch.int64), rows)
 
 
 def look_at_files(images) -> tuple[np.ndarray, np.ndarray]:

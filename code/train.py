@@ -23,6 +23,7 @@ import checkpoint
 import dataset
 import distributed
 import flags
+import inference
 import metrics
 import net
 import numpy as np
@@ -303,7 +304,7 @@ def evaluate(network, evaluation_sets, ks, device, args, stop):
     figures, searched = {}, None
     options = dict(amp=args.amp == "bf16", channels_last=args.channels_last, after_batch=stop.check)
     for prefix, query_loader, gallery_loader in evaluation_sets:
-        searched = metrics.evaluate(
+        searched = inference.evaluate(
             network, query_loader, gallery_loader, ks, device, memory_gib=args.search_memory, **options
         )
         figures |= {prefix + name: value for name, value in searched[0].figures().items()}

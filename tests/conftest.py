@@ -64,9 +64,7 @@ def call(monkeypatch, capsys):
     import flags
 
     def run(name, *arguments):
-        # dataset.py is a room too; its command line lives in datatools.py
-        module = {"dataset.py": "datatools"}.get(name, name.removesuffix(".py"))
-        main = importlib.import_module(module).main
+        main = importlib.import_module(name.removesuffix(".py")).main
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         capsys.readouterr()

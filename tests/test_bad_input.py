@@ -145,10 +145,10 @@ CASES = [
     ("evaluate.py", "--embeddings {root}/shapes.npz", None, r"embeddings \(N, D\) and labels \(N,\) expected"),
     ("evaluate.py", "--embeddings {root}/lonely.npz", None, r"none of the 3 queries"),
     ("evaluate.py", CUB + " --metrics speed", None, r"invalid choice: 'speed'"),
-    ("dataset.py", "check cub --data-root {root}/nowhere", None, r"nowhere"),
-    ("dataset.py", "check birds", None, r"birds"),
-    ("dataset.py", "show cub --data-root {root}/nowhere", None, r"nowhere"),
-    ("dataset.py", "download cub --data-root {root}/own --url http://127.0.0.1:9/a.tgz", None, r"127\.0\.0\.1:9"),
+    ("prepare.py", "check cub --data-root {root}/nowhere", None, r"nowhere"),
+    ("prepare.py", "check birds", None, r"birds"),
+    ("prepare.py", "show cub --data-root {root}/nowhere", None, r"nowhere"),
+    ("prepare.py", "download cub --data-root {root}/own --url http://127.0.0.1:9/a.tgz", None, r"127\.0\.0\.1:9"),
 ]
 
 

@@ -186,14 +186,14 @@ def test_evaluate_script_gives_the_same_figures_and_writes_once(cub, alone, tmp_
 EMBED = """
 import sys, torch
 sys.path.insert(0, {code!r})
-import distributed, metrics
+import distributed, inference
 distributed.start(-1)
 class Network(torch.nn.Flatten):
     embedding_size = 2
 data = torch.utils.data.TensorDataset(torch.arange(4.0).view(2, 2, 1, 1), torch.tensor([7, 8]))
 rank, count = distributed.processes()
 loader = torch.utils.data.DataLoader(data, sampler=range(rank, 2, count), batch_size=1)
-found = metrics.embed(Network(), loader, "cpu")
+found = inference.embed(Network(), loader, "cpu")
 assert found.embeddings.tolist() == [[0.0, 1.0], [2.0, 3.0]] and found.labels.tolist() == [7, 8], found
 distributed.stop()
 """

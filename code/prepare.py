@@ -1,4 +1,9 @@
-"""What `python code/dataset.py check|download|show NAME` does."""
+"""Check, download and look at the benchmarks.
+
+python code/prepare.py check cub --decode          # is it complete, is it the right edition?
+python code/prepare.py download cub                # fetch it (cub, SOP), or say where to get it
+python code/prepare.py show cub --output cub.png   # look at it before training
+"""
 
 import argparse
 import contextlib
@@ -24,7 +29,7 @@ from typing import BinaryIO
 
 import numpy as np
 from dataset import UnreadableImage, available_cores, load_benchmark, read_rgb
-from flags import CODE, DATASETS, one_line
+from flags import CODE, DATASETS, one_line, run_script
 from glyphs import ensure_glyphs, load_font
 from layouts import (
     HOMES,
@@ -257,7 +262,7 @@ def download(name: str, data_root: Path, url: str | None = None) -> None:
         print(BY_HAND[name].format(home=home))
         return
     if home.exists():
-        print(f"{home} is there already; `python code/dataset.py check {name}` looks whether it is complete")
+        print(f"{home} is there already; `python code/prepare.py check {name}` looks whether it is complete")
         return
     home.parent.mkdir(parents=True, exist_ok=True)
     archive = fetch_archive(ARCHIVES[name], url or ARCHIVES[name].url, home.parent)
@@ -322,7 +327,7 @@ def show(name: str, data_root: Path, output: Path, num_classes: int = 8, images_
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="dataset.py", allow_abbrev=False, description="Check, download and look at the benchmarks."
+        prog="prepare.py", allow_abbrev=False, description="Check, download and look at the benchmarks."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for command, text in (
@@ -357,3 +362,7 @@ def main() -> None:
         download(args.name, args.data_root, args.url)
     else:
         show(args.name, args.data_root, args.output or Path(f"{args.name}.png"))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -10,9 +10,9 @@ import zipfile
 from pathlib import Path
 
 import dataset
-import datatools
 import layouts
 import numpy as np
+import prepare
 import pytest
 import trees
 from PIL import Image
@@ -36,7 +36,7 @@ def publish(monkeypatch, name, root):
 def test_check_is_content_with_what_was_published(tmp_path, monkeypatch, capsys, name, make):
     make(tmp_path, classes=4, images=4, size=8)
     publish(monkeypatch, name, tmp_path)
-    assert datatools.check(name, tmp_path, decode=True)
+    assert prepare.check(name, tmp_path, decode=True)
     out = capsys.readouterr().out
     assert "nothing is off" in out and "off:" not in out
     splits = ("train", "query", "gallery") if name == "Inshop" else ("train", "test")
@@ -53,7 +53,7 @@ def test_check_finds_all_that_is_off_at_once(tmp_path, monkeypatch, capsys):
     (home / "bicycle_final/111000000001_5.JPG").write_text("not an image")
     list_file = home / "Ebay_test.txt"
     list_file.write_text(list_file.read_text().replace(" 3 1 ", " 1 1 ", 1))
-    assert not datatools.check("SOP", tmp_path, decode=True)
+    assert not prepare.check("SOP", tmp_path, decode=True)
     out = capsys.readouterr().out
     assert "counts differ" in out and "share 1 classes" in out
     assert out.count("off: ") == 2 + 6 + 8  # counts, classes; five missing files and the rest; eight not decoded
@@ -64,19 +64,19 @@ def test_check_finds_all_that_is_off_at_once(tmp_path, monkeypatch, capsys):
 def test_check_knows_the_2010_edition(tmp_path, monkeypatch, capsys):
     trees.make_cub(tmp_path, classes=4, images=3, size=8)
     pairs = [(f"{i}.jpg", 1 + i % 200) for i in range(6033)]
-    monkeypatch.setattr(datatools, "read_listing", lambda *_: layouts.Listing(tmp_path, {"all": pairs}))
-    assert not datatools.check("cub", tmp_path)
+    monkeypatch.setattr(prepare, "read_listing", lambda *_: layouts.Listing(tmp_path, {"all": pairs}))
+    assert not prepare.check("cub", tmp_path)
     assert "2010 edition" in capsys.readouterr().out
 
 
 def test_check_command(tmp_path, call, script):
     trees.make_cub(tmp_path, classes=4, images=3, size=8)
-    status, out, err = script("dataset.py", "check", "cub", "--data-root", tmp_path, "--decode")
+    status, out, err = script("prepare.py", "check", "cub", "--data-root", tmp_path, "--decode")
     assert status == 1 and "off: cub: the counts differ" in out and err == ""
-    status, out, err = call("dataset.py", "check", "cars", "--data-root", tmp_path)
-    assert status == 1 and err.startswith("dataset.py: error: ") and err.count("\n") == 1 and "cars_annos.mat" in err
+    status, out, err = call("prepare.py", "check", "cars", "--data-root", tmp_path)
+    assert status == 1 and err.startswith("prepare.py: error: ") and err.count("\n") == 1 and "cars_annos.mat" in err
     trees.make_folder(tmp_path / "own", "train+test", 4, 3, 8)
-    status, out, err = call("dataset.py", "check", "folder", "--data-root", tmp_path / "own")
+    status, out, err = call("prepare.py", "check", "folder", "--data-root", tmp_path / "own")
     assert status == 0 and "folder: nothing is off" in out and err == ""
 
 
@@ -155,13 +155,13 @@ def zip_of(tmp_path):
 @pytest.fixture
 def fetch_cub(tmp_path, server, monkeypatch):
     """Serves an archive as CUB's, the md5 being right, and downloads it to tmp_path/data."""
-    monkeypatch.setattr(datatools.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
 
     def run(content):
         server.content = content
         md5 = hashlib.md5(content).hexdigest()
-        monkeypatch.setitem(datatools.ARCHIVES, "cub", datatools.Archive("http://x/CUB_200_2011.tgz", md5))
-        datatools.download("cub", tmp_path / "data", server.url)
+        monkeypatch.setitem(prepare.ARCHIVES, "cub", prepare.Archive("http://x/CUB_200_2011.tgz", md5))
+        prepare.download("cub", tmp_path / "data", server.url)
         return tmp_path / "data"
 
     return run
@@ -180,15 +180,15 @@ def test_download_and_unpack(tmp_path, server, fetch_cub, capsys):
     for path in original.train.paths:
         assert (benchmark.train.root / path).read_bytes() == (original.train.root / path).read_bytes()
     assert server.asked_from == [0]
-    datatools.download("cub", root, server.url)  # again: nothing to do
+    prepare.download("cub", root, server.url)  # again: nothing to do
     assert server.asked_from == [0] and "is there already" in capsys.readouterr().out
 
 
 def test_download_zip(tmp_path, server, monkeypatch):
     server.content = zip_of(tmp_path)
     md5 = hashlib.md5(server.content).hexdigest()
-    monkeypatch.setitem(datatools.ARCHIVES, "SOP", datatools.Archive("http://x/Stanford_Online_Products.zip", md5))
-    datatools.download("SOP", tmp_path, server.url)
+    monkeypatch.setitem(prepare.ARCHIVES, "SOP", prepare.Archive("http://x/Stanford_Online_Products.zip", md5))
+    prepare.download("SOP", tmp_path, server.url)
     assert len(dataset.load_benchmark("SOP", tmp_path).train) == 6
 
 
@@ -232,25 +232,25 @@ def test_download_that_was_whole_but_not_unpacked(tmp_path, server, fetch_cub):
 
 def test_download_with_another_md5_is_thrown_away(tmp_path, server, call):
     server.content = tar_of(tmp_path)
-    status, out, err = call("dataset.py", "download", "cub", "--data-root", tmp_path / "data", "--url", server.url)
+    status, out, err = call("prepare.py", "download", "cub", "--data-root", tmp_path / "data", "--url", server.url)
     last = err.splitlines()[-1]
-    assert status == 1 and last.startswith("dataset.py: error: ") and "97eceeb196236b17998738112f37df78" in last
+    assert status == 1 and last.startswith("prepare.py: error: ") and "97eceeb196236b17998738112f37df78" in last
     assert hashlib.md5(server.content).hexdigest() in last
     assert list((tmp_path / "data").iterdir()) == []
     (tmp_path / "data" / "CUB_200_2011.tgz").write_bytes(b"mine")
     with pytest.raises(ValueError, match="its md5 is not 97ec.*remove the file"):
-        datatools.download("cub", tmp_path / "data", server.url)
+        prepare.download("cub", tmp_path / "data", server.url)
     assert (tmp_path / "data" / "CUB_200_2011.tgz").read_bytes() == b"mine"
 
 
 def test_server_that_refuses(tmp_path, server):
     server.status = 404
     with pytest.raises(OSError, match="archive: the server says 404"):
-        datatools.download("cub", tmp_path, server.url)
+        prepare.download("cub", tmp_path, server.url)
     with pytest.raises(OSError, match="^http://127.0.0.1:9/x: "):
-        datatools.download("cub", tmp_path, "http://127.0.0.1:9/x")
+        prepare.download("cub", tmp_path, "http://127.0.0.1:9/x")
     with pytest.raises(ValueError, match="unknown url type"):
-        datatools.download("cub", tmp_path, "not-a-url")
+        prepare.download("cub", tmp_path, "not-a-url")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -293,26 +293,26 @@ def test_zip_that_leads_out_and_archive_of_something_else(tmp_path):
         zipped.writestr("Stanford_Online_Products/a.txt", "a")
         zipped.writestr("../evil.txt", "evil")
     with pytest.raises(ValueError, match="leads out"):
-        datatools.extract(archive, tmp_path / "Stanford_Online_Products")
+        prepare.extract(archive, tmp_path / "Stanford_Online_Products")
     with zipfile.ZipFile(archive, "w") as zipped:
         zipped.writestr("other/a.txt", "a")
     with pytest.raises(ValueError, match="there is no Stanford_Online_Products in it"):
-        datatools.extract(archive, tmp_path / "Stanford_Online_Products")
+        prepare.extract(archive, tmp_path / "Stanford_Online_Products")
     assert names(tmp_path) == ["a.zip"]
 
 
 def test_download_says_where_to_get_what_it_may_not_fetch(tmp_path, call):
-    status, out, err = call("dataset.py", "download", "cars", "--data-root", tmp_path)
+    status, out, err = call("prepare.py", "download", "cars", "--data-root", tmp_path)
     assert status == 0 and err == "" and str(tmp_path / "cars196") in out and "cars_test_annos_withlabels.mat" in out
-    status, out, err = call("dataset.py", "download", "Inshop", "--data-root", tmp_path)
+    status, out, err = call("prepare.py", "download", "Inshop", "--data-root", tmp_path)
     assert status == 0 and str(tmp_path / "Inshop_Clothes") in out and "list_eval_partition.txt" in out
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match="'folder' cannot be downloaded"):
-        datatools.download("folder", tmp_path)
+        prepare.download("folder", tmp_path)
 
 
 def test_published_md5s():
-    assert {name: archive.file_name for name, archive in datatools.ARCHIVES.items()} == {
+    assert {name: archive.file_name for name, archive in prepare.ARCHIVES.items()} == {
         "cub": "CUB_200_2011.tgz",
         "SOP": "Stanford_Online_Products.zip",
     }
@@ -324,7 +324,7 @@ def test_published_md5s():
 @pytest.mark.parametrize("name, make, columns", [("cub", trees.make_cub, 2), ("Inshop", trees.make_inshop, 3)])
 def test_show_draws_classes_of_every_split(tmp_path, capsys, name, make, columns):
     make(tmp_path, classes=6, images=6, size=24)
-    datatools.show(name, tmp_path, tmp_path / "sheet.png")
+    prepare.show(name, tmp_path, tmp_path / "sheet.png")
     assert f"{tmp_path / 'sheet.png'}: " in capsys.readouterr().out
     sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"), dtype=int)
     # the first picture of the first class of each split, in its colour
@@ -338,12 +338,12 @@ def test_show_draws_classes_of_every_split(tmp_path, capsys, name, make, columns
 def test_show_command(tmp_path, call, script):
     trees.make_cub(tmp_path, classes=4, images=3, size=24)
     (tmp_path / "CUB_200_2011/images/001.Bird_1/Bird_1_0000.jpg").write_text("not an image")
-    status, out, err = call("dataset.py", "show", "cub", "--data-root", tmp_path, "--output", tmp_path / "sheet.png")
+    status, out, err = call("prepare.py", "show", "cub", "--data-root", tmp_path, "--output", tmp_path / "sheet.png")
     assert status == 0 and Image.open(tmp_path / "sheet.png").width > 1000
-    status, out, err = script("dataset.py", "show", "CUB", "--data-root", tmp_path)
-    assert status == 1 and err.startswith("dataset.py: error: 'CUB' is no dataset") and err.count("\n") == 1
+    status, out, err = script("prepare.py", "show", "CUB", "--data-root", tmp_path)
+    assert status == 1 and err.startswith("prepare.py: error: 'CUB' is no dataset") and err.count("\n") == 1
 
 
 def test_spread():
-    assert datatools.spread(3, 8) == [0, 1, 2]
-    assert datatools.spread(100, 3) == [0, 50, 99]
+    assert prepare.spread(3, 8) == [0, 1, 2]
+    assert prepare.spread(100, 3) == [0, 50, 99]

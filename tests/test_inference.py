@@ -1,0 +1,95 @@
+"""Tests of code/inference.py: embedding a loader, and the figures of what it embeds."""
+
+import inference
+import metrics
+import pytest
+import torch
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Tiny(torch.nn.Module):
+    """Flattens an image; dropout and BatchNorm would show if the network were not in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = torch.nn.BatchNorm2d(3)
+        self.dropout = torch.nn.Dropout(0.5)
+
+    def forward(self, images):
+        return self.dropout(self.bn(images)).flatten(1)
+
+
+def make_loader(labels, batch_size, seed=0):
+    images = randn(len(labels), 3, 2, 2, seed=seed)
+    data = torch.utils.data.TensorDataset(images, torch.tensor(labels))
+    return torch.utils.data.DataLoader(data, batch_size), images
+
+
+def test_embed_in_order_with_a_ragged_last_batch():
+    labels = [4, 1, 1, 0, 2, 9, 9]
+    loader, images = make_loader(labels, 3)
+    network, seen = Tiny().train(), []
+    embeddings, found, rows = inference.embed(network, loader, "cpu", after_batch=lambda: seen.append(True))
+    assert not network.training and not network.bn.training
+    assert embeddings.dtype == torch.float32 and found.dtype == torch.int64
+    assert found.tolist() == labels and rows.tolist() == list(range(7)) and len(seen) == 3
+    torch.testing.assert_close(embeddings, images.flatten(1) / (1 + 1e-5) ** 0.5)
+    assert not embeddings.requires_grad
+
+
+def test_embed_leaves_out_images_that_could_not_be_read():
+    loader, images = make_loader([4, -1, 1, 0, -1], 2)
+    embeddings, labels, rows = inference.embed(Tiny(), loader, "cpu")
+    assert labels.tolist() == [4, 1, 0] and rows.tolist() == [0, 2, 3]
+    torch.testing.assert_close(embeddings, images[[0, 2, 3]].flatten(1) / (1 + 1e-5) ** 0.5)
+
+
+def test_embed_options_change_little():
+    loader, _ = make_loader([0, 1, 2], 2)
+    plain = inference.embed(Tiny(), loader, "cpu").embeddings
+    other = inference.embed(Tiny(), loader, "cpu", amp=True, channels_last=True).embeddings
+    assert other.dtype == torch.float32
+    torch.testing.assert_close(other, plain, rtol=0.02, atol=0.02)
+
+
+def test_embed_stops_where_it_is_told_to():
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        inference.embed(Tiny(), make_loader([0, 1, 2], 2)[0], "cpu", after_batch=stop)
+
+
+def test_embed_without_images():
+    with pytest.raises(ValueError, match="no image"):
+        inference.embed(Tiny(), make_loader([], 2)[0], "cpu")
+
+
+def test_evaluate_one_set():
+    labels = [0, 1, 0, 1, 2, 0, 1]
+    loader, images = make_loader(labels, 3)
+    found, query, gallery = inference.evaluate(Tiny(), loader, None, (1, 2), "cpu", precision=True)
+    expected = metrics.retrieval(images.flatten(1), torch.tensor(labels), ks=(1, 2), precision=True)
+    assert found.figures() == expected.figures()
+    assert found.num_queries == 7 and found.num_without_positive == 1
+    assert query.labels.tolist() == labels and gallery is None
+
+
+def test_evaluate_query_and_gallery():
+    query_labels, gallery_labels = [0, 1, 2, -1, 3], [3, 1, 1, 0, -1, 7, 2]
+    query_loader, queries = make_loader(query_labels, 2)
+    gallery_loader, images = make_loader(gallery_labels, 4, seed=1)
+    found, query, gallery = inference.evaluate(Tiny(), query_loader, gallery_loader, (1, 3), "cpu", memory_gib=1e-5)
+    keep_query, keep_gallery = (torch.tensor(labels) >= 0 for labels in (query_labels, gallery_labels))
+    sets = [
+        queries.flatten(1)[keep_query],
+        torch.tensor(query_labels)[keep_query],
+        images.flatten(1)[keep_gallery],
+        torch.tensor(gallery_labels)[keep_gallery],
+    ]
+    assert found.recall == metrics.retrieval(*sets, ks=(1, 3)).recall
+    assert found.num_queries == 4 and found.r_precision is None
+    assert query.rows.tolist() == [0, 1, 2, 4] and gallery.rows.tolist() == [0, 1, 2, 3, 5, 6]
