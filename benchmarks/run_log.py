@@ -19,16 +19,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "code"))
 import checkpoint  # noqa: E402
-import runlog  # noqa: E402
+import run  # noqa: E402
 import train  # noqa: E402
 
 PIECES = {
     "loss and terms read, progress bar (every step)": [(train, "to_host"), (tqdm, "set_postfix"), (tqdm, "update")],
-    "console, results.csv, text files": [(runlog, "console_line"), (tqdm, "write"), (runlog, "csv_text")]
+    "console, results.csv, text files": [(run, "console_line"), (tqdm, "write"), (run, "csv_text")]
     + [(checkpoint, "write_text")],
-    "wandb offline": [(runlog, "log_to_wandb")],
+    "wandb offline": [(run, "log_to_wandb")],
     "checkpoints (last.pth, best)": [(checkpoint, "save")],
-    "pictures": [(train.RunFolder, "refresh_pictures")],
+    "pictures": [(run.Run, "draw")],
 }
 LOG = 3  # how many of them are the log
 

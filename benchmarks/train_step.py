@@ -28,8 +28,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "code"))
 
 import flags  # noqa: E402
+import inference  # noqa: E402
 import net  # noqa: E402
-import runlog  # noqa: E402
+import run  # noqa: E402
 import train  # noqa: E402
 from hist import HISTLoss  # noqa: E402
 
@@ -95,7 +96,7 @@ class Step:
         args = self.args = flags.train_parser().parse(words)[0]
         self.device = device
         self.network = net.build(args.model, args.sz_embedding, "none", args.add_gmp, args.layer_norm, args.bn_freeze)
-        self.network.to(device, memory_format=train.memory_format(args))
+        self.network.to(device, memory_format=inference.memory_format(args.channels_last))
         self.network.set_backbone_trainable(True)
         self.criterion = HISTLoss(num_classes, args.sz_embedding, args.hgnn_hidden, args.tau, args.alpha, args.ls)
         self.criterion.to(device)
@@ -138,7 +139,7 @@ class Step:
         gradient = torch.randn(self.args.sz_batch, self.args.sz_embedding, device=self.device)
         for _ in range(steps):
             stopwatch.mark()
-            images = self.images.to(memory_format=train.memory_format(self.args))
+            images = self.images.to(memory_format=inference.memory_format(self.args.channels_last))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp == "bf16"):
                 embeddings = self.forward(images)
             self.network.zero_grad()
@@ -166,9 +167,9 @@ def compare_options(words: list[str], batch_size: int, warmup: int, steps: int, 
     cases = [(name, options, Step.train) for name, options in OPTIONS.items()]
     cases += [("network alone, plain", PLAIN, Step.run_network), ("network alone, all of them", ALL, Step.run_network)]
     plain = None
-    for name, (more, fused), run in cases:
+    for name, (more, fused), measured in cases:
         step = Step(words + more, fused, FEW_CLASSES, device)
-        seconds, _, gib = measure(functools.partial(run, step), warmup, steps, device)
+        seconds, _, gib = measure(functools.partial(measured, step), warmup, steps, device)
         rate = batch_size / np.median(seconds)
         plain = plain or rate
         print(f"| {name} | {rate:.1f} | {rate / plain:.2f} | {milliseconds(seconds)} | {gib} |", flush=True)
@@ -206,7 +207,7 @@ def main() -> None:
     device = torch.device(args.device)
     steps = args.steps or (5 if device.type == "cpu" else 50)
     warmup = 2 if device.type == "cpu" else 10
-    print(", ".join(f"{name} {value}" for name, value in runlog.environment(device).items()))
+    print(", ".join(f"{name} {value}" for name, value in run.environment(device).items()))
     for batch_size in args.batch_sizes:
         print(f"\n{args.model}, {args.image_size}×{args.image_size}, batch {batch_size}, {FEW_CLASSES} classes\n")
         words = ["--model", args.model, "--image-size", str(args.image_size), "--batch-size", str(batch_size)]

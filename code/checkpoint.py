@@ -1,4 +1,4 @@
-"""Files that a run leaves behind: written whole or not at all, read without ever running what is in them."""
+"""Files that a run leaves behind: written whole or not at all, and read without running what is in them."""
 
 import os
 import random
@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+TEMPORARY = ".hist-tmp"  # suffix of files that are being written
+
 
 def write(content: Callable[[Any], None], path: Path) -> None:
     """Let content(file) write, under a temporary name in the same folder; then force it to the disk and rename it.
@@ -18,7 +20,7 @@ def write(content: Callable[[Any], None], path: Path) -> None:
     """
     path, temporary = Path(path), None
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
         with os.fdopen(handle, "wb") as file:
             content(file)
             file.flush()
@@ -41,6 +43,50 @@ def write(content: Callable[[Any], None], path: Path) -> None:
         os.close(folder)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a kill in the middle of write() left in a folder, and nothing else."""
+    for path in folder.glob(f".*{TEMPORARY}"):
+        path.unlink(missing_ok=True)
+
+
+def require_writable(path: Path | None, option: str) -> None:
+    """Find out before the work, not after it, that a file named by an option cannot be written; None is no file.
+
+    Raises:
+        ValueError: it is a folder.
+        OSError: its folder is not there or cannot be written to.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"{option} {path}: this is a folder, name a file")
+    _try_writing(path.parent, f"{option} {path}")
+
+
+def make_folder(path: Path, option: str) -> None:
+    """Make the folder named by an option, unless it is there, and see that files can be written to it.
+
+    Raises:
+        ValueError: it is a file.
+        OSError: it cannot be made or written to.
+    """
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{option} {path}: this is a file, name a folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{option} {path}: cannot be made ({error.strerror})") from error
+    _try_writing(path, f"{option} {path}")
+
+
+def _try_writing(folder: Path, what: str) -> None:
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=TEMPORARY):
+            pass
+    except OSError as error:
+        raise OSError(f"{what}: cannot be written ({error.strerror})") from error
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -60,8 +106,8 @@ def write_text(text: str, path: Path) -> None:
 def find(model_path: str, name: str, only: bool) -> Path:
     """The checkpoint that --model-path means: a file, or in a folder the file `name` (DATASET_MODEL_best.pth).
 
-    Without such a file, and unless `only` that one will do, the only *_best.pth there. Raises ValueError for no path
-    and FileNotFoundError.
+    Without that file, and unless `only` that one will do, the only *_best.pth there. Raises ValueError for no path
+    and FileNotFoundError, which lists what is there instead.
     """
     if not model_path:
         raise ValueError("--model-path is needed: a checkpoint, or a folder that holds DATASET_MODEL_best.pth")
@@ -73,8 +119,17 @@ def find(model_path: str, name: str, only: bool) -> Path:
     candidates = sorted(path.glob("*_best.pth"))
     if len(candidates) == 1 and not only:
         return candidates[0]
-    there = f"there are {', '.join(c.name for c in candidates)}" if candidates else "there is no *_best.pth at all"
+    if candidates:
+        there = f"there are {', '.join(c.name for c in candidates)}"
+    elif below := sorted({found.parent for found in (*path.glob("*/*_best.pth"), *path.glob("*/*/*_best.pth"))}):
+        there = f"it holds the runs {_some(below)}: give one of them"
+    else:
+        there = "there is no *_best.pth at all"
     raise FileNotFoundError(f"{path / name}: there is no such checkpoint ({there}); give --model-path a file")
+
+
+def _some(items: list, most: int = 10) -> str:
+    return ", ".join(map(str, items[:most])) + (f" and {len(items) - most:,} more" if len(items) > most else "")
 
 
 def load(path: Path) -> dict:

@@ -3,6 +3,7 @@
 layouts.py says what lies where under the data root.
 """
 
+import hashlib
 import os
 import signal
 import sys
@@ -61,6 +62,11 @@ class Benchmark:
 # ---------------------------------------------------------------- from lists to a benchmark
 
 
+def recall_at(name: str) -> tuple[int, ...]:
+    """The K of R@K that a data set reports."""
+    return RECALL_AT.get(name, (1, 2, 4, 8, 16, 32))
+
+
 def make_image_list(listing: Listing, splits: Iterable[str]) -> dict[str, ImageList]:
     """Image lists of the splits with labels 0..C-1 over the classes of all of them together."""
     classes = sorted({class_id for split in splits for _, class_id in listing.splits[split]})
@@ -74,13 +80,14 @@ def make_image_list(listing: Listing, splits: Iterable[str]) -> dict[str, ImageL
     return lists
 
 
-def load_benchmark(name: str, data_root: Path, train_classes: float = 0.5) -> Benchmark:
+def load_benchmark(name: str, data_root: Path, train_classes: float = 0.5, training=True) -> Benchmark:
     """Reads the lists of one benchmark; no image is opened.
 
     train_classes is the share of the classes that trains, for `folder` without a split of its own.
 
     Raises ValueError or FileNotFoundError with one line that names the thing, the place and the way out.
     """
+    train_classes = 0.5 if train_classes is None else train_classes
     if not 0 < train_classes < 1:
         raise ValueError(f"train_classes is {train_classes}, it must lie between 0 and 1")
     listing = read_listing(name, data_root)
@@ -420,6 +427,60 @@ def make_eval_loader(
         sampler=range(rank, len(images), count),
         **worker_options(workers, pin_memory),
     )
+
+
+# ---------------------------------------------------------------- what a run was trained on
+
+
+def fingerprint(images: ImageList) -> dict:
+    """What identifies the images of a split, as plain data to be kept with a run.
+
+    {'images': N, 'classes': names of the C classes, 'sizes': images of each class, 'class_digests': C short digests of
+    the paths of each class, 'digest': one of the whole list, order included}. Paths count relative to the root.
+    """
+    order = np.argsort(images.labels, kind="stable")
+    sizes = np.bincount(images.labels, minlength=images.num_classes)
+    paths = [images.paths[i] for i in order]
+    ends = sizes.cumsum().tolist()
+    members = [paths[end - size : end] for end, size in zip(ends, sizes.tolist(), strict=True)]
+    listed = (f"{label} {path}" for label, path in zip(images.labels.tolist(), images.paths, strict=True))
+    return {
+        "images": len(images),
+        "classes": list(images.class_names),
+        "sizes": sizes.tolist(),
+        "class_digests": [_digest(sorted(part))[:8] for part in members],
+        "digest": _digest(listed),
+    }
+
+
+def _digest(lines: Iterable[str]) -> str:
+    text = "\0".join(lines).encode("utf-8", "surrogateescape")  # file names may hold bytes that are not text
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+def changes(then: dict, now: dict) -> str:
+    """What differs between two fingerprints of one split, in words for one line; '' if nothing does."""
+    if then["digest"] == now["digest"]:
+        return ""
+    old, new = (
+        dict(zip(f["classes"], zip(f["sizes"], f["class_digests"], strict=True), strict=True)) for f in (then, now)
+    )
+    gone, added = [name for name in old if name not in new], [name for name in new if name not in old]
+    places = [[names["classes"].index(name) for name in some] for names, some in ((then, gone), (now, added))]
+    if places[0] == places[1] and [old[name][0] for name in gone] == [new[name][0] for name in added]:
+        parts = [f"{len(gone):,} classes were renamed ({_names(gone)} to {_names(added)})"] if gone else []
+    else:
+        parts = [f"{len(gone):,} classes are gone ({_names(gone)})"] if gone else []
+        parts += [f"{len(added):,} classes were added ({_names(added)})"] if added else []
+    changed = [name for name in old if name in new and old[name] != new[name]]
+    if changed:
+        example = f"{changed[0]!r} had {old[changed[0]][0]:,} images and has {new[changed[0]][0]:,}"
+        parts.append(f"the images of {len(changed):,} classes changed ({example})")
+    return "; ".join(parts) or "the same classes and images come in another order"
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (", …" if len(names) > 3 else "")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Several processes, started by torchrun, that compute what one would; on one process nothing here does anything.
+"""The device, and several processes, started by torchrun, that together compute what one would.
 
     torchrun --standalone --nproc-per-node=4 code/train.py @recipes/sop.args
 
-The hypergraph is made of the whole batch. Were each process to build one from its own share of the images, the method
-would be another one, with smaller batches. So the embeddings of all processes are gathered, and every process computes
-the loss of the whole batch.
+The hypergraph is made of the whole batch. If each process built one from its own share of the images, that would be
+another method, with smaller batches. So the embeddings of all processes are gathered, and every process computes the
+loss of the whole batch. On one process the functions here do nothing.
 """
 
+import datetime
 import functools
 import os
 import sys
@@ -34,28 +35,91 @@ def processes() -> Processes:
     return Processes(dist.get_rank(), dist.get_world_size())
 
 
-def start(gpu_id: int) -> int:
-    """Join the process group if torchrun started this process; the number of the GPU to use, -1 for the CPU.
+def several() -> bool:
+    """Whether torchrun started this process beside others; they have not met before start()."""
+    return _from_environment("WORLD_SIZE", 1) > 1
 
-    Only process 0 speaks: the others' standard output and progress bars are silenced, their errors are not.
+
+def start(gpu_id: int) -> torch.device:
+    """Join the process group if torchrun started this process, and choose the device.
+
+    gpu_id: as --gpu-id says, -1 for the CPU; of several processes on one machine each takes the GPU of its own number.
+    From here on only process 0 speaks: the standard output, warnings and progress bars of the others are silenced.
+
+    Raises:
+        ValueError: no GPU of that number, or an environment that is not torchrun's.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
-        return gpu_id
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    if not several():
+        return choose_device(gpu_id)
+    rank, local_rank = (_from_environment(name) for name in ("RANK", "LOCAL_RANK"))
     on_gpu = torch.cuda.is_available() and gpu_id >= 0
     if on_gpu and local_rank >= torch.cuda.device_count():
         raise ValueError(f"process {local_rank} of this machine has no GPU, there are {torch.cuda.device_count()}: "
                          "start fewer with --nproc-per-node, or use --gpu-id -1")  # fmt: skip
-    if on_gpu:
-        torch.cuda.set_device(local_rank)
+    device = choose_device(local_rank if on_gpu else -1)
     global _control
     dist.init_process_group("nccl" if on_gpu else "gloo")
     _control = dist.new_group(backend="gloo")
     if rank != 0:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = sys.stderr = open(os.devnull, "w")
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
-    return local_rank if on_gpu else -1
+    return device
+
+
+def _from_environment(name: str, default: int | None = None) -> int:
+    """A whole number that torchrun sets. Raises ValueError."""
+    value = os.environ.get(name, default)
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        found = "is not set" if value is None else f"is {value!r}"
+        raise ValueError(
+            f"WORLD_SIZE is set, but {name} {found}: start several processes with torchrun, or unset WORLD_SIZE"
+        ) from None
+
+
+def choose_device(gpu_id: int) -> torch.device:
+    """The GPU of that number if there is any GPU, else the CPU. Raises ValueError for a number out of range."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpu_id < 0 or count == 0:
+        return torch.device("cpu")
+    if gpu_id >= count:
+        raise ValueError(f"--gpu-id {gpu_id}: there are {count} GPUs, numbered from 0; -1 is the CPU")
+    torch.cuda.set_device(gpu_id)
+    # Loss and search are exact in float32. It is the default, unless an environment variable that some containers set
+    # says otherwise.
+    torch.set_float32_matmul_precision("highest")
+    return torch.device("cuda", gpu_id)
+
+
+def describe(device: torch.device) -> str:
+    """The device in words: 'cuda:0 NVIDIA H100' or 'cpu, 2 threads'."""
+    if device.type == "cuda":
+        return f"{device} {torch.cuda.get_device_name(device)}"
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+def reports_errors() -> bool:
+    """Whether this process should say why the run ends: always on one process, only the first to fail of several.
+
+    Until the processes have met, all fail alike, and the first of each machine speaks. After that the first one that
+    asks the store through which they met speaks; the others mostly fail because it did.
+    """
+    if not dist.is_initialized():
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(
+            address, port, is_master=False, wait_for_workers=False, timeout=datetime.timedelta(seconds=5)
+        )
+        return store.add(f"hist/errors/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+    except (KeyError, ValueError, RuntimeError):  # the store went with the process that failed first
+        return dist.get_rank() == 0
+
+
+def lost_another_process(error: RuntimeError) -> bool:
+    """Whether the error only says that another process of the group has ended."""
+    return dist.is_initialized() and any(word in str(error) for word in ("gloo", "NCCL", "peer"))
 
 
 def stop() -> None:
@@ -66,7 +130,7 @@ def stop() -> None:
 def wrap(module: nn.Module, device: torch.device) -> nn.Module:
     """The module in DistributedDataParallel, which averages gradients; itself on one process, or with nothing to train.
 
-    Has to be done again whenever other parameters begin or cease to need gradients.
+    Must be done again whenever parameters are frozen or un-frozen.
     """
     if not dist.is_initialized() or not any(p.requires_grad for p in module.parameters()):
         return module

@@ -2,7 +2,7 @@
 
     python code/evaluate.py --model-path logs/glyphs/run_1/glyphs_resnet18_best.pth
     python code/evaluate.py --dataset cub --model-path logs/          # a folder that holds cub_resnet50_best.pth
-    python code/evaluate.py --model-path FILE --metrics all --json figures.json
+    python code/evaluate.py --model-path FILE --metrics all --json scores.json
     python code/evaluate.py --model-path FILE --export network.onnx   # for other programs; nothing is scored
 
 Checkpoints of this project know their architecture and data set; for published ones the flags say them.
@@ -10,212 +10,260 @@ Checkpoints of this project know their architecture and data set; for published 
 
 import json
 import sys
-import warnings
+from pathlib import Path
 
 import checkpoint
 import dataset
 import distributed
+import export
 import flags
 import inference
 import metrics
-import net
 import numpy as np
 import pictures
-import runlog
+import run
 import torch
 
 
 def main():
+    # Flags, and where results go
     parser = flags.evaluate_parser()
     args, given = parser.parse()
     names = {"recall", "rp", "map", "nmi"} if "all" in args.metrics else set(args.metrics)
-    gpu_id = distributed.start(args.gpu_id)
-    processes = distributed.processes()  # started by torchrun, they share embedding and search; process 0 alone writes
-    device = runlog.choose_device(gpu_id)
-    print(f"device: {runlog.describe_device(device)}" + (f", {processes.count} processes" * (processes.count > 1)))
+    check_flags(args)
+    device = distributed.start(args.gpu_id)
+    processes = distributed.processes()  # started by torchrun they share the work; process 0 writes and speaks
+    print(f"device: {distributed.describe(device)}" + (f", {processes.count} processes" * (processes.count > 1)))
 
-    num_bad, origin = 0, {}
+    # Embeddings: from a file, or of a checkpoint's network
     if args.embeddings:
-        for option in ("pictures", "export"):
-            if getattr(args, option):
-                raise ValueError(f"--{option} needs a network: give --model-path instead of --embeddings")
-        query, gallery, ks, source = *read_embeddings(args.embeddings), str(args.embeddings)
+        query, gallery, ks, measured = read_embeddings(args, given)
     else:
-        named = runlog.best_name(args.dataset, args.model)
-        path = checkpoint.find(args.model_path, named, only=bool(given & {"dataset", "model"}))
-        content = checkpoint.load(path)
-        args = parser.adopt(args, given, checkpoint.stored_flags(content), path)
-        network = net.build(args.model, args.sz_embedding, "none", bool(args.add_gmp), bool(args.layer_norm))
-        net.load_network_state(network, checkpoint.network_state(content, path), path)
-        args.image_size = args.image_size or network.image_size
-        origin = {"trained_by": content.get("made_by"), "trained_with": checkpoint.stored_flags(content)}
+        named = run.best_name(args.dataset, args.model)
+        loaded = inference.load_network(parser, args, given, named, bool(given & {"dataset", "model"}), device)
+        args = loaded.args
         if args.export:
-            if processes.count > 1:
-                raise ValueError("--export is done by one process: start it without torchrun")
-            export(network, args)
+            export.to_onnx(loaded.network.cpu(), args.image_size, args.export)
             return
-        benchmark = dataset.load_benchmark(args.dataset, args.data_root, args.train_classes)
-        for warning in benchmark.warnings if processes.rank == 0 else ():
-            print(f"warning: {warning}", file=sys.stderr)
-        network.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
-        query = embed(network, benchmark.query, device, args)
-        gallery = embed(network, benchmark.gallery, device, args) if benchmark.gallery is not None else None
-        ks, source = benchmark.recall_at, str(path)
-        parts = [(benchmark.query, query), (benchmark.gallery, gallery)][: 2 if gallery else 1]
-        num_bad = sum(len(images) - len(part.rows) for images, part in parts)
+        benchmark = load_benchmark(args, given, loaded)
+        query, gallery = embed(benchmark, loaded.network, device, args)
+        ks, measured = benchmark.recall_at, describe(args, benchmark, loaded, query, gallery)
         if args.save_embeddings and processes.rank == 0:
-            save_embeddings(args.save_embeddings, parts, ks)
+            save_embeddings(args.save_embeddings, benchmark, query, gallery)
             print(f"embeddings: {args.save_embeddings}")
 
-    sets = (*query[:2], *(gallery[:2] if gallery else (None, None)))
-    precision = bool(names & {"rp", "map"})
-    found = metrics.retrieval(*sets, ks, precision, args.search_memory, device, progress=True)
-    figures = {
+    # Scores
+    found = inference.score(query, gallery, ks, device, args.search_memory, precision=bool(names & {"rp", "map"}))
+    scores = {
         name: value
         for name, value in found.figures().items()
         if name.startswith("R@") or name.split("@")[0].lower() in names
     }
     if "nmi" in names:
         everything = [torch.cat(parts) for parts in zip(query[:2], gallery[:2], strict=True)] if gallery else query[:2]
-        figures["NMI"] = metrics.nmi(*everything, memory_gib=args.search_memory, device=device, progress=True)
+        scores["NMI"] = metrics.nmi(*everything, memory_gib=args.search_memory, device=device, progress=True)
     distributed.stop()
     if processes.rank != 0:
         return
-    report(args, device, source, gallery, found, figures, num_bad, origin)
+
+    # What was reached, on what
+    report(args, device, measured, found, scores)
     if args.pictures:
-        args.pictures.mkdir(parents=True, exist_ok=True)
-        pictures.search(
-            args.pictures, found.per_query, query, benchmark.query, gallery, benchmark.gallery, metrics.nearest
-        )
+        pictures.search(args.pictures, found.per_query, query, benchmark.query, gallery, benchmark.gallery)
         print(f"pictures: {args.pictures}/neighbours.png, {args.pictures}/embedding.png")
 
 
-def export(network, args):
-    """Write the network as ONNX, in float32 and for batches of any size: images (N, 3, H, W) -> embeddings (N, D).
+def check_flags(args):
+    """Refuse what cannot work before the work begins: flags that exclude each other, files that cannot be written."""
+    if args.embeddings and args.model_path:
+        raise ValueError("--embeddings and --model-path exclude each other: a file is scored, or a network")
+    for option in ("pictures", "export", "save_embeddings"):
+        if args.embeddings and getattr(args, option):
+            raise ValueError(f"--{option.replace('_', '-')} needs a network: give --model-path instead of --embeddings")
+    for option in ("json", "save_embeddings", "export"):
+        checkpoint.require_writable(getattr(args, option), f"--{option.replace('_', '-')}")
+    if args.pictures:
+        checkpoint.make_folder(args.pictures, "--pictures")
+    if args.export and distributed.several():
+        raise ValueError("--export is done by one process: start it without torchrun")
 
-    How images have to be prepared stands in the file's metadata. Where onnxruntime is installed, its embeddings are
-    compared with torch's. Raises ValueError where they differ, or what exporting takes is not installed.
-    """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"--export: {error.name} is not installed (pip install onnx onnxscript)") from error
-    network.eval()
-    images = torch.randn(3, 3, args.image_size, args.image_size, generator=torch.Generator().manual_seed(0))
-    batch = torch.export.Dim("batch")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about torch's own parts
-        try:
-            program = torch.onnx.export(
-                network,
-                (images[:2],),
-                dynamo=True,
-                verbose=False,
-                input_names=["images"],
-                output_names=["embeddings"],
-                dynamic_shapes=({0: batch},),
-            )
-        except torch.onnx.OnnxExporterError as error:  # of timm's networks not all can be traced
-            raise ValueError(f"--export: torch cannot export {args.model} ({str(error).strip()[:200]})") from error
-    program.model.metadata_props.update(
-        {
-            "image_size": str(args.image_size),
-            "resize": f"shorter side to {round(args.image_size * 256 / 224)} pixels, then the middle",
-            "channels": "BGR" if network.bgr else "RGB",
-            "range": f"0 to {network.scale:g}",
-            "mean": str(list(network.mean)),
-            "std": str(list(network.std)),
-        }
+
+def load_benchmark(args, given, loaded) -> dataset.Benchmark:
+    """The data to score on. Raises ValueError where flags, data and checkpoint do not fit each other."""
+    stored = checkpoint.stored_flags(loaded.content)
+    if "dataset" not in given and "dataset" not in stored:
+        raise ValueError(f"{loaded.path} does not say what it was trained on: --dataset is needed")
+    if args.dataset == "folder" and "data_root" not in given:
+        if "data_root" not in stored or stored.get("dataset") != "folder":
+            raise ValueError("--dataset folder needs --data-root, your folder of class folders or a CSV file")
+        if not args.data_root.exists():
+            raise ValueError(f"{loaded.path} was trained on {args.data_root}, which is not there; give --data-root")
+    benchmark = dataset.load_benchmark(
+        args.dataset, args.data_root, args.train_classes, training=False, share_given="train_classes" in given
     )
-    content = program.model_proto.SerializeToString()
-    compared = "not compared, onnxruntime is not installed"
-    try:
-        import onnxruntime
-
-        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-        with torch.inference_mode():
-            difference = np.abs(session.run(None, {"images": images.numpy()})[0] - network(images).numpy()).max()
-        if not difference < 1e-4:
-            raise ValueError(f"--export: onnxruntime's embeddings differ from torch's by {difference:.1e}, not written")
-        compared = f"onnxruntime differs from torch by at most {difference:.1e}"
-    except ImportError:
-        pass
-    checkpoint.write(lambda file: file.write(content), args.export)
-    print(f"exported: {args.export} ({len(content) / 2**20:.0f} MiB; {compared})")
+    for warning in benchmark.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    compare_with_training(args, given, loaded, benchmark)
+    return benchmark
 
 
-def report(args, device, source, gallery, found, figures, num_bad, origin):
-    print(f"checkpoint: {source}")
-    searched = f"gallery: {len(gallery.labels):,}" if gallery else "each among the others"
+def compare_with_training(args, given, loaded, benchmark) -> None:
+    """Refuse to score a network on classes that it was trained on; say so where the test images changed since."""
+    stored, trained_on = checkpoint.stored_flags(loaded.content), loaded.content.get("data")
+    same_kind = args.dataset == stored.get("dataset") or "folder" in (args.dataset, stored.get("dataset"))
+    if not trained_on or not same_kind:
+        return
+    tested = set(benchmark.query.class_names)
+    seen = [name for name in trained_on["train"]["classes"] if name in tested]
+    if args.dataset != stored.get("dataset"):
+        seen = [name for name in seen if not name.isdigit()]  # numbers of one benchmark are not those of another folder
+    if seen:
+        if args.dataset != stored.get("dataset"):
+            cause = f"--dataset {args.dataset}"
+        elif "train_classes" in given and args.train_classes != stored.get("train_classes"):
+            cause = f"--train-classes {args.train_classes:g} instead of {stored['train_classes']:g}"
+        elif "data_root" in given:
+            cause = f"--data-root {args.data_root} divides them otherwise, or has classes of the same name"
+        else:
+            cause = f"{args.data_root} changed since"
+        names = ", ".join(map(repr, seen[:3])) + (", …" if len(seen) > 3 else "")
+        raise ValueError(
+            f"{loaded.path} was trained on {len(seen):,} of the {len(tested):,} classes to score on ({names}): "
+            f"{cause}; a score on them says nothing about unseen classes"
+        )
+    if args.dataset == stored.get("dataset"):
+        for split, images in (("query", benchmark.query), ("gallery", benchmark.gallery)):
+            then = trained_on.get(split)
+            changed = dataset.changes(then, dataset.fingerprint(images)) if then and images is not None else ""
+            if changed:
+                print(f"warning: not the test images of the training run: {changed}", file=sys.stderr)
+
+
+def embed(benchmark, network, device, args):
+    """(query, gallery or None) of a benchmark's test split."""
+
+    def embed_split(images, description):
+        loader = inference.make_loader(
+            network, images, args.image_size, args.sz_batch, args.nb_workers, device, args.skip_bad_images
+        )
+        return inference.embed(network, loader, device, args.amp == "bf16", args.channels_last, description)
+
+    if benchmark.gallery is None:
+        return embed_split(benchmark.query, "embed"), None
+    return embed_split(benchmark.query, "embed queries"), embed_split(benchmark.gallery, "embed gallery")
+
+
+def describe(args, benchmark, loaded, query, gallery) -> dict:
+    """What a score is measured on, for the console and the JSON file."""
+    splits = {"train": benchmark.train, "query": benchmark.query, "gallery": benchmark.gallery}
+    embedded = [(benchmark.query, query), *([(benchmark.gallery, gallery)] if gallery else [])]
+    return {
+        "checkpoint": str(loaded.path),
+        "dataset": args.dataset,
+        "data_root": str(benchmark.query.root),
+        "splits": {
+            split: {"images": len(images), "classes": images.num_classes}
+            for split, images in splits.items()
+            if images is not None
+        },
+        "image_size": args.image_size,
+        "undecoded": sum(len(images) - len(part.rows) for images, part in embedded),
+        "trained_by": loaded.content.get("made_by"),
+        "trained_with": checkpoint.stored_flags(loaded.content),
+    }
+
+
+def report(args, device, measured, found, scores):
+    """Print the scores and what they were measured on; write both as JSON if asked to."""
+    content = measured | {
+        "queries": found.num_queries,
+        "without_positive": found.num_without_positive,
+        "figures": scores,
+        "scored_by": run.environment(device),
+        "scored_with": flags.plain(args),
+    }
+    print(f"checkpoint: {content['checkpoint']}")
+    splits = ", ".join(
+        f"{split} {size['images']:,} images of {size['classes']:,} classes" for split, size in content["splits"].items()
+    )
+    print(f"data: {content['dataset'] or 'unknown'} in {content['data_root']}, {splits}")
+    if content["image_size"]:
+        print(f"images: {content['image_size']} pixels")
+    gallery = content["splits"].get("gallery")
+    searched = f"gallery: {gallery['images']:,}" if gallery else "each among the others"
     print(f"queries: {found.num_queries:,}, {searched}")
     if found.num_without_positive:
         print(f"left out: {found.num_without_positive:,} queries without another image of their class")
-    if num_bad:
-        print(f"left out: {num_bad:,} images that could not be decoded")
+    if content.get("undecoded"):
+        print(f"left out: {content['undecoded']:,} images that could not be decoded")
     if args.remark:
         print(f"remark: {args.remark}")
-    for name, value in figures.items():
+    for name, value in scores.items():
         print(f"{name:<7} {100 * value:.4f}")
     if args.json:
-        content = {
-            "checkpoint": source,
-            "dataset": args.dataset,
-            "queries": found.num_queries,
-            "gallery": len(gallery.labels) if gallery else None,
-            "without_positive": found.num_without_positive,
-            "undecoded": num_bad,
-            "figures": figures,
-            "scored_by": runlog.environment(device),
-            "scored_with": flags.plain(args),
-            **origin,
-        }
         checkpoint.write_text(json.dumps(content, indent=2) + "\n", args.json)
 
 
-def embed(network, images, device, args):
-    """inference.Embedded of one split."""
-    transform = dataset.eval_transform(args.image_size, network.mean, network.std, network.bgr, network.scale)
-    loader = dataset.make_eval_loader(
-        images,
-        transform,
-        args.sz_batch,
-        args.nb_workers,
-        device.type == "cuda",
-        args.skip_bad_images,
-        distributed.processes(),
-    )
-    return inference.embed(network, loader, device, args.amp == "bf16", args.channels_last)
+# ---------------------------------------------------------------- embeddings in a file
 
 
-def save_embeddings(path, parts, ks):
-    arrays = {"ks": np.array(ks)}
-    for (images, part), prefix in zip(parts, ("", "gallery_"), strict=False):
-        arrays |= {
-            f"{prefix}embeddings": part.embeddings.numpy(),
-            f"{prefix}labels": part.labels.numpy(),
-            f"{prefix}paths": np.array([images.paths[row] for row in part.rows]),
-        }
+def save_embeddings(path: Path, benchmark, query, gallery) -> None:
+    """An .npz of embeddings (N, D), labels (N,) and paths (N,), for a gallery with gallery_ before; and the K."""
+    arrays = {"ks": np.array(benchmark.recall_at), "dataset": np.array(benchmark.name)}
+    for images, part, prefix in ((benchmark.query, query, ""), (benchmark.gallery, gallery, "gallery_")):
+        if part is not None:
+            arrays |= {
+                f"{prefix}embeddings": part.embeddings.numpy(),
+                f"{prefix}labels": part.labels.numpy(),
+                f"{prefix}paths": np.array([images.paths[row] for row in part.rows]),
+            }
     checkpoint.write(lambda file: np.savez(file, **arrays), path)
 
 
-def read_embeddings(path):
-    """(query, gallery or None, ks) of a file that --save-embeddings wrote."""
+def read_embeddings(args, given):
+    """(query, gallery or None, K, what is measured) of a file like those of --save-embeddings.
+
+    The K are those of --dataset if it is given, else the file's, else 1 2 4 8 16 32. Raises ValueError or OSError.
+    """
+    path = args.embeddings
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            parts = []
-            for prefix in ("", "gallery_"):
-                if not prefix or f"{prefix}embeddings" in arrays:
-                    embeddings, labels = arrays[f"{prefix}embeddings"], arrays[f"{prefix}labels"]
-                    tensors = torch.from_numpy(embeddings), torch.from_numpy(labels)
-                    parts.append(inference.Embedded(*tensors, torch.arange(len(labels))))
-            ks = tuple(int(k) for k in arrays["ks"]) if "ks" in arrays else (1, 2, 4, 8, 16, 32)
+            parts = [
+                tuple(arrays[f"{prefix}{what}"] for what in ("embeddings", "labels"))
+                for prefix in ("", "gallery_")
+                if not prefix or f"{prefix}embeddings" in arrays
+            ]
+            ks = tuple(int(k) for k in arrays["ks"]) if "ks" in arrays else dataset.recall_at("folder")
+            name = str(arrays["dataset"]) if "dataset" in arrays else None
     except OSError:
         raise
     except Exception as error:  # a damaged archive fails in many ways
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path}: no embeddings that --save-embeddings wrote ({reason})") from error
-    return parts[0], parts[1] if len(parts) > 1 else None, ks
+    if "dataset" in given:
+        name, ks = args.dataset, dataset.recall_at(args.dataset)
+    embedded = [embedded_from_arrays(path, *arrays) for arrays in parts]
+    query, gallery = embedded[0], embedded[1] if len(embedded) > 1 else None
+    splits = {
+        split: {"images": len(part.labels), "classes": len(part.labels.unique())}
+        for split, part in (("query", query), ("gallery", gallery))
+        if part is not None
+    }
+    measured = dict(checkpoint=str(path), dataset=name, data_root=str(path), splits=splits, image_size=None)
+    return query, gallery, ks, measured
+
+
+def embedded_from_arrays(path: Path, embeddings: np.ndarray, labels: np.ndarray) -> inference.Embedded:
+    """Arrays of a file as tensors. Raises ValueError unless they are real numbers and whole numbers."""
+    if embeddings.dtype.kind != "f":
+        raise ValueError(f"{path}: embeddings must be floating point, they are {embeddings.dtype}")
+    if labels.dtype.kind not in "iu":
+        kind = "text" if labels.dtype.kind in "US" else str(labels.dtype)
+        raise ValueError(f"{path}: labels must be whole numbers, they are {kind}: number the classes from 0")
+    if embeddings.dtype.itemsize > 8:  # float128, which torch does not have
+        embeddings = embeddings.astype(np.float64)
+    labels = labels.astype(np.int64)
+    return inference.Embedded(torch.from_numpy(embeddings), torch.from_numpy(labels), torch.arange(len(labels)))
 
 
 if __name__ == "__main__":

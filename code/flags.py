@@ -1,8 +1,8 @@
 """Command-line flags: the ones the scripts share, and each script's own.
 
 Names, destinations and defaults of the original flags are part of the interface: command lines of the paper's code
-work unchanged. Flags can also come from a file, `@recipes/cub.args`, one or more to a line, '#' begins a comment;
-flags behind it on the command line win.
+work unchanged. Flags can also come from a file, `@recipes/cub.args`, one or more to a line; '#' begins a comment.
+Later flags override earlier ones.
 """
 
 import argparse
@@ -13,19 +13,36 @@ import shlex
 import sys
 from pathlib import Path
 
+import distributed
 import torch
 
 CODE = Path(__file__).resolve().parent
-# What cannot differ from what was trained, by destination
+# The flags that make the network, by destination: a trained one cannot change them.
 ARCHITECTURE = {
     "model": "--model",
     "sz_embedding": "--embedding-size",
     "add_gmp": "--add-gmp",
     "layer_norm": "--layer-norm",
 }
-FROM_CHECKPOINT = "needed for published checkpoints alone: this project's say these themselves, and the image size"
+FROM_CHECKPOINT = "only needed for published checkpoints: this project's carry these flags and the image size"
 TAKEN_FROM_CHECKPOINT = (*ARCHITECTURE, "dataset", "image_size", "train_classes", "amp", "channels_last")
-# hist, and what losses.py has, which is not imported before one of them is asked for
+# Flags that change nothing about an experiment, by destination: they may change when a run is resumed, and runs that
+# differ only in them are repetitions of one experiment.
+BOOKKEEPING = {
+    "resume",
+    "allow_changed_images",
+    "skip_bad_images",
+    "run_num",
+    "overwrite",
+    "log_dir",
+    "data_root",
+    "nb_workers",
+    "gpu_id",
+    "search_memory",
+    "wandb",
+    "remark",
+}
+# hist is in hist.py, the others in losses.py, which is imported only when one of them is asked for.
 LOSSES = (
     "hist",
     "proxy_anchor",
@@ -41,7 +58,7 @@ DATASETS = ("cub", "cars", "SOP", "Inshop", "glyphs", "folder")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults behind every flag that has one, the description's lines as they are."""
+    """Adds the default to every flag that has one; keeps the description's line breaks."""
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, "", False) else super()._get_help_string(action)
@@ -81,12 +98,14 @@ class Parser(argparse.ArgumentParser):
             name = message.rpartition("No such file or directory: '")[2].rstrip("'")
             recipes = ", ".join(f"@recipes/{path.name}" for path in sorted((CODE / "recipes").glob("*.args")))
             message = f"@{name}: there is no such file of flags; shipped are {recipes}"
+        if not distributed.reports_errors():
+            self.exit(2)
         self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help lists the flags)\n")
 
     def command_line(self, values: dict[str, object]) -> list[str]:
-        """Flags that say these values (by destination); destinations that this parser lacks are passed over.
+        """The command line that gives these values (by destination), without destinations that this parser lacks.
 
-        Values that were stored in a checkpoint come back through the parser, and so are checked like typed ones.
+        Values stored in a checkpoint come back through the parser, so that they are checked like typed ones.
         """
         words = []
         for action in self._actions:
@@ -98,7 +117,7 @@ class Parser(argparse.ArgumentParser):
         return words
 
     def parse(self, argv: list[str] | None = None) -> tuple[argparse.Namespace, set[str]]:
-        """(all flags, destinations of those that were given and not left to their defaults)."""
+        """(all flags, destinations of the flags that were given rather than left to their defaults)."""
         args = self.parse_args(argv)
         defaults = {action: action.default for action in self._actions}
         for action in self._actions:
@@ -109,7 +128,7 @@ class Parser(argparse.ArgumentParser):
         return args, given
 
     def adopt(self, args: argparse.Namespace, given: set[str], stored: dict, path: Path) -> argparse.Namespace:
-        """Flags left open come from a checkpoint; those given win, but for what a trained network cannot change.
+        """Takes flags that were not given from a checkpoint. Given flags override it, except the network's.
 
         args, given: what parse() returned; stored: the flags in the checkpoint at path. Raises ValueError.
         """
@@ -121,16 +140,14 @@ class Parser(argparse.ArgumentParser):
         taken = {name: stored[name] for name in TAKEN_FROM_CHECKPOINT if name in stored}
         if "dataset" in given and args.dataset != stored.get("dataset"):
             taken.pop("train_classes", None)  # it said how to divide another data set
-        # The user's own folder has no usual place as the benchmarks have: it is where it was, if it still is.
-        elif stored.get("dataset") == "folder" and Path(str(stored.get("data_root"))).exists():
-            taken["data_root"] = stored["data_root"]
+        elif stored.get("dataset") == "folder" and "data_root" in stored:
+            taken["data_root"] = stored["data_root"]  # the benchmarks have a usual place, the user's pictures have none
         adopted = self.command_line(taken)
         return self.parse(adopted + sys.argv[1:])[0]
 
 
 def plain(args: argparse.Namespace) -> dict[str, object]:
-    """Flags by destination as plain data, for files. Paths whole, so that they are found from any folder; links in
-    them stay links."""
+    """Flags by destination as plain data, for files. Paths are absolute; links in them stay links."""
     return {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
@@ -149,29 +166,49 @@ def one_line(error: BaseException) -> str:
 
 
 def run_script(main) -> None:
-    """Run a script's main; what its user can put right is said in one line, with a non-zero exit.
+    """Run a script's main. A mistake that its user can correct becomes one line and a non-zero exit.
 
-    `python -X dev script.py` shows the traceback instead.
+    `python -X dev script.py` shows the traceback instead. Of several processes only one prints the line.
     """
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # file names may be bytes that are no text
+    stderr = sys.stderr
+    for stream in (sys.stdout, stderr):
+        stream.reconfigure(errors="backslashreplace")  # file names may hold bytes that are not text
     try:
         main()
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         if sys.flags.dev_mode:
             raise
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {one_line(error)}")
+        _fail(one_line(error))
     except RuntimeError as error:
-        lost = torch.distributed.is_initialized() and any(word in str(error) for word in ("gloo", "NCCL", "peer"))
-        if not lost or sys.flags.dev_mode:
+        if sys.flags.dev_mode or not distributed.lost_another_process(error):
             raise
-        sys.exit(f"{Path(sys.argv[0]).name}: error: another process of this run ended; its own message says why")
+        _fail("another process of this run ended; its own message says why")
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        sys.stderr = stderr  # distributed.start silences it; a traceback is never silenced
+
+
+def _fail(message: str):
+    sys.exit(f"{Path(sys.argv[0]).name}: error: {message}" if distributed.reports_errors() else 1)
+
+
+def text(value: str) -> str:
+    """Any text. Bytes of the command line that are no text could not be written to a run's files."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"is not valid text: {value!r}") from None
+    return value
+
+
+def dataset_name(name: str) -> str:
+    """The documented name of a data set, whatever the case it is given in."""
+    return {known.lower(): known for known in DATASETS}.get(name.lower(), name)
 
 
 def binary(text: str) -> int:
-    """0 or 1; true and false are understood."""
+    """A 0/1 flag; true and false are understood too."""
     values = {"0": 0, "false": 0, "1": 1, "true": 1}
     if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"must be 0 or 1, got {text!r}")
@@ -179,7 +216,7 @@ def binary(text: str) -> int:
 
 
 def whole(at_least: int):
-    """A type for whole numbers from a bound on."""
+    """A flag type: whole numbers of at least a bound."""
 
     def number(text: str) -> int:
         try:
@@ -194,7 +231,7 @@ def whole(at_least: int):
 
 
 def real(at_least: float = 0.0, below: float = math.inf, positive: bool = False):
-    """A type for numbers in [at_least, below), zero excluded where positive."""
+    """A flag type: numbers in [at_least, below), without zero if positive."""
 
     def number(text: str) -> float:
         try:
@@ -214,18 +251,24 @@ def add_network_flags(parser: Parser, description: str | None = None):
     group = parser.add_argument_group("network", description)
     group.add_argument(
         "--model",
+        type=text,
         default="resnet50",
-        help="backbone: resnet18, resnet34, resnet50, resnet101, googlenet, "
-        "bn_inception, or timm:NAME for any model of timm",
+        metavar="NAME",
+        help="backbone: resnet18, resnet34, resnet50, resnet101, googlenet, bn_inception, or timm:NAME for any model "
+        "of timm",
     )
     group.add_argument(
-        "--embedding-size", dest="sz_embedding", type=whole(1), default=512, help="D, dimensions of the embedding"
+        "--embedding-size", dest="sz_embedding", type=whole(1), default=512, metavar="D", help="size of the embedding"
     )
     group.add_argument(
-        "--add-gmp", type=binary, default=1, help="1: global max pooling is added to the global average pooling"
+        "--add-gmp", type=binary, default=1, metavar="0|1", help="1: add global max pooling to global average pooling"
     )
     group.add_argument(
-        "--layer-norm", type=binary, default=1, help="1: LayerNorm without affine behind the embedding layer"
+        "--layer-norm",
+        type=binary,
+        default=1,
+        metavar="0|1",
+        help="1: LayerNorm (without affine parameters) after the embedding layer",
     )
     return group
 
@@ -234,15 +277,19 @@ def add_image_flags(group, batch_size: int) -> None:
     group.add_argument(
         "--image-size",
         type=whole(8),
-        help="pixels fed to the network, by default those it was trained with; if that is not known its own, 224 but "
-        "for some of timm's; evaluation first resizes to image-size·256/224",
+        metavar="PIXELS",
+        help="side of the images fed to the network; default: the training size, else the backbone's own (usually "
+        "224). Evaluation first resizes the shorter side to 256/224 of it",
     )
-    group.add_argument("--batch-size", dest="sz_batch", type=whole(1), default=batch_size, help="images in a batch")
+    group.add_argument(
+        "--batch-size", dest="sz_batch", type=whole(1), default=batch_size, metavar="N", help="images in a batch"
+    )
     group.add_argument(
         "--workers",
         dest="nb_workers",
         type=whole(0),
         default=4,
+        metavar="N",
         help="processes that decode images; does not change results",
     )
 
@@ -250,26 +297,32 @@ def add_image_flags(group, batch_size: int) -> None:
 def add_data_flags(parser: Parser, batch_size: int):
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--dataset", choices=DATASETS, default="cars", help="benchmark, or 'folder' for your own pictures"
+        "--dataset",
+        type=dataset_name,
+        choices=DATASETS,
+        default="cars",
+        help="benchmark, or 'folder' for your own pictures",
     )
     group.add_argument(
         "--data-root",
         type=Path,
         default=CODE.parent / "data",
-        help="folder that holds the benchmarks; with --dataset folder the folder of class folders, or a CSV file",
+        metavar="DIR",
+        help="folder that holds the benchmarks; with --dataset folder your folder of class folders, or a CSV file",
     )
     group.add_argument(
         "--train-classes",
         type=real(0, 1, positive=True),
         default=0.5,
-        help="share of the sorted classes "
-        "that trains when --dataset folder has no train/ and test/; the rest is the test split",
+        metavar="SHARE",
+        help="share of the classes, in sorted order, to train on when --dataset folder has no train/ and test/ of its "
+        "own; the other classes are the test split",
     )
     add_image_flags(group, batch_size)
     group.add_argument(
         "--skip-bad-images",
         action="store_true",
-        help="go on past images that cannot be decoded and count them, instead of stopping at the first",
+        help="skip and count images that cannot be decoded, instead of stopping at the first",
     )
     return group
 
@@ -277,26 +330,32 @@ def add_data_flags(parser: Parser, batch_size: int):
 def add_device_flags(parser: Parser):
     group = parser.add_argument_group("device and speed")
     group.add_argument(
-        "--gpu-id", type=whole(-1), default=0, help="GPU to use, -1 for the CPU; without any GPU the CPU is used"
+        "--gpu-id",
+        type=whole(-1),
+        default=0,
+        metavar="N",
+        help="GPU to use; -1 is the CPU, which is also used where there is no GPU",
     )
     group.add_argument(
         "--amp",
         choices=("off", "bf16"),
         default="off",
-        help="bf16: the network computes in bfloat16 where that is safe, the loss in float32; changes "
-        "results slightly. off: float32; convolutions on GPUs use TF32, as torch has always done by default",
+        help="bf16: the network computes in bfloat16 where that is safe, the loss in float32; changes results "
+        "slightly. off: float32; convolutions on GPUs use TF32, as torch does by default",
     )
     group.add_argument(
         "--channels-last",
         type=binary,
         default=0,
+        metavar="0|1",
         help="1: channels-last memory layout, faster with --amp bf16; changes results by rounding",
     )
     group.add_argument(
         "--search-memory",
         type=real(positive=True),
         default=1.0,
-        help="memory the nearest-neighbour search may take, in GiB",
+        metavar="GIB",
+        help="memory that the nearest-neighbour search may take, in GiB",
     )
     return group
 
@@ -307,69 +366,80 @@ def train_parser() -> Parser:
         "  a first try, offline   python code/train.py @recipes/glyphs.args\n"
         "  the paper's recipe     python code/train.py @recipes/cub.args\n"
         "  your own pictures      python code/train.py --dataset folder --data-root my_pictures\n"
-        "  to search in them      python code/retrieve.py --model-path logs/folder/run_1 --gallery my_pictures "
+        "  search in them         python code/retrieve.py --model-path logs/folder/run_1 --gallery my_pictures "
         "--query photo.jpg\n"
-        "  on with a run          python code/train.py --dataset folder --resume"
+        "  resume a run           python code/train.py --dataset folder --resume"
     )
     data = add_data_flags(parser, batch_size=32)
     data.add_argument(
         "--IPC",
         type=whole(0),
         default=0,
-        help="images per class in a batch: batch-size/IPC classes with IPC images each; 0: plain shuffling",
+        metavar="K",
+        help="images per class in a batch: batch-size/K classes with K images each; 0: plain shuffling",
     )
     data.add_argument(
         "--val-classes",
         type=real(0, 1),
         default=0.0,
-        help="share of the training classes held out to "
-        "choose the best epoch by; 0: the test split chooses it, as in the paper's protocol",
+        metavar="SHARE",
+        help="share of the training classes to hold out; they choose the best epoch. 0: the test split chooses it, as "
+        "in the paper's protocol",
     )
     network = add_network_flags(parser)
     network.add_argument(
         "--weights",
+        type=text,
         default="imagenet",
-        help="start of the backbone: imagenet (IMAGENET1K_V1, downloaded), none (random), or a local file",
+        metavar="imagenet|none|FILE",
+        help="initial weights of the backbone: imagenet (IMAGENET1K_V1, downloaded), none (random), or a local file",
     )
     network.add_argument(
         "--bn-freeze",
         type=binary,
         default=1,
-        help="1: BatchNorm statistics of the backbone stay fixed. "
-        "Its affine parameters start frozen too, but are trained once a warm-up has un-frozen the backbone; "
-        "with --warm 0 they stay frozen. 0: all of BatchNorm trains",
+        metavar="0|1",
+        help="1: the backbone's BatchNorm statistics stay fixed. Its affine parameters start frozen too, but train "
+        "once a warm-up has un-frozen the backbone; with --warm 0 they stay frozen. 0: all of BatchNorm trains",
     )
 
-    loss = parser.add_argument_group("loss", "tau, alpha, ls and hgnn-hidden are settings of HIST alone")
+    loss = parser.add_argument_group("loss", "tau, alpha, ls and hgnn-hidden only apply to HIST")
     loss.add_argument(
         "--loss",
         choices=LOSSES,
         default="hist",
         help="hist, or for comparison a loss of pytorch-metric-learning; multi_similarity, triplet and contrastive "
-        "compare the images of a batch with each other: give them --IPC 4",
+        "compare the images of a batch with each other and need --IPC 4 or so",
     )
     loss.add_argument(
         "--loss-args",
+        type=text,
         default="",
         metavar="NAME=NUMBER,…",
-        help="settings of a loss other than hist, as margin=0.1,alpha=32; without them those of its paper or library",
+        help="settings of a loss other than hist, such as margin=0.1,alpha=32; default: those of its paper or library",
     )
     loss.add_argument(
         "--tau",
         type=real(positive=True),
         default=32.0,
+        metavar="X",
         help="temperature of the distribution loss; the paper uses 16 to 32",
     )
     loss.add_argument(
-        "--alpha", type=real(), default=0.9, help="scale of distances in the hypergraph; the paper uses 0.9 to 2"
+        "--alpha",
+        type=real(),
+        default=0.9,
+        metavar="X",
+        help="scale of distances in the hypergraph; the paper uses 0.9 to 2",
     )
     loss.add_argument(
         "--ls",
         type=real(),
         default=1.0,
-        help="lambda_s, weight of the HGNN's cross-entropy; 0 is the distribution loss alone",
+        metavar="X",
+        help="lambda_s, weight of the HGNN's cross-entropy; 0: only the distribution loss",
     )
-    loss.add_argument("--hgnn-hidden", type=whole(1), default=512, help="width of the HGNN's hidden layer")
+    loss.add_argument("--hgnn-hidden", type=whole(1), default=512, metavar="N", help="width of the HGNN's hidden layer")
 
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument(
@@ -377,49 +447,71 @@ def train_parser() -> Parser:
         dest="nb_epochs",
         type=whole(0),
         default=50,
-        help="training epochs; those of the warm-up are not counted",
+        metavar="N",
+        help="training epochs; warm-up epochs are not counted",
     )
-    optimisation.add_argument("--warm", type=whole(0), default=1, help="warm-up epochs with the backbone frozen")
+    optimisation.add_argument(
+        "--warm", type=whole(0), default=1, metavar="N", help="warm-up epochs, in which the backbone is frozen"
+    )
     optimisation.add_argument(
         "--optimizer",
         choices=("adam", "adamw", "sgd", "rmsprop"),
         default="adam",
         help="sgd: Nesterov momentum 0.9; rmsprop: alpha 0.9, momentum 0.9",
     )
-    optimisation.add_argument("--lr", type=real(), default=1e-4, help="learning rate of backbone and embedding layer")
+    optimisation.add_argument(
+        "--lr", type=real(), default=1e-4, metavar="RATE", help="learning rate of backbone and embedding layer"
+    )
     optimisation.add_argument(
         "--lr-ds",
         type=real(),
         default=1e-1,
-        help="learning rate of the class distributions; of the proxies, centres or class weights of another --loss",
+        metavar="RATE",
+        help="learning rate of the class distributions, or of the proxies, centres or class weights of another --loss",
     )
-    optimisation.add_argument("--lr-hgnn-factor", type=real(), default=10.0, help="the HGNN learns at lr times this")
-    optimisation.add_argument("--weight-decay", type=real(), default=1e-4, help="one weight decay for everything")
     optimisation.add_argument(
-        "--lr-decay-step", type=whole(1), default=10, help="epochs between drops of all learning rates"
+        "--lr-hgnn-factor", type=real(), default=10.0, metavar="X", help="the HGNN trains at lr times this"
     )
-    optimisation.add_argument("--lr-decay-gamma", type=real(), default=0.5, help="factor of each drop")
+    optimisation.add_argument(
+        "--weight-decay", type=real(), default=1e-4, metavar="X", help="weight decay of all parameters"
+    )
+    optimisation.add_argument(
+        "--lr-decay-step", type=whole(1), default=10, metavar="N", help="epochs between drops of all learning rates"
+    )
+    optimisation.add_argument(
+        "--lr-decay-gamma", type=real(), default=0.5, metavar="X", help="factor of each drop of the learning rates"
+    )
 
     device = add_device_flags(parser)
     device.add_argument(
         "--compile",
         type=binary,
         default=0,
-        help="1: torch.compile the network for training; the first epoch begins slowly; changes results by rounding",
+        metavar="0|1",
+        help="1: torch.compile the network for training; the first epoch starts slowly; changes results by rounding",
     )
 
     run = parser.add_argument_group("run")
     run.add_argument(
-        "--seed", type=whole(0), default=1, help="governs everything random: initial weights, batches, augmentation"
+        "--seed",
+        type=whole(0),
+        default=1,
+        metavar="N",
+        help="seed of everything random: initial weights, batches, augmentation",
     )
-    run.add_argument("--deterministic", action="store_true", help="use deterministic algorithms on the GPU too; slower")
+    run.add_argument("--deterministic", action="store_true", help="deterministic algorithms on the GPU too; slower")
     run.add_argument(
-        "--log-dir", type=Path, default=CODE.parent / "logs", help="runs are kept under log-dir/DATASET/run_N"
+        "--log-dir",
+        type=Path,
+        default=CODE.parent / "logs",
+        metavar="DIR",
+        help="a run is kept in log-dir/DATASET/run_N",
     )
     run.add_argument(
         "--run-num",
         type=whole(0),
         default=1,
+        metavar="N",
         help="N of run_N (%(default)s in the original); without this flag the next free number",
     )
     run.add_argument("--overwrite", action="store_true", help="replace the run of --run-num if it exists")
@@ -427,38 +519,46 @@ def train_parser() -> Parser:
         "--resume",
         nargs="?",
         const="",
-        metavar="FILE",
-        help="go on with an interrupted run from its last.pth: "
-        "that of --run-num, of the newest run, or FILE; its stored flags apply",
+        metavar="RUN",
+        help="resume an interrupted run: RUN is its folder or its last.pth; without RUN the run of --run-num, else the "
+        "newest of --dataset. The run's own flags apply",
+    )
+    run.add_argument(
+        "--allow-changed-images",
+        action="store_true",
+        help="resume although images were added or removed; the classes must be the same, in the same order",
     )
     run.add_argument(
         "--wandb",
         choices=("off", "offline", "online"),
-        help="record the run in wandb too; without this flag what WANDB_MODE says, else off",
+        help="also record the run in wandb; without this flag WANDB_MODE decides, else off",
     )
-    run.add_argument("--remark", default="", help="a note that is kept with the run")
+    run.add_argument("--remark", type=text, default="", metavar="TEXT", help="a note that is kept with the run")
     return parser
 
 
 def evaluate_parser() -> Parser:
-    parser = Parser("Score a checkpoint: recall@K of images of classes that were not trained on.")
-    parser.add_argument("--model-path", default="", help="checkpoint, or a folder that holds DATASET_MODEL_best.pth")
+    parser = Parser("Score a checkpoint: recall@K of images of classes that it was not trained on.")
+    parser.add_argument(
+        "--model-path", default="", metavar="PATH", help="checkpoint, or a folder that holds DATASET_MODEL_best.pth"
+    )
     add_data_flags(parser, batch_size=150)
     add_network_flags(parser, FROM_CHECKPOINT)
     add_device_flags(parser)
-    parser.add_argument("--remark", default="", help="a note that is printed with the figures")
-    scores = parser.add_argument_group("figures")
+    parser.add_argument("--remark", type=text, default="", metavar="TEXT", help="a note to print with the scores")
+    scores = parser.add_argument_group("scores")
     scores.add_argument(
         "--metrics",
         nargs="+",
         choices=("recall", "rp", "map", "nmi", "all"),
         default=["recall"],
-        help="rp: R-precision, map: MAP@R, nmi: normalised mutual information of k-means",
+        metavar="NAME",
+        help="recall; rp: R-precision; map: MAP@R; nmi: normalised mutual information of k-means; all",
     )
-    scores.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+    scores.add_argument("--json", type=Path, metavar="FILE", help="also write the scores to FILE")
     scores.add_argument("--save-embeddings", type=Path, metavar="FILE.npz", help="keep embeddings, labels and paths")
     scores.add_argument(
-        "--embeddings", type=Path, metavar="FILE.npz", help="score these embeddings; no network, no images"
+        "--embeddings", type=Path, metavar="FILE.npz", help="score these embeddings, without a network or images"
     )
     scores.add_argument(
         "--pictures", type=Path, metavar="DIR", help="draw the nearest neighbours of some queries and a map of classes"
@@ -471,23 +571,20 @@ def evaluate_parser() -> Parser:
 
 def retrieve_parser() -> Parser:
     parser = Parser("Find the images of a folder that are most like given ones.")
-    parser.add_argument("--model-path", default="", help="checkpoint, or a run's folder that holds its *_best.pth")
+    parser.add_argument(
+        "--model-path", default="", metavar="PATH", help="checkpoint, or a run's folder that holds its *_best.pth"
+    )
     search = parser.add_argument_group("search")
+    search.add_argument("--gallery", type=Path, required=True, metavar="DIR", help="folder of images to search in")
     search.add_argument(
-        "--gallery", type=Path, required=True, metavar="DIR", help="folder with the images to search in"
+        "--query", type=Path, required=True, metavar="IMAGE_OR_DIR", help="image to search for, or a folder of images"
     )
     search.add_argument(
-        "--query", type=Path, required=True, metavar="IMAGE_OR_DIR", help="image to search for, or a folder of them"
-    )
-    search.add_argument(
-        "--top-k", type=whole(1), default=10, help="neighbours of each query; pictures and page show 20 at most"
-    )
-    search.add_argument(
-        "--index",
-        choices=("exact", "faiss"),
-        default="exact",
-        help="faiss: an inverted file of faiss, which misses about one neighbour in 20; for thousands of queries in "
-        "millions of images, else making it takes longer than it saves",
+        "--top-k",
+        type=whole(1),
+        default=10,
+        metavar="K",
+        help="neighbours of each query; pictures and page show at most 20",
     )
     search.add_argument(
         "--output",

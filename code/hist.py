@@ -2,7 +2,7 @@
 
 J. Lim, S. Yun, S. Park, J. Y. Choi, CVPR 2022, pp. 212-222, doi 10.1109/CVPR52688.2022.00031.
 
-This file needs torch alone: copy it into any project and use it like any other metric-learning loss:
+This file only needs torch: copy it into any project and use it like any other metric-learning loss:
 
     criterion = HISTLoss(num_classes=100, embedding_size=512)      # has parameters: give them to an optimiser too
     loss = criterion(embeddings, labels)                           # (N, D) float, (N,) int64 -> scalar
@@ -156,8 +156,10 @@ class HISTLoss(nn.Module):
         hgnn_hidden: width of the HGNN's hidden layer.
         tau: temperature of the distribution loss.
         alpha: scale of the distances in the incidence matrix.
-        ls: lambda_s, weight of the HGNN's cross-entropy. 0 is the distribution loss alone: the HGNN is neither
-            computed nor trained.
+        ls: lambda_s, weight of the HGNN's cross-entropy. With 0 there is only the distribution loss: the HGNN is
+            neither computed nor trained.
+
+    Raises ValueError for sizes below 1, tau not above 0, alpha or ls below 0.
 
     Computes in the precision of its parameters (float32), under autocast too. After a call `dist_loss` and
     `ce_loss` hold the two terms as detached scalars on the device: nothing waits for them until they are read.
@@ -181,6 +183,11 @@ class HISTLoss(nn.Module):
         ):
             if value < 1:
                 raise ValueError(f"HISTLoss: {name} must be at least 1, got {value}")
+        if not 0 < tau < float("inf"):
+            raise ValueError(f"HISTLoss: tau must be finite and above 0, got {tau}")
+        for name, value in (("alpha", alpha), ("ls", ls)):
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"HISTLoss: {name} must be finite and at least 0, got {value}")
         self.num_classes = num_classes
         self.embedding_size = embedding_size
         self.ls = ls

@@ -1,12 +1,21 @@
-"""From images to embeddings, and from those to retrieval figures."""
+"""From a checkpoint to a network that is ready to embed, from images to embeddings, and from those to scores."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
+import checkpoint
+import dataset
 import distributed
 import metrics
+import net
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+
+class NotFinite(ValueError):
+    """Embeddings hold NaN or Inf. The message is one line that counts them."""
 
 
 class Embedded(NamedTuple):
@@ -17,17 +26,83 @@ class Embedded(NamedTuple):
     rows: Tensor
 
 
+class Loaded(NamedTuple):
+    """A network on its device, in eval mode, and where it came from: file, its content, the flags it was made with."""
+
+    network: net.EmbeddingNet
+    path: Path
+    content: dict
+    args: object
+
+
+# ---------------------------------------------------------------- from a checkpoint to a network
+
+
+def load_network(parser, args, given: set[str], name: str, only: bool, device: torch.device) -> Loaded:
+    """The network of a checkpoint, this project's or a published one.
+
+    Flags that were not given come from the checkpoint, as Loaded.args; given ones may not contradict the network.
+
+    Args:
+        parser, args, given: of flags.py; args.model_path is the checkpoint or its folder.
+        name: the file to look for in a folder; only: no other *_best.pth there will do.
+
+    Raises:
+        ValueError, OSError: no checkpoint, a damaged one, or one that does not fit the flags.
+    """
+    path = checkpoint.find(args.model_path, name, only)
+    content = checkpoint.load(path)
+    args = parser.adopt(args, given, checkpoint.stored_flags(content), path)
+    network = net.build(args.model, args.sz_embedding, "none", bool(args.add_gmp), bool(args.layer_norm))
+    net.load_network_state(network, checkpoint.network_state(content, path), path)
+    args.image_size = args.image_size or network.image_size
+    net.require_image_size(network, args.image_size)
+    network.to(device, memory_format=memory_format(args.channels_last)).eval()
+    return Loaded(network, path, content, args)
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+# ---------------------------------------------------------------- from images to embeddings
+
+
+def make_loader(network, images: dataset.ImageList, image_size: int, batch_size: int, workers: int, device, skip_bad):
+    """A loader of this process's share of the images, all in order, prepared as the network wants them."""
+    return dataset.make_eval_loader(
+        images,
+        dataset.eval_transform(image_size, network.mean, network.std, network.bgr, network.scale),
+        batch_size,
+        workers,
+        pin_memory=torch.device(device).type == "cuda",
+        skip_bad=skip_bad,
+        shard=distributed.processes(),
+    )
+
+
 @torch.inference_mode()
-def embed(network, loader, device, amp=False, channels_last=False, description="embed", after_batch=lambda: None):
-    """Embeddings of every image of a loader, in its order -> Embedded. The network is left in eval mode.
+def embed(
+    network,
+    loader,
+    device,
+    amp: bool = False,
+    channels_last: bool = False,
+    description: str = "embed",
+    after_batch: Callable[[], None] = lambda: None,
+) -> Embedded:
+    """Embeddings of every image of a loader, in its order. The network is left in eval mode.
 
     Images that a loader with skip_bad could not decode (label -1) are left out. amp: bf16 autocast. after_batch is
-    called after every batch and may raise to stop. With several processes each embeds its share, every one gets all:
+    called after every batch and may raise to stop. With several processes each embeds its share, and all get all:
     process r of n has to be given a loader of the images r, r + n, r + 2n, … and all of them the same data set.
+
+    Raises:
+        NotFinite: embeddings hold NaN or Inf.
+        ValueError: there are no images.
     """
     network.eval()
     device = torch.device(device)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
     rank, count = distributed.processes()
     total = len(loader.dataset)
     if total == 0:
@@ -36,7 +111,7 @@ def embed(network, loader, device, amp=False, channels_last=False, description="
     embeddings, labels, done = None, torch.empty(share, dtype=torch.int64), 0
     with tqdm(total=total, desc=description, unit="img", disable=None, leave=False) as bar:
         for images, targets in loader:
-            images = images.to(device, non_blocking=True, memory_format=layout)
+            images = images.to(device, non_blocking=True, memory_format=memory_format(channels_last))
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 batch = network(images).float()
             if embeddings is None:
@@ -51,7 +126,13 @@ def embed(network, loader, device, amp=False, channels_last=False, description="
         embeddings = torch.empty(0, network.embedding_size, device=device)
     embeddings, labels = (distributed.gather_shares(x, total).cpu() for x in (embeddings, labels.to(device)))
     decoded = labels >= 0
-    return Embedded(embeddings[decoded], labels[decoded], decoded.nonzero()[:, 0])
+    embedded = Embedded(embeddings[decoded], labels[decoded], decoded.nonzero()[:, 0])
+    if bad := int((~torch.isfinite(embedded.embeddings)).any(dim=1).sum()):
+        raise NotFinite(f"{bad:,} of {len(embedded.labels):,} embeddings hold NaN or Inf: the network has diverged")
+    return embedded
+
+
+# ---------------------------------------------------------------- from embeddings to scores
 
 
 def evaluate(
@@ -68,12 +149,17 @@ def evaluate(
 ) -> tuple[metrics.Retrieval, Embedded, Embedded | None]:
     """Embed the loaders and search, every query among the gallery or, if that is None, among all other queries.
 
-    Returns the figures and what was embedded: (Retrieval, query, gallery or None).
+    Returns the scores and what was embedded: (Retrieval, query, gallery or None).
     """
     options = dict(amp=amp, channels_last=channels_last, after_batch=after_batch)
     query = embed(network, query_loader, device, description="embed queries" if gallery_loader else "embed", **options)
     gallery = None
     if gallery_loader is not None:
         gallery = embed(network, gallery_loader, device, description="embed gallery", **options)
+    return score(query, gallery, ks, device, memory_gib, precision), query, gallery
+
+
+def score(query: Embedded, gallery: Embedded | None, ks, device, memory_gib=1.0, precision=False) -> metrics.Retrieval:
+    """R@K, with precision also R-precision and MAP@R, of what was embedded."""
     sets = (*query[:2], *(gallery[:2] if gallery else (None, None)))
-    return metrics.retrieval(*sets, ks, precision, memory_gib, device, progress=True), query, gallery
+    return metrics.retrieval(*sets, ks, precision, memory_gib, device, progress=True)

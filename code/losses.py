@@ -1,21 +1,22 @@
 """Losses to compare HIST with, from pytorch-metric-learning, under the very same conditions: train.py --loss NAME.
 
-Each function below makes one, called like HISTLoss: criterion(embeddings (N, D), labels (N,)) -> scalar, with raw
-embeddings as the network emits them. What a function takes behind the sizes is what --loss-args can set, and the
-default is the value of the paper that it names, or of the library where it says so. Those that have parameters
-(proxies, centres, class weights) train them at --lr-ds; the others compare images of a batch with each other and want
-several of each class in it (--IPC).
+Each function below makes one. It is called like HISTLoss: criterion(embeddings (N, D), labels (N,)) -> scalar, with
+raw embeddings as the network emits them. The arguments after the sizes are what --loss-args can set; their defaults are
+those of the paper that the function names, or of the library where it says so. Losses with parameters (proxies,
+centres, class weights) train them at --lr-ds. The others compare images of a batch with each other and need several of
+each class in it (--IPC).
 """
 
 import inspect
 
+import flags
 import torch
 from pytorch_metric_learning import distances, losses, miners
 from torch import Tensor, nn
 
 
 class LibraryLoss(nn.Module):
-    """A loss of the library behind its miner, if it has one; in float32, under autocast too."""
+    """A loss of the library, after its miner if it has one; in float32, under autocast too."""
 
     def __init__(self, loss: nn.Module, miner: nn.Module | None = None):
         super().__init__()
@@ -74,19 +75,7 @@ def contrastive(num_classes, embedding_size, pos_margin=0.0, neg_margin=1.0):
     return LibraryLoss(losses.ContrastiveLoss(pos_margin, neg_margin))
 
 
-LOSSES = {
-    make.__name__: make
-    for make in (
-        proxy_anchor,
-        proxy_nca,
-        softtriple,
-        arcface,
-        normalized_softmax,
-        multi_similarity,
-        triplet,
-        contrastive,
-    )
-}
+LOSSES = {name: globals()[name] for name in flags.LOSSES if name != "hist"}
 
 
 def build(name: str, num_classes: int, embedding_size: int, settings: str = "") -> LibraryLoss:

@@ -3,11 +3,11 @@
     python code/retrieve.py --model-path logs/folder/run_1 --gallery my_pictures --query photo.jpg
     python code/retrieve.py --model-path FILE.pth --gallery my_pictures --query new_pictures --top-k 5 --output found
 
-The gallery is embedded once: its embeddings are kept beside it, in GALLERY.embeddings-KEY.npz, where the key stands
-for the checkpoint and how images are prepared; later calls embed new and changed files alone. Writes neighbours.csv
-(all queries), neighbours.png (some) and neighbours.html, a page that needs nothing but itself.
+The gallery is embedded once. Its embeddings are kept beside it in GALLERY.embeddings-KEY.npz, where the key names the
+checkpoint and how images are prepared; later calls only embed new and changed files. Writes neighbours.csv (all
+queries), neighbours.png (some) and neighbours.html, a page that needs no other file.
 
-A query that is itself in the gallery is not its own neighbour. The search is exact unless --index faiss is given.
+A query that is itself in the gallery is not its own neighbour. The search is exact.
 """
 
 import base64
@@ -23,14 +23,14 @@ from urllib.parse import quote
 
 import checkpoint
 import dataset
+import distributed
 import flags
 import inference
 import layouts
 import metrics
-import net
 import numpy as np
 import pictures
-import runlog
+import run
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -42,38 +42,35 @@ SIDE = 160  # pixels of the longer side of a picture on the page
 
 
 def main():
+    # Flags, images, network
     parser = flags.retrieve_parser()
     args, given = parser.parse()
-    path = checkpoint.find(args.model_path, runlog.best_name("DATASET", "MODEL"), only=False)
-    content = checkpoint.load(path)
-    args = parser.adopt(args, given, checkpoint.stored_flags(content), path)
-    if args.index == "faiss":
-        import_faiss()
     queries, galleries = list_images(args.query, "--query"), list_images(args.gallery, "--gallery")
     for searched in [args.gallery, args.query]:
         if searched.is_dir() and args.output.resolve().is_relative_to(searched.resolve()):
             raise ValueError(
                 f"--output {args.output} lies in {searched}, where it would be found next time: name another"
             )
-    device = runlog.choose_device(args.gpu_id)
-    print(f"device: {runlog.describe_device(device)}")
-    network = net.build(args.model, args.sz_embedding, "none", bool(args.add_gmp), bool(args.layer_norm))
-    state = checkpoint.network_state(content, path)
-    net.load_network_state(network, state, path)
-    args.image_size = args.image_size or network.image_size
-    network.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
-    print(f"checkpoint: {path}")
+    checkpoint.make_folder(args.output, "--output")
+    device = distributed.choose_device(args.gpu_id)
+    print(f"device: {distributed.describe(device)}")
+    loaded = inference.load_network(parser, args, given, run.best_name("DATASET", "MODEL"), False, device)
+    args, network = loaded.args, loaded.network
+    print(f"checkpoint: {loaded.path}")
 
+    # Embeddings
     query = embed(network, queries, device, args, "embed queries")
     if not len(query.rows):
         raise ValueError(why_not(queries, 0) + (f", nor any other of the {len(queries)} queries" * (len(queries) > 1)))
     states, files = look_at_files(galleries)
-    gallery = embed_gallery(network, galleries, states, cache_path(args, state), device, args)
-    own, others = look_at_files(queries)[1][query.rows.numpy()], files[gallery.rows.numpy()]
-    found, distances = search(query.embeddings, own, gallery.embeddings, others, args, device)
+    cache = cache_path(args, checkpoint.network_state(loaded.content, loaded.path))
+    gallery = embed_gallery(network, galleries, states, cache, device, args)
 
-    neighbours = {row: [] for row in range(len(queries))}  # query -> [(image of the gallery, cosine distance), …]
-    for row, indices, values in zip(query.rows.tolist(), found.tolist(), distances.tolist(), strict=True):
+    # Search
+    own, others = look_at_files(queries)[1][query.rows.numpy()], files[gallery.rows.numpy()]
+    found, similarities = search(query.embeddings, own, gallery.embeddings, others, args, device)
+    neighbours = {row: [] for row in range(len(queries))}  # query -> [(image of the gallery, cosine similarity), …]
+    for row, indices, values in zip(query.rows.tolist(), found.tolist(), similarities.tolist(), strict=True):
         neighbours[row] = [(gallery.rows[i].item(), value) for i, value in zip(indices, values, strict=True) if i >= 0]
     write(args, queries, galleries, neighbours, set(query.rows.tolist()), len(gallery.rows))
 
@@ -94,10 +91,9 @@ def list_images(path: Path, option: str) -> dataset.ImageList:
 
 
 def embed(network, images, device, args, description) -> inference.Embedded:
-    """Those of the images that can be decoded."""
-    transform = dataset.eval_transform(args.image_size, network.mean, network.std, network.bgr, network.scale)
-    loader = dataset.make_eval_loader(
-        images, transform, args.sz_batch, args.nb_workers, device.type == "cuda", skip_bad=True
+    """Embeddings of those of the images that can be decoded."""
+    loader = inference.make_loader(
+        network, images, args.image_size, args.sz_batch, args.nb_workers, device, skip_bad=True
     )
     return inference.embed(network, loader, device, args.amp == "bf16", args.channels_last, description)
 
@@ -203,63 +199,24 @@ def write_cache(cache: Path, images, states, embeddings, known):
 
 
 def search(query, own, gallery, others, args, device) -> tuple[np.ndarray, np.ndarray]:
-    """Indices into the gallery (Q, top_k), -1 where there are no more, and cosine distances.
+    """Indices into the gallery (Q, top_k), -1 where there are no more, and cosine similarities.
 
     query (Q, D), gallery (N, D); own (Q, 2), others (N, 2): which files they are. A query does not find its own file.
     """
     _, links = np.unique(others, axis=0, return_counts=True)
     k = min(args.top_k + links.max(), len(others))  # a file may be there by several names
-    if args.index == "faiss":
-        found, similarities = search_faiss(query, gallery, k)
-    else:
-        found, similarities = metrics.nearest(query, gallery, k, None, args.search_memory, device, progress=True)
-    found, distances = np.asarray(found), 1 - np.asarray(similarities)
+    found, similarities = metrics.nearest(query, gallery, k, None, args.search_memory, device, progress=True)
+    found, similarities = np.asarray(found), np.asarray(similarities)
     itself = (others[found] == own[:, None]).all(axis=2)
     found = np.where(itself, -1, found)
     order = np.argsort(found < 0, axis=1, kind="stable")[:, : args.top_k]  # what is none goes to the end
-    return np.take_along_axis(found, order, 1), np.take_along_axis(distances, order, 1).clip(min=0)
-
-
-def import_faiss():
-    try:
-        import faiss
-    except ImportError as error:
-        raise ValueError("--index faiss: faiss is not installed (pip install faiss-cpu, or --index exact)") from error
-    return faiss
-
-
-def search_faiss(query, gallery, k):
-    """The k nearest by cosine from an inverted file, which looks into some of sqrt(N) cells for each query.
-
-    How many it takes depends on the embeddings, so it is found out: enough that a sample of the queries finds 95 % of
-    its ten nearest.
-    """
-    faiss = import_faiss()
-    query, vectors = (torch.nn.functional.normalize(x, dim=1).numpy() for x in (query, gallery))
-    cells = max(1, min(int(len(vectors) ** 0.5), len(vectors) // 39))  # faiss wants 39 vectors a cell
-    index = faiss.index_factory(vectors.shape[1], f"IVF{cells},Flat", faiss.METRIC_INNER_PRODUCT)
-    index.cp.max_points_per_centroid = 64  # to learn the cells from
-    index.train(vectors)
-    index.add(vectors)
-    sample = query[:: max(1, len(query) // 100)]
-    exact = metrics.nearest(torch.from_numpy(sample), gallery, 10)[0].numpy()
-    index.nprobe = min(8, cells)
-    while True:
-        found = index.search(sample, exact.shape[1])[1]
-        share = (exact[:, :, None] == found[:, None, :]).any(axis=2).mean()
-        if share >= 0.95 or index.nprobe == cells:
-            break
-        index.nprobe = min(2 * index.nprobe, cells)
-    print(f"index: {index.nprobe} of {cells:,} cells are looked into, which finds {share:.1%} of the ten nearest")
-    similarities, found = index.search(query, int(k))
-    return found, similarities
+    return np.take_along_axis(found, order, 1), np.take_along_axis(similarities, order, 1)
 
 
 # ---------------------------------------------------------------- what is written
 
 
 def write(args, queries, galleries, neighbours, decoded, size):
-    args.output.mkdir(parents=True, exist_ok=True)
     files = [args.output / f"neighbours.{suffix}" for suffix in ("csv", "png", "html")]
     text = csv_text(queries, galleries, neighbours)
     checkpoint.write(lambda file: file.write(text.encode("utf-8", "surrogateescape")), files[0])
@@ -272,19 +229,18 @@ def write(args, queries, galleries, neighbours, decoded, size):
         [[value for _, value in shown[row]] for row in drawn],
         [f"query: {queries.paths[row]}" for row in drawn],
         files[1],
-        "cosine distance",
     )
     checkpoint.write_text(page(args, queries, galleries, shown, decoded, size), files[2])
 
     for row in drawn:
         print(f"\n{queries.root / queries.paths[row]}")
-        for rank, (i, distance) in enumerate(shown[row], 1):
-            print(f"{rank:>4}  {distance:.4f}  {galleries.root / galleries.paths[i]}")
+        for rank, (i, similarity) in enumerate(shown[row], 1):
+            print(f"{rank:>4}  {similarity:.4f}  {galleries.root / galleries.paths[i]}")
     if len(decoded) > len(drawn):
         print(f"\n… and {len(decoded) - len(drawn):,} more")
     for row in sorted(set(neighbours) - decoded)[:MOST_SHOWN]:
         print(f"warning: {why_not(queries, row)}", file=sys.stderr)
-    print(f"\nqueries: {count(queries, decoded)}; gallery: {size:,}; distances are 1 - cosine similarity")
+    print(f"\nqueries: {count(queries, decoded)}; gallery: {size:,}; similarity: cosine")
     print("written: " + ", ".join(map(str, files)))
 
 
@@ -297,13 +253,14 @@ def csv_text(queries, galleries, neighbours) -> str:
     """One row per query and neighbour; a query that could not be decoded has one row without any."""
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["query", "rank", "neighbour", "cosine_distance"])
+    writer.writerow(["query", "rank", "neighbour", "cosine_distance", "cosine_similarity"])
     for row, found in neighbours.items():
         query = queries.root / queries.paths[row]
-        for rank, (i, distance) in enumerate(found, 1):
-            writer.writerow([query, rank, galleries.root / galleries.paths[i], f"{distance:.6f}"])
+        for rank, (i, similarity) in enumerate(found, 1):
+            distance = max(0.0, 1 - similarity)
+            writer.writerow([query, rank, galleries.root / galleries.paths[i], f"{distance:.7f}", f"{similarity:.7f}"])
         if not found:
-            writer.writerow([query, "", "", ""])
+            writer.writerow([query, "", "", "", ""])
     return text.getvalue()
 
 
@@ -338,9 +295,9 @@ def page(args, queries, galleries, neighbours, decoded, size) -> str:
         figures = []
         if row not in decoded:
             figures.append(f"<p class='bad'>{escape(why_not(queries, row))}</p>")
-        for rank, (i, distance) in enumerate(found, 1):
+        for rank, (i, similarity) in enumerate(found, 1):
             path = galleries.root / galleries.paths[i]
-            caption = f"<b>{rank}</b> · distance <b>{distance:.4f}</b><br>{escape(galleries.paths[i])}"
+            caption = f"<b>{rank}</b> · similarity <b>{similarity:.4f}</b><br>{escape(galleries.paths[i])}"
             figures.append(figure(args, path, caption))
         both = f"{figure(args, query, '<b>query</b>')}<div class='found'>{''.join(figures)}</div>"
         parts.append(f"<section><h2>{escape(query)}</h2><div class='row'>{both}</div></section>")
@@ -350,7 +307,7 @@ def page(args, queries, galleries, neighbours, decoded, size) -> str:
         f'<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">\n'
         f"<style>{STYLE}</style></head>\n<body><h1>Nearest images</h1>\n"
         f"<p>Queries: {count(queries, decoded)}. Gallery: {size:,} images in {escape(args.gallery)}. Network: "
-        f"{escape(args.model_path)}. Distance: 1 − cosine similarity, 0 is the same direction.{more}</p>\n"
+        f"{escape(args.model_path)}. Similarity: cosine, 1 is the same direction.{more}</p>\n"
         f"{chr(10).join(parts)}\n</body></html>\n"
     )
 

@@ -2,53 +2,34 @@
 
     python code/train.py @recipes/glyphs.args                  # offline, minutes on two CPU cores
     python code/train.py @recipes/cub.args                     # the paper's recipe for CUB-200-2011
-    python code/train.py @recipes/cub.args --seed 2 --tau 24   # flags behind a recipe win
-    python code/train.py --resume                              # go on with the newest run of --dataset
+    python code/train.py @recipes/cub.args --seed 2 --tau 24   # later flags override earlier ones
+    python code/train.py --resume                              # resume the newest run of --dataset
 
 A run leaves in logs/DATASET/run_N: DATASET_MODEL_best.pth and its _results.txt, last.pth (to resume from),
-results.csv (one row per epoch) and args.json (what made it).
+results.csv (one row per epoch), args.json (what made it) and pictures.
 """
 
-import json
 import math
 import os
 import random
-import shlex
 import signal
 import sys
 import time
-from pathlib import Path
 
-import checkpoint
 import dataset
 import distributed
 import flags
 import inference
-import metrics
 import net
 import numpy as np
-import pictures
-import runlog
+import run
 import torch
 from hist import HISTLoss
 from tqdm import tqdm
 
-EVALUATION_BATCH = 150  # as evaluate.py's default, so that both compute the same figures, on the CPU to the bit
-RATES = ("lr", "lr_embedding", "lr_ds", "lr_hgnn")  # columns of results.csv, one per parameter group there is
-# What may differ between a run and its resumption without making it another run.
-FREE_ON_RESUME = {
-    "resume",
-    "run_num",
-    "overwrite",
-    "log_dir",
-    "data_root",
-    "nb_epochs",
-    "nb_workers",
-    "gpu_id",
-    "search_memory",
-    "wandb",
-    "remark",
-}
+EVALUATION_BATCH = 150  # as evaluate.py's default, so that both compute the same scores, on the CPU to the bit
+RATES = ("lr", "lr_embedding", "lr_ds", "lr_hgnn")  # columns of results.csv, one per parameter group
+PAIR_LOSSES = ("multi_similarity", "triplet", "contrastive")  # learn from images of one class in a batch
 
 
 class Interrupted(Exception):
@@ -56,53 +37,49 @@ class Interrupted(Exception):
 
 
 class StopSignals:
-    """Notes the first SIGTERM or Ctrl-C, for the loops to stop at the next step; a second one ends at once."""
+    """Notes the first SIGTERM or Ctrl-C, for the loops to stop after the step; another Ctrl-C ends at once.
+
+    One request can arrive twice: `timeout` signals its child and then the whole process group, torchrun passes on what
+    the processes have received already. So SIGTERM is only ever noted, and a second Ctrl-C counts after a moment.
+    """
 
     def __init__(self):
-        self.number = 0
+        self.number, self.since = 0, 0.0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
 
     def _note(self, number, frame):
-        if self.number:
+        now, moment = time.monotonic(), 5.0 if distributed.several() else 0.2
+        if self.number and number == signal.SIGINT and now - self.since > moment:
             os._exit(128 + number)
-        self.number = number
+        self.number, self.since = self.number or number, self.since or now
 
     def check(self):
-        """Raise Interrupted; of several processes none may leave alone, they agree in gather_batch."""
+        """Raise Interrupted; of several processes none may leave by itself, they agree in gather_batch."""
         if self.number and distributed.processes().count == 1:
             raise Interrupted
 
 
 def main():
-    args, state, run_folder = parse_flags()
-    gpu_id = distributed.start(args.gpu_id)
+    # Flags, or a run to go on with
+    args, state = run.parse_flags()
+    check_flags(args)
+    device = distributed.start(args.gpu_id)
     processes = distributed.processes()
     seed_everything(args.seed, args.deterministic)
-    device = runlog.choose_device(gpu_id)
-    print(f"device: {runlog.describe_device(device)}" + (f", {processes.count} processes" * (processes.count > 1)))
+    print(f"device: {distributed.describe(device)}" + (f", {processes.count} processes" * (processes.count > 1)))
 
     # Data
-    benchmark = dataset.load_benchmark(args.dataset, args.data_root, args.train_classes)
-    for warning in benchmark.warnings if processes.rank == 0 else ():
-        print(f"warning: {warning}", file=sys.stderr)
-    if benchmark.query.num_classes < 2 and processes.rank == 0:
-        root = benchmark.query.root
-        print(
-            f"warning: {root}: only one class to test on, figures say nothing; is it the right folder?", file=sys.stderr
-        )
-    train_images, validation_images = benchmark.train, None
-    if args.val_classes > 0:
-        train_images, validation_images = dataset.split_validation(benchmark.train, args.val_classes, args.seed)
-    print(describe_data(benchmark, train_images, validation_images))
+    benchmark, train_images, validation_images = load_data(args)
+    images = {"train": train_images, "validation": validation_images, "query": benchmark.query}
+    images |= {"gallery": benchmark.gallery}
+    data = {split: dataset.fingerprint(listed) for split, listed in images.items() if listed is not None}
+    if state:
+        run.refuse_other_data(state, data, args)
+    print(describe_data(benchmark.name, images))
 
     # Network, loss, optimiser
-    weights = "none" if state else args.weights
-    network = net.build(args.model, args.sz_embedding, weights, args.add_gmp, args.layer_norm, args.bn_freeze)
-    args.image_size = args.image_size or network.image_size
-    network.to(device, memory_format=memory_format(args))
-    if not args.bn_freeze:
-        distributed.synchronise_batchnorm(network, device)
+    network = make_network(args, "none" if state else args.weights, device)
     criterion = make_criterion(train_images.num_classes, args).to(device)
     optimizer = make_optimizer(network, criterion, args)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_decay_step, args.lr_decay_gamma)
@@ -111,47 +88,38 @@ def main():
 
     # Loaders
     train_loader, evaluation_sets = make_loaders(args, network, benchmark, train_images, validation_images, device)
+    warn_without_positives(train_loader.batch_sampler, args)
 
-    # Resume, or begin a folder
-    epoch, history, best = -args.warm, [], None  # warm-up epochs are counted up to 0, training epochs from 1
-    if state:
-        epoch, history, best = restore(state, network, criterion, optimizer, scheduler, args.resume)
-    elif processes.rank == 0:
-        run_folder = begin_run_folder(args)
-    run_folder = distributed.from_first(run_folder)
-    log = RunFolder(run_folder, args, device, history, best, state.get("wandb_id") if state else None)
-    print(f"run: {run_folder}" + (f", resumed behind epoch {epoch}" if state else ""))
-    if state and epoch >= args.nb_epochs:
-        print(f"nothing left to do, {epoch} of {args.nb_epochs} epochs are done: --epochs N goes on longer")
+    # The run's folder, or the run to go on with
+    parts = dict(network=network, criterion=criterion, optimizer=optimizer, scheduler=scheduler)
+    log = run.Run(args, device, parts, data, state)
+    print(f"run: {log.folder}" + (f", resumed after epoch {log.epoch}" if state else ""))
+    if log.done:
+        print(f"nothing left to do, {log.epoch} of {args.nb_epochs} epochs are done: --epochs N goes on longer")
+
+    # Epochs: warm-up epochs count up to 0, training epochs from 1
     stop = StopSignals()
-
-    def finish_epoch(row, started):
-        figures, searched = evaluate(network, evaluation_sets, benchmark.recall_at, device, args, stop)
-        row |= figures | {"seconds": time.monotonic() - started}
-        if processes.rank == 0:
-            log.add(row, network, criterion, optimizer, scheduler)
-            log.refresh_pictures(network, criterion, train_loader, benchmark, searched, device)
-
-    # Epochs
     try:
-        if not history:
-            finish_epoch({"phase": "untrained", "epoch": epoch}, time.monotonic())
-        forward = loss = None
-        while epoch < args.nb_epochs:
-            epoch += 1
-            warming_up = epoch <= 0
-            row, started = {"phase": "warm-up" if warming_up else "train", "epoch": epoch}, time.monotonic()
+        if not log.history:
+            row, started = {"phase": "untrained", "epoch": log.epoch}, time.monotonic()
+            finish_epoch(row, started, log, train_loader, evaluation_sets, benchmark, device, args, stop)
+        first = log.epoch + 1
+        for phase, epochs in (("warm-up", range(first, 1)), ("train", range(max(first, 1), args.nb_epochs + 1))):
+            if not epochs or log.done:
+                continue
             if args.warm > 0:
-                network.set_backbone_trainable(not warming_up)
-            if forward is None or epoch == 1:  # other parameters train from here on
-                forward, loss = distributed.wrap(network, device), distributed.wrap(criterion, device)
-                forward = torch.compile(forward) if args.compile else forward
-            train_loader.batch_sampler.set_epoch(epoch + args.warm)
-            title = runlog.epoch_title(row, args.nb_epochs)
-            row |= train_epoch(network, forward, criterion, loss, train_loader, optimizer, device, args, title, stop)
-            if not warming_up:
-                scheduler.step()
-            finish_epoch(row, started)
+                network.set_backbone_trainable(phase == "train")
+            forward, loss = wrap(network, criterion, device, args.compile)
+            for epoch in epochs:
+                row, started = {"phase": phase, "epoch": epoch}, time.monotonic()
+                title = run.epoch_title(row, args.nb_epochs)
+                train_loader.batch_sampler.set_epoch(epoch + args.warm)
+                row |= train_epoch(
+                    network, forward, criterion, loss, train_loader, optimizer, device, args, title, stop
+                )
+                if phase == "train":
+                    scheduler.step()
+                finish_epoch(row, started, log, train_loader, evaluation_sets, benchmark, device, args, stop)
     except Interrupted:
         if processes.rank == 0:
             print(f"\n{signal.Signals(stop.number).name}: stopped. {log.kept()}", file=sys.stderr)
@@ -159,55 +127,19 @@ def main():
         sys.exit(128 + stop.number)
     finally:
         log.finish()
-    if processes.rank == 0:
-        print(log.summary(train_loader.dataset.num_bad))
+    print(log.summary(train_loader.dataset.num_bad))
     distributed.stop()
 
 
-def parse_flags():
-    """(flags, checkpoint to resume from or None, its run folder or None)."""
-    parser = flags.train_parser()
-    args, given = parser.parse()
-    if args.resume is None:
-        if args.overwrite and "run_num" not in given:
-            raise ValueError("--overwrite needs --run-num N, the run to replace")
-        args.run_num = args.run_num if "run_num" in given else None
-        return args, None, None
-    if args.overwrite:
-        raise ValueError("--resume and --overwrite exclude each other")
-    if args.resume:
-        path = Path(args.resume)
-    else:
-        runs = args.log_dir / args.dataset
-        path = (runs / f"run_{args.run_num}" if "run_num" in given else runlog.newest_run_folder(runs)) / "last.pth"
-    state = checkpoint.load(path)
-    missing = {
-        "flags",
-        "criterion_state_dict",
-        "optimizer_state_dict",
-        "scheduler_state_dict",
-        "random_states",
-        "history",
-        "best",
-        "epoch",
-    } - state.keys()
-    if missing:
-        raise ValueError(
-            f"{path}: cannot be resumed from, it lacks {', '.join(sorted(missing))}; give a run's last.pth"
-        )
-    stored = checkpoint.stored_flags(state)
-    changed = [
-        f"{name} {getattr(args, name)} instead of {stored[name]}"
-        for name in sorted(given - FREE_ON_RESUME)
-        if name in stored and getattr(args, name) != stored[name]
-    ]
-    if changed:
-        raise ValueError(
-            f"{path} was made with other flags ({'; '.join(changed)}): leave them out to resume it, or start a new run"
-        )
-    args, _ = parser.parse(parser.command_line(stored) + sys.argv[1:])
-    args.resume = str(path)
-    return args, state, path.resolve().parent
+# ---------------------------------------------------------------- what is trained, and on what
+
+
+def check_flags(args):
+    """Refuse what would only fail in the first epoch."""
+    if args.sz_batch < 2:
+        raise ValueError(f"--batch-size {args.sz_batch}: a training batch needs at least 2 images")
+    if args.loss == "hist" and args.loss_args:
+        raise ValueError("--loss-args: hist has flags of its own, --tau, --alpha, --ls and --hgnn-hidden")
 
 
 def seed_everything(seed, deterministic):
@@ -220,24 +152,38 @@ def seed_everything(seed, deterministic):
         torch.use_deterministic_algorithms(True)
 
 
-def describe_data(benchmark, train_images, validation_images):
-    parts = [
-        ("train", train_images),
-        ("validation", validation_images),
-        ("test" if benchmark.gallery is None else "query", benchmark.query),
-        ("gallery", benchmark.gallery),
-    ]
-    return f"data: {benchmark.name}, " + ", ".join(
-        f"{name} {len(images):,} images of {images.num_classes:,} classes"
-        for name, images in parts
-        if images is not None
+def load_data(args):
+    """(benchmark, images to train on, held-out classes or None)."""
+    benchmark = dataset.load_benchmark(args.dataset, args.data_root, args.train_classes)
+    for warning in benchmark.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if args.val_classes > 0:
+        return benchmark, *dataset.split_validation(benchmark.train, args.val_classes, args.seed)
+    return benchmark, benchmark.train, None
+
+
+def describe_data(name, images):
+    test = {"query": "test"} if images["gallery"] is None else {}
+    return f"data: {name}, " + ", ".join(
+        f"{test.get(split, split)} {len(listed):,} images of {listed.num_classes:,} classes"
+        for split, listed in images.items()
+        if listed is not None
     )
+
+
+def make_network(args, weights, device):
+    """The network on its device. Sets args.image_size to the network's own where no flag said it."""
+    network = net.build(args.model, args.sz_embedding, weights, args.add_gmp, args.layer_norm, args.bn_freeze)
+    args.image_size = args.image_size or network.image_size
+    net.require_image_size(network, args.image_size)
+    network.to(device, memory_format=inference.memory_format(args.channels_last))
+    if not args.bn_freeze:
+        distributed.synchronise_batchnorm(network, device)
+    return network
 
 
 def make_criterion(num_classes, args):
     if args.loss == "hist":
-        if args.loss_args:
-            raise ValueError("--loss-args: hist has flags of its own, --tau, --alpha, --ls and --hgnn-hidden")
         return HISTLoss(num_classes, args.sz_embedding, args.hgnn_hidden, args.tau, args.alpha, args.ls)
     import losses  # imports pytorch-metric-learning, which takes a second
 
@@ -268,47 +214,52 @@ def make_optimizer(network, criterion, args):
     return torch.optim.RMSprop(groups, alpha=0.9, momentum=0.9, **options)
 
 
-def memory_format(args):
-    return torch.channels_last if args.channels_last else torch.contiguous_format
-
-
 def make_loaders(args, network, benchmark, train_images, validation_images, device):
-    """(training loader, [(prefix of its figures' names, query loader, gallery loader or None), …])."""
-    pixels = dict(mean=network.mean, std=network.std, bgr=network.bgr, scale=network.scale)
-    options = dict(
+    """(training loader, [(prefix of its scores' names, query loader, gallery loader or None), …])."""
+    train_loader = dataset.make_train_loader(
+        train_images,
+        dataset.train_transform(args.image_size, network.mean, network.std, network.bgr, network.scale),
+        args.sz_batch,
+        args.seed,
+        args.IPC,
         workers=args.nb_workers,
         pin_memory=device.type == "cuda",
         skip_bad=args.skip_bad_images,
         shard=distributed.processes(),
     )
-    transform = dataset.train_transform(args.image_size, **pixels)
-    train_loader = dataset.make_train_loader(train_images, transform, args.sz_batch, args.seed, args.IPC, **options)
 
-    def evaluation_loader(images):
-        if images is None:
-            return None
-        transform = dataset.eval_transform(args.image_size, **pixels)
-        return dataset.make_eval_loader(images, transform, EVALUATION_BATCH, **options)
+    def loader_of(images):
+        options = (args.image_size, EVALUATION_BATCH, args.nb_workers, device, args.skip_bad_images)
+        return None if images is None else inference.make_loader(network, images, *options)
 
-    evaluation_sets = [("", evaluation_loader(benchmark.query), evaluation_loader(benchmark.gallery))]
+    evaluation_sets = [("", loader_of(benchmark.query), loader_of(benchmark.gallery))]
     if validation_images is not None:
-        evaluation_sets.insert(0, ("val ", evaluation_loader(validation_images), None))
+        evaluation_sets.insert(0, ("val ", loader_of(validation_images), None))
     return train_loader, evaluation_sets
 
 
-def evaluate(network, evaluation_sets, ks, device, args, stop):
-    """Score the test split, and before it the held-out classes if there are any.
-
-    Returns ({'R@1': …, 'R@2': …, 'val R@1': …}, (Retrieval, query, gallery or None) of the test split).
-    """
-    figures, searched = {}, None
-    options = dict(amp=args.amp == "bf16", channels_last=args.channels_last, after_batch=stop.check)
-    for prefix, query_loader, gallery_loader in evaluation_sets:
-        searched = inference.evaluate(
-            network, query_loader, gallery_loader, ks, device, memory_gib=args.search_memory, **options
+def warn_without_positives(batches, args):
+    """Losses of pairs and triplets learn nothing from a batch in which hardly any image has another of its class."""
+    if args.loss not in PAIR_LOSSES or args.IPC:
+        return
+    sizes = torch.tensor([len(members) for members in batches.members], dtype=torch.float64)
+    share = float((sizes * (sizes - 1)).sum() / max(batches.num_images * (batches.num_images - 1), 1))
+    others = share * (batches.batch_size - 1)
+    if others < 1:
+        print(
+            f"warning: --loss {args.loss} compares images of one class, of which a batch of {batches.batch_size} has "
+            f"{others:.2g} beside each image on average; give --IPC 4",
+            file=sys.stderr,
         )
-        figures |= {prefix + name: value for name, value in searched[0].figures().items()}
-    return figures, searched
+
+
+# ---------------------------------------------------------------- one epoch
+
+
+def wrap(network, criterion, device, compiled):
+    """(forward, loss): network and criterion as one process or several compute them, compiled if asked for."""
+    forward, loss = distributed.wrap(network, device), distributed.wrap(criterion, device)
+    return torch.compile(forward) if compiled else forward, loss
 
 
 def train_epoch(network, forward, criterion, loss_of, loader, optimizer, device, args, title, stop):
@@ -322,34 +273,27 @@ def train_epoch(network, forward, criterion, loss_of, loader, optimizer, device,
         network.freeze_batchnorm_statistics()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    totals, started = 0.0, time.monotonic()
-    rates = dict(zip(RATES, (group["lr"] for group in optimizer.param_groups), strict=False))
+    totals, started, rates = 0.0, time.monotonic(), rates_of(optimizer)
+    layout = inference.memory_format(args.channels_last)
     with tqdm(total=len(loader) * args.sz_batch, desc=title, unit="img", disable=None, leave=False) as bar:
         for step, (images, labels) in enumerate(loader, start=1):
-            images = images.to(device, non_blocking=True, memory_format=memory_format(args))
+            images = images.to(device, non_blocking=True, memory_format=layout)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
                 embeddings = forward(images)
             embeddings, labels, stop_number = distributed.gather_batch(embeddings, labels, stop.number)
             loss = loss_of(embeddings, labels)
             names, values = zip(*terms_of(loss, criterion).items(), strict=True)
-            short = [name.removesuffix("_loss") for name in names]
             terms, arrived = to_host(torch.stack(values))
             optimizer.zero_grad()
             loss.backward()
-            # The terms were known before the backward pass began, so that this does not hold up a busy GPU.
+            # The terms were known before the backward pass began, so this does not hold up a busy GPU.
             arrived()
             if not math.isfinite(terms[0]):
-                paths = [loader.dataset.images.paths[index] for index, _ in list(loader.batch_sampler)[step - 1]]
-                said = [f"{name} {value:.4g}" for name, value in zip(short[1:], terms[1:].tolist(), strict=True)]
-                said += [f"{name} {rate:.3g}" for name, rate in rates.items()]
-                raise ValueError(
-                    f"the loss is {terms[0]:.4g} in {title}, step {step} of {len(loader)} ({', '.join(said)}); "
-                    "stopped before the optimiser's step, last.pth holds the epoch before. "
-                    f"Images of the batch: {', '.join(paths)}"
-                )
+                raise diverged_in_step(dict(zip(names, terms.tolist(), strict=True)), rates, title, step, loader)
             optimizer.step()
             totals = totals + terms.double().numpy()
-            bar.set_postfix(dict(zip(short, totals / step, strict=True)), refresh=False)
+            means = {name.removesuffix("_loss"): mean for name, mean in zip(names, totals / step, strict=True)}
+            bar.set_postfix(means, refresh=False)
             bar.update(len(labels))
             if stop_number:
                 stop.number = stop_number
@@ -357,11 +301,15 @@ def train_epoch(network, forward, criterion, loss_of, loader, optimizer, device,
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = time.monotonic() - started
-    means = dict(zip(names, (totals / len(loader)).tolist(), strict=True))
-    row = means | rates | {"images_per_s": len(loader) * args.sz_batch / seconds}
+    row = dict(zip(names, (totals / len(loader)).tolist(), strict=True)) | rates
+    row["images_per_s"] = len(loader) * args.sz_batch / seconds
     if device.type == "cuda":
         row["gpu_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
     return row
+
+
+def rates_of(optimizer):
+    return dict(zip(RATES, (group["lr"] for group in optimizer.param_groups), strict=False))
 
 
 def terms_of(loss, criterion):
@@ -380,165 +328,50 @@ def to_host(values):
     return host, event.synchronize
 
 
-def restore(state, network, criterion, optimizer, scheduler, path):
-    """Put a checkpoint back: (epoch that was completed, history, best row)."""
-    net.load_network_state(network, checkpoint.network_state(state, path), path)
+def diverged_in_step(terms, rates, title, step, loader):
+    """The error about a loss that is NaN or infinite: where, at which rates, from which images."""
+    paths = [loader.dataset.images.paths[index] for index, _ in list(loader.batch_sampler)[step - 1]]
+    said = [f"{name.removesuffix('_loss')} {value:.4g}" for name, value in terms.items() if name != "loss"]
+    return ValueError(
+        f"training diverged: the loss is {terms['loss']:.4g} in {title}, step {step} of {len(loader)} "
+        f"({', '.join([*said, named(rates)])}); stopped before the optimiser's step, last.pth holds the epoch before. "
+        f"Smaller learning rates may help (--lr, --lr-ds, --lr-hgnn-factor). Images of the batch: {', '.join(paths)}"
+    )
+
+
+def named(rates):
+    return ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items())
+
+
+def finish_epoch(row, started, log, train_loader, evaluation_sets, benchmark, device, args, stop):
+    """Score the network, save what was reached, draw it."""
     try:
-        criterion.load_state_dict(state["criterion_state_dict"])
-        optimizer.load_state_dict(state["optimizer_state_dict"])
-        scheduler.load_state_dict(state["scheduler_state_dict"])
-        checkpoint.restore_random_states(state["random_states"])
-    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: does not fit this run: {' '.join(str(error).split())[:200]}") from error
-    return state["epoch"], list(state["history"]), state["best"]
+        scores, searched = evaluate(log.parts["network"], evaluation_sets, benchmark.recall_at, device, args, stop)
+    except inference.NotFinite as error:
+        raise ValueError(
+            f"training diverged in {run.epoch_title(row, args.nb_epochs)}: {error} "
+            f"({named(rates_of(log.parts['optimizer']))}); last.pth holds the epoch before. Smaller learning rates may "
+            "help (--lr, --lr-ds, --lr-hgnn-factor)"
+        ) from None
+    row |= scores | {"seconds": time.monotonic() - started}
+    if distributed.processes().rank == 0:
+        log.add(row)
+        log.draw(train_loader, benchmark, searched, device)
 
 
-def begin_run_folder(args):
-    parent = args.log_dir / args.dataset
-    folder = parent / f"run_{args.run_num}"
-    if args.overwrite and folder.is_dir():
-        runlog.clear_folder(folder)
-        return folder
-    return runlog.new_run_folder(parent, args.run_num)
+def evaluate(network, evaluation_sets, ks, device, args, stop):
+    """Score the test split, and before it the held-out classes if there are any.
 
-
-class RunFolder:
-    """What a run leaves behind: checkpoints, table, text, pictures, wandb. Process 0 alone writes."""
-
-    def __init__(self, folder, args, device, history, best, wandb_id):
-        self.folder, self.args, self.history, self.best = folder, args, history, best
-        self.best_path = folder / runlog.best_name(args.dataset, args.model)
-        self.results_path = folder / f"{self.best_path.stem}_results.txt"
-        self.drawing_seconds, self.started = 0.0, time.monotonic()
-        number = folder.name.removeprefix("run_")
-        stored = flags.plain(args)
-        stored |= {"resume": None, "overwrite": False, "run_num": int(number) if number.isdigit() else args.run_num}
-        self.origin = {
-            "flags": stored,
-            "made_by": {**runlog.environment(device), "command": shlex.join(sys.argv)},
-            "wandb_id": wandb_id,
-        }
-        self.wandb = None
-        if distributed.processes().rank == 0:
-            runlog.clear_folder(folder, ".*.tmp")
-            tags = [args.dataset, args.model, f"seed {args.seed}", *args.remark.split()]
-            config = stored | self.origin["made_by"]
-            self.wandb = runlog.start_wandb(args.wandb, args.dataset, folder, config, tags, wandb_id)
-            if self.wandb:
-                self.origin["wandb_id"] = self.wandb.id
-            checkpoint.write_text(json.dumps(self.origin, indent=2) + "\n", folder / "args.json")
-
-    def add(self, row, network, criterion, optimizer, scheduler):
-        """Print a row and save what it reached.
-
-        The best network goes first and last.pth behind it: killed in between, a resumed run does the epoch again.
-        """
-        made_by = self.origin["made_by"]
-        self.history.append(row | {"seed": self.args.seed, "commit": made_by["commit"], "torch": made_by["torch"]})
-        tqdm.write(runlog.console_line(row, self.args.nb_epochs))
-        common = {
-            # on the CPU, for readers elsewhere that do not say where to
-            "model_state_dict": {name: value.cpu() for name, value in network.state_dict().items()},
-            "epoch": row["epoch"],
-            "figures": runlog.recalls(row),
-            **self.origin,
-        }
-        chosen_by = "val R@1" if self.args.val_classes > 0 else "R@1"
-        if row["phase"] == "train" and (self.best is None or row[chosen_by] > self.best[chosen_by]):
-            self.best = row
-            checkpoint.save(common, self.best_path)
-            checkpoint.write_text(self.results_text(), self.results_path)
-        progress = {
-            "criterion_state_dict": criterion.state_dict(),
-            "optimizer_state_dict": optimizer.state_dict(),
-            "scheduler_state_dict": scheduler.state_dict(),
-            "random_states": checkpoint.random_states(),
-            "history": self.history,
-            "best": self.best,
-        }
-        checkpoint.save(common | progress, self.folder / "last.pth")
-        checkpoint.write_text(runlog.csv_text(self.history), self.folder / "results.csv")
-        runlog.log_to_wandb(self.wandb, row, self.best)
-
-    def refresh_pictures(self, network, criterion, train_loader, benchmark, searched, device):
-        """Draw curves, neighbours, a hypergraph and a map of embeddings; anew while that takes little of the time."""
-        begun, last = time.monotonic(), self.history[-1]["epoch"] == self.args.nb_epochs
-        if self.drawing_seconds > 0.03 * (begun - self.started) and not last:
-            return
-        pictures.curves(self.history, self.folder / "curves.png")
-        found, query, gallery = searched
-        pictures.search(
-            self.folder, found.per_query, query, benchmark.query, gallery, benchmark.gallery, metrics.nearest
+    Returns ({'R@1': …, 'R@2': …, 'val R@1': …}, (Retrieval, query, gallery or None) of the test split).
+    """
+    scores, searched = {}, None
+    options = dict(amp=args.amp == "bf16", channels_last=args.channels_last, after_batch=stop.check)
+    for prefix, query_loader, gallery_loader in evaluation_sets:
+        searched = inference.evaluate(
+            network, query_loader, gallery_loader, ks, device, memory_gib=args.search_memory, **options
         )
-        if self.args.loss == "hist":
-            self.draw_hypergraph(network, criterion, train_loader, device)
-        runlog.pictures_to_wandb(self.wandb, self.folder)
-        self.drawing_seconds += time.monotonic() - begun
-
-    def draw_hypergraph(self, network, criterion, train_loader, device):
-        items = next(iter(train_loader.batch_sampler))
-        images, labels = zip(*(train_loader.dataset[item] for item in items), strict=True)
-        with torch.no_grad():
-            network.eval()
-            labels = torch.tensor(labels, device=device)
-            H = criterion.cds2hg(network(torch.stack(images).to(device)), labels)[1]
-        class_names = train_loader.dataset.images.class_names
-        pictures.hypergraph(H.cpu().numpy(), labels.cpu().numpy(), class_names, self.folder / "hypergraph.png")
-
-    def finish(self):
-        if self.wandb:
-            self.wandb.finish()
-
-    def protocol(self):
-        if self.args.val_classes > 0:
-            return f"R@1 on {self.args.val_classes:g} of the training classes, held out (--val-classes)"
-        return "R@1 on the test split, the paper's protocol (it flatters; --val-classes 0.1 does not)"
-
-    def results_text(self):
-        lines = [f"Best epoch: {self.best['epoch']}", f"Chosen by: {self.protocol()}"]
-        lines += [f"{name}: {100 * value:.4f}" for name, value in self.best.items() if "R@" in name]
-        lines += [f"Seed: {self.args.seed}", f"Remark: {self.args.remark}"]
-        # the command stays out: a run that was resumed leaves the same text as one that was not
-        lines += [
-            f"{what.capitalize()}: {value}" for what, value in self.origin["made_by"].items() if what != "command"
-        ]
-        return "\n".join(lines) + "\n"
-
-    def kept(self):
-        if not self.history:
-            return f"No epoch was completed, nothing is in {self.folder} to resume from."
-        resume = command_for("train.py", "--resume", os.path.relpath(self.folder / "last.pth"))
-        last = self.history[-1]
-        return f"Kept: {last['phase']} epoch {last['epoch']} in {self.folder}. Go on with: {resume}"
-
-    def summary(self, num_bad):
-        lines, best, last = [""], self.best, self.history[-1]
-        if best:
-            lines.append(f"best   epoch {best['epoch']:<4} {runlog.percent(runlog.recalls(best))}")
-            lines.append(f"       chosen by {self.protocol()}")
-        lines.append(f"last   epoch {last['epoch']:<4} {runlog.percent(runlog.recalls(last))}")
-        lines.append(f"untrained {' ':<8}{runlog.percent(runlog.recalls(self.history[0]))}")
-        if best and best["R@1"] < self.history[0]["R@1"]:
-            lines.append("       better than the best epoch: train longer (--epochs), or look at the learning rates")
-        if num_bad:
-            lines.append(f"{num_bad} training images could not be decoded and were replaced")
-        lines.append(f"files  {os.path.relpath(self.folder)}")
-        if best:
-            words = ["--model-path", os.path.relpath(self.best_path)]
-            if self.args.data_root != flags.CODE.parent / "data":
-                words += ["--data-root", self.args.data_root]
-            if self.args.skip_bad_images:
-                words.append("--skip-bad-images")
-            lines.append(f"score  {command_for('evaluate.py', *words)}")
-        if best and self.args.dataset == "folder" and self.args.data_root.is_dir():
-            words = ["--model-path", os.path.relpath(self.folder), "--gallery", self.args.data_root]
-            lines.append(f"search {command_for('retrieve.py', *words)} --query IMAGE_OR_FOLDER")
-        return "\n".join(lines)
-
-
-def command_for(script, *words):
-    path = os.path.relpath(Path(__file__).parent / script)
-    return shlex.join(["python", path, *map(str, words)])
+        scores |= {prefix + name: value for name, value in searched[0].figures().items()}
+    return scores, searched
 
 
 if __name__ == "__main__":

@@ -235,7 +235,7 @@ def test_one_process_killed_ends_the_others_and_the_run_resumes(cub, tmp_path, c
     last = tmp_path / "cub" / "run_1" / "last.pth"
     epoch = torch.load(last, weights_only=True)["epoch"]
     done = torchrun(2, ROOT / "code" / "train.py", "--resume", last, "--epochs", epoch + 1)
-    assert done.returncode == 0 and f"resumed behind epoch {epoch}" in done.stdout
+    assert done.returncode == 0 and f"resumed after epoch {epoch}" in done.stdout
 
 
 def test_sigterm_to_one_process_stops_all_after_the_same_step(cub, tmp_path):
@@ -245,3 +245,45 @@ def test_sigterm_to_one_process_stops_all_after_the_same_step(cub, tmp_path):
     assert process.returncode != 0
     assert re.search(r"SIGTERM: stopped\. Kept: train epoch \d+", err), err
     assert 'Traceback (most recent call last):\n  File "' + str(ROOT / "code") not in err
+
+
+def test_a_mistake_is_said_once(cub, tmp_path):
+    words = [*TINY, "--dataset", "cub", "--log-dir", tmp_path, "--batch-size", 12]
+    for more, what in (
+        (["--lr", "fast"], "train.py: error: argument --lr: must be a number"),  # before the processes have met
+        (["--data-root", tmp_path / "nowhere"], "train.py: error: .*nowhere"),  # after that
+    ):
+        done = torchrun(3, ROOT / "code" / "train.py", *words, *more)
+        assert done.returncode != 0 and len(re.findall(what, done.stderr)) == 1, done.stderr
+        assert f'File "{ROOT}' not in done.stderr
+
+
+def test_a_mistake_that_only_one_process_sees_is_said(cub, tmp_path):
+    """The images that the last of three processes decodes cannot be read."""
+    make_cub(tmp_path, images=7)
+    images = sorted((tmp_path / "CUB_200_2011" / "images").glob("00[5-8]*/[!.]*.jpg"))
+    images[2].write_bytes(b"no picture")
+    words = [*TINY, "--dataset", "cub", "--data-root", tmp_path, "--log-dir", tmp_path / "logs", "--batch-size", 12]
+    done = torchrun(3, ROOT / "code" / "train.py", *words)
+    assert done.returncode != 0
+    assert len(re.findall(f"train.py: error: {images[2]}: cannot be decoded", done.stderr)) == 1, done.stderr
+    assert done.stderr.count("train.py: error: ") == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    "environment, match",
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set, but RANK is not set: start several processes with torchrun"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE is set, but LOCAL_RANK is not set"),
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE is 'many'"),
+    ],
+)
+@pytest.mark.parametrize("name", ["train.py", "evaluate.py"])
+def test_an_environment_that_is_not_torchruns_is_one_line(refused, cub, monkeypatch, environment, match, name):
+    for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    refused(name, "--dataset", "cub", "--data-root", cub, "--model-path", cub, match=match) if name != "train.py" else (
+        refused(name, *TINY, "--dataset", "cub", "--data-root", cub, match=match)
+    )

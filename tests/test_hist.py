@@ -649,3 +649,21 @@ def test_gpu_reports_an_impossible_label_at_the_next_call(label):
     with pytest.raises(ValueError, match="the previous call"):
         criterion(X, good.cuda())
     criterion(X, good.cuda())
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ({"tau": 0}, "tau must be finite and above 0, got 0"),
+        ({"tau": -1.0}, "tau must be finite and above 0"),
+        ({"tau": float("nan")}, "tau must be finite and above 0, got nan"),
+        ({"tau": float("inf")}, "tau must be finite and above 0, got inf"),
+        ({"alpha": -0.1}, "alpha must be finite and at least 0, got -0.1"),
+        ({"alpha": float("nan")}, "alpha must be finite and at least 0"),
+        ({"ls": -1}, "ls must be finite and at least 0, got -1"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(setting, message):
+    with pytest.raises(ValueError, match=f"^HISTLoss: {message}"):
+        HISTLoss(5, 8, **setting)
+    HISTLoss(5, 8, alpha=0, ls=0)

@@ -12,7 +12,7 @@ from pathlib import Path
 import checkpoint
 import pandas as pd
 import pytest
-import runlog
+import run
 import torch
 import train
 from conftest import ROOT, options
@@ -68,7 +68,7 @@ def test_resumed_run_has_the_same_bits(call, cub, whole, tmp_path):
     run = tmp_path / "cub" / "run_1"
     assert list(differences(load(run / "last.pth"), load(whole / "last.pth")))  # the comparison can fail
     resumed = call("train.py", "--resume", run / "last.pth", "--epochs", 4)
-    assert resumed.code == 0 and "resumed behind epoch 2" in resumed.out
+    assert resumed.code == 0 and "resumed after epoch 2" in resumed.out
     assert_same_run(run, whole)
 
 
@@ -177,6 +177,34 @@ def test_signal_finishes_the_step_and_says_how_to_go_on(call, cub, whole, tmp_pa
     assert_same_run(run, whole)
 
 
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_to_the_whole_group_ends_like_one_to_the_main_process(cub, tmp_path, number, code):
+    """`timeout` and batch systems signal the workers, too, and may do so twice."""
+    command = [
+        sys.executable,
+        "-u",
+        ROOT / "code" / "train.py",
+        *options(cub, tmp_path, "--epochs", 99, "--workers", 2),
+    ]
+    process = subprocess.Popen(
+        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    for line in process.stdout:
+        if "epoch 1/99" in line:
+            break
+    process.send_signal(number)
+    os.killpg(process.pid, number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    lines = [line for line in err.splitlines() if line.strip() and not line.startswith("warning")]
+    assert len(lines) == 1 and re.search(f"{number.name}: stopped. Kept: train epoch .* Go on with: ", lines[0]), err
+    with pytest.raises(ProcessLookupError):  # no worker is left behind
+        for _ in range(100):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+
+
 def test_second_ctrl_c_leaves_at_once():
     program = f"import sys, time; sys.path.insert(0, {str(ROOT / 'code')!r}); import train; train.StopSignals(); "
     program += "print('ready', flush=True); time.sleep(60); time.sleep(60)"
@@ -204,8 +232,8 @@ def test_runs_never_overwrite_each_other(call, refused, cub, tmp_path):
 
 
 def test_two_processes_at_once_get_two_folders(tmp_path):
-    program = f"import sys; sys.path.insert(0, {str(ROOT / 'code')!r}); import runlog, pathlib\n"
-    program += "sys.stdin.read(); [print(runlog.new_run_folder(pathlib.Path(sys.argv[1]), None)) for _ in range(50)]"
+    program = f"import sys; sys.path.insert(0, {str(ROOT / 'code')!r}); import run, pathlib\n"
+    program += "sys.stdin.read(); [print(run.new_run_folder(pathlib.Path(sys.argv[1]), None)) for _ in range(50)]"
     both = [
         subprocess.Popen(
             [sys.executable, "-c", program, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -225,12 +253,12 @@ def test_resume_takes_the_newest_run_and_refuses_other_flags(call, refused, cub,
         assert call("train.py", *quick).code == 0
     where = ["--resume", "--dataset", "cub", "--log-dir", tmp_path]
     refused("train.py", *where, "--lr", 1e-5, match="made with other flags .*lr 1e-05 instead of 0.001")
-    assert "run_2, resumed behind epoch 1" in call("train.py", *where, "--epochs", 2).out
+    assert "run_2, resumed after epoch 1" in call("train.py", *where, "--epochs", 2).out
     assert "run_1, resumed" in call("train.py", *where, "--run-num", 1).out
     refused("train.py", *where, "--run-num", 1, "--overwrite", match="exclude each other")
     (tmp_path / "cub" / "run_1").rename(tmp_path / "kept")
     kept = call("train.py", "--resume", tmp_path / "kept" / "last.pth", "--epochs", 3)
-    assert kept.code == 0 and f"run: {tmp_path / 'kept'}, resumed behind epoch 1" in kept.out
+    assert kept.code == 0 and f"run: {tmp_path / 'kept'}, resumed after epoch 1" in kept.out
     best = tmp_path / "kept" / "cub_resnet18_best.pth"
     refused("train.py", "--resume", best, match="cannot be resumed from, it lacks best, criterion_state_dict")
 
@@ -344,7 +372,7 @@ def test_csv_text_reads_back():
     rows = [{"phase": "untrained", "epoch": 0, "R@1": 0.5}, {"phase": "train", "epoch": 1, "loss": 2.0, "R@1": 0.75}]
     import io
 
-    table = pd.read_csv(io.StringIO(runlog.csv_text(rows)))
+    table = pd.read_csv(io.StringIO(run.csv_text(rows)))
     assert table["R@1"].tolist() == [0.5, 0.75] and table["loss"].isna().tolist() == [True, False]
 
 
@@ -353,4 +381,4 @@ def test_run_numbers_sort_as_numbers(tmp_path):
         (tmp_path / f"run_{n}").mkdir()
         (tmp_path / f"run_{n}" / "last.pth").touch()
     (tmp_path / "run_11").mkdir()  # never got as far as a checkpoint
-    assert runlog.newest_run_folder(tmp_path) == Path(tmp_path / "run_10")
+    assert run.newest_run_folder(tmp_path) == Path(tmp_path / "run_10")

@@ -187,3 +187,15 @@ def test_run_of_the_distribution_loss_alone(call, cub, tmp_path):
     rows = pd.read_csv(run / "results.csv").query("phase != 'untrained'")
     assert rows["loss"].tolist() == rows["dist_loss"].tolist() and "ce_loss" not in rows
     assert load(run / "last.pth")["criterion_state_dict"]["hgnn.bn1.num_batches_tracked"] == 0
+
+
+@pytest.mark.parametrize("name", ["contrastive", "triplet", "multi_similarity"])
+def test_batches_without_positives_are_doubted(call, cub, tmp_path, name):
+    words = ["--loss", name, "--epochs", 0, "--warm", 0]
+    doubted = call("train.py", *options(cub, tmp_path, *words, "--batch-size", 2))
+    assert doubted.code == 0 and f"warning: --loss {name} compares images of one class" in doubted.err
+    assert "give --IPC 4" in doubted.err
+    for more in (["--batch-size", 12], ["--batch-size", 4, "--IPC", 2]):
+        assert "compares images" not in call("train.py", *options(cub, tmp_path, *words, *more)).err
+    other = call("train.py", *options(cub, tmp_path, "--loss", "arcface", "--epochs", 0, "--batch-size", 2))
+    assert "compares images" not in other.err

@@ -273,6 +273,13 @@ def test_unusable_files_say_why_in_one_line(tmp_path):
     assert "96 unexpected" in message and "layer1.2.conv1.weight" in message and "--model resnet34" in message
 
 
+@pytest.mark.parametrize("prefix", ["module.", "module.model.", "model."])
+def test_weights_saved_from_data_parallel_training_load(tmp_path, prefix):
+    state = models.resnet18(weights=None).state_dict()
+    torch.save({"state_dict": {prefix + key: value for key, value in state.items()}}, tmp_path / "parallel.pth")
+    assert same_backbone(state, build(weights=tmp_path / "parallel.pth"))
+
+
 # ---- weights from the network ----
 
 

@@ -7,9 +7,9 @@ import struct
 import time
 
 import pytest
-import runlog
 import torch
 from conftest import options
+from run import environment, start_wandb
 
 wandb = pytest.importorskip("wandb")
 
@@ -73,7 +73,7 @@ def test_offline_run_read_back(call, cub, tmp_path, monkeypatch):
     assert {"cub", "resnet18", "two", "words", "x" * 64} <= set(started.tags)  # wandb takes no longer ones
     config = items(started.config.update)
     assert config["sz_batch"] == 8 and config["nb_epochs"] == 2 and config["lr"] == 1e-3 and config["IPC"] == 0
-    assert config["commit"] == runlog.environment(torch.device("cpu"))["commit"] and "train.py" in config["command"]
+    assert config["commit"] == environment(torch.device("cpu"))["commit"] and "train.py" in config["command"]
     assert config["torch"] == torch.__version__
     assert any(record.metric.step_metric == "epoch" for record in found if record.HasField("metric"))
 
@@ -123,7 +123,7 @@ def test_mode(monkeypatch, tmp_path, capsys, flag, environment, expected):
             assert (name, step_metric) == ("*", "epoch")
 
     monkeypatch.setattr(wandb, "init", lambda **options: started.append(options) or Run())
-    run = runlog.start_wandb(flag, "cub", tmp_path / "run_3", {"lr": 1}, ["t"], None)
+    run = start_wandb(flag, "cub", tmp_path / "run_3", {"lr": 1}, ["t"], None)
     assert (run is not None) == (expected is not None)
     assert [options["mode"] for options in started] == ([expected] if expected else [])
     said = capsys.readouterr().out

@@ -16,7 +16,7 @@ from .head import EmbeddingNet
 from .resnet import ResNet
 from .timm_model import TimmModel
 
-__all__ = ["MODELS", "EmbeddingNet", "build", "load_network_state"]
+__all__ = ["MODELS", "EmbeddingNet", "build", "load_network_state", "require_image_size"]
 
 MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "googlenet", "bn_inception")
 
@@ -90,7 +90,7 @@ def download_imagenet(name):
 
 
 def read_weights(path):
-    """The state dict in a backbone's file or a checkpoint, names without the latter's 'model.'."""
+    """The state dict in a backbone's file or a checkpoint, names without 'module.' and 'model.' before them."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no weights file '{path}': --weights takes imagenet, none or a file")
@@ -98,10 +98,13 @@ def read_weights(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a file that is not its own
         raise ValueError(f"{path}: torch.load cannot read it as weights ({type(error).__name__})") from error
-    state = content.get("model_state_dict", content) if isinstance(content, dict) else None
+    state = content if isinstance(content, dict) else None
+    for name in ("model_state_dict", "state_dict"):  # ours, and what many other projects call it
+        state = state.get(name, state) if isinstance(state, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dict: neither tensors by name nor a model_state_dict")
-    return {key.removeprefix("model."): value for key, value in state.items()}
+    # DataParallel and DistributedDataParallel put 'module.' before every name.
+    return {key.removeprefix("module.").removeprefix("model."): value for key, value in state.items()}
 
 
 def load_backbone(network, state, path):
@@ -130,6 +133,25 @@ def load_network_state(network, state_dict, path):
     """
     complain_unless_fitting(network, network.state_dict(), state_dict, ("model.aux1.", "model.aux2."), path)
     network.load_state_dict(state_dict, strict=False)
+
+
+def require_image_size(network, image_size):
+    """ValueError of one line unless the network (on the CPU) takes images of that many pixels.
+
+    Some vision transformers only take their own size; small images leave nothing of a deep network's maps.
+    """
+    training = network.training
+    try:
+        with torch.inference_mode():
+            network.eval()(torch.zeros(1, 3, image_size, image_size))
+    except Exception as error:  # each network fails in its own way
+        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        raise ValueError(
+            f"--image-size {image_size}: {network.name} cannot take such images ({reason}); "
+            f"its own size is {network.image_size}"
+        ) from error
+    finally:
+        network.train(training)
 
 
 def compare(own, state, optional):

@@ -1,0 +1,300 @@
+"""What a run knows of itself (code/run.py): its data, its lock, its files after a kill, its resumptions."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import checkpoint
+import pytest
+import torch
+from conftest import ROOT, TINY
+from trees import make_cub, save
+
+
+def make_pictures(root, classes=8, images=6, first=0):
+    for c in range(first, first + classes):
+        for i in range(images):
+            save(root / f"class {c}" / f"{i}.png", c, i)
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run of one epoch on eight classes of pictures: (pictures, run folder)."""
+    base = tmp_path_factory.mktemp("trained")
+    make_pictures(base / "mine")
+    words = [*TINY, "--dataset", "folder", "--data-root", base / "mine", "--log-dir", base / "logs", "--epochs", 1]
+    command = [sys.executable, ROOT / "code" / "train.py", *words, "--warm", 0]
+    subprocess.run([str(word) for word in command], check=True, capture_output=True, timeout=300)
+    return base / "mine", base / "logs" / "folder" / "run_1"
+
+
+@pytest.fixture
+def run_folder(trained, tmp_path):
+    """A copy of that run, and of its pictures, to spoil."""
+    import shutil
+
+    pictures, folder = (shutil.copytree(path, tmp_path / path.name) for path in trained)
+    return pictures, folder
+
+
+def resume(folder, *words):
+    return ["train.py", "--resume", folder / "last.pth", "--epochs", 2, *words]
+
+
+def snapshot(folder):
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
+
+
+def test_a_run_says_what_it_was_trained_on(trained):
+    pictures, folder = trained
+    said = json.loads((folder / "args.json").read_text())["data"]
+    assert {split: (part["images"], part["classes"]) for split, part in said.items()} == {
+        "train": (24, 4), "query": (24, 4),
+    }  # fmt: skip
+    for name in ("last.pth", "folder_resnet18_best.pth"):
+        data = checkpoint.load(folder / name)["data"]
+        assert data["train"]["classes"] == [f"class {c}" for c in range(4)]
+        assert data["query"]["digest"] == said["query"]["digest"] != data["train"]["digest"]
+
+
+def test_the_same_data_at_another_place_resumes(call, run_folder):
+    pictures, folder = run_folder
+    done = call(*resume(folder, "--data-root", pictures))
+    assert done.code == 0 and "resumed after epoch 1" in done.out, done.err
+
+
+def add_class_before(pictures):
+    save(pictures / "Class 0" / "0.png", 9, 0)
+    save(pictures / "Class 0" / "1.png", 9, 1)
+
+
+def rename_class(pictures):
+    (pictures / "class 1").rename(pictures / "class 1b")
+
+
+def remove_class(pictures):
+    for path in (pictures / "class 1").iterdir():
+        path.unlink()
+    (pictures / "class 1").rmdir()
+
+
+def swap_classes(pictures):
+    (pictures / "class 1").rename(pictures / "x")
+    (pictures / "class 2").rename(pictures / "class 1")
+    (pictures / "x").rename(pictures / "class 2")
+
+
+def add_image(pictures):
+    save(pictures / "class 1" / "new.png", 1, 9)
+
+
+def remove_image(pictures):
+    (pictures / "class 6" / "3.png").unlink()
+
+
+@pytest.mark.parametrize(
+    "change, match, only_images",
+    [
+        (add_class_before, r"train: .*classes were (added|renamed) \('Class 0'", False),
+        (rename_class, r"train: 1 classes were renamed \('class 1' to 'class 1b'\)", False),
+        (remove_class, r"'class 1'", False),
+        (add_image, r"train: the images of 1 classes changed \('class 1' had 6 images and has 7\)", True),
+        (remove_image, r"query: the images of 1 classes changed \('class 6' had 6 images and has 5\)", True),
+    ],
+)
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_resuming_on_other_data_is_refused(call, refused, run_folder, change, match, only_images, elsewhere):
+    pictures, folder = run_folder
+    change(pictures)
+    before = snapshot(folder)
+    where = ["--data-root", pictures]
+    if elsewhere:
+        where = ["--data-root", pictures.rename(pictures.with_name("moved"))]
+    refused(*resume(folder, *where), match=match)
+    assert snapshot(folder) == before
+    if not only_images:
+        refused(*resume(folder, *where, "--allow-changed-images"), match=match)
+        return
+    done = call(*resume(folder, *where, "--allow-changed-images"))
+    assert done.code == 0 and "warning: the data changed since the run began" in done.err
+
+
+def test_images_that_swapped_classes_are_noticed(call, refused, run_folder):
+    pictures, folder = run_folder
+    for c in (1, 2):
+        for path in list((pictures / f"class {c}").iterdir()):
+            path.rename(path.with_name(f"{c}-{path.name}"))
+    refused(*resume(folder, "--data-root", pictures), match="the images of 2 classes changed")
+
+
+def test_listed_classes_are_compared_too(call, refused, tmp_path):
+    """A benchmark's split comes from its list or its numbers; a class that goes missing is noticed all the same."""
+    make_cub(tmp_path / "data")
+    words = ["--dataset", "cub", "--data-root", tmp_path / "data", "--log-dir", tmp_path / "logs", "--warm", 0]
+    assert call("train.py", *TINY, *words, "--epochs", 1).code == 0
+    images = tmp_path / "data" / "CUB_200_2011" / "images"
+    folder = sorted(path for path in images.iterdir() if path.is_dir() and path.name[0] == "0")[1]
+    folder.rename(tmp_path / "away")
+    refused(
+        *resume(tmp_path / "logs" / "cub" / "run_1"),
+        match=f"train: 1 classes are gone .'{folder.name}'.; 1 classes were added .'005.Bird_5'",
+    )
+
+
+def test_held_out_classes_are_part_of_the_data(call, tmp_path):
+    make_pictures(tmp_path / "mine", 16)
+    words = ["--dataset", "folder", "--data-root", tmp_path / "mine", "--log-dir", tmp_path / "logs", "--warm", 0]
+    assert call("train.py", *TINY, *words, "--epochs", 1, "--val-classes", 0.5).code == 0
+    run = tmp_path / "logs" / "folder" / "run_1"
+    assert set(checkpoint.load(run / "last.pth")["data"]) == {"train", "validation", "query"}
+    assert call(*resume(run)).code == 0
+
+
+def test_a_run_of_before_resumes_with_a_warning(call, run_folder):
+    pictures, folder = run_folder
+    state = checkpoint.load(folder / "last.pth")
+    del state["data"]
+    checkpoint.save(state, folder / "last.pth")
+    done = call(*resume(folder, "--data-root", pictures))
+    assert done.code == 0 and "does not say what it was trained on: not compared" in done.err
+
+
+# A finished run, and what resuming leaves -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [[], ["--epochs", 1], ["--epochs", 0], ["--skip-bad-images"], ["--wandb", "offline"]])
+def test_resuming_a_finished_run_changes_nothing(call, run_folder, words):
+    pictures, folder = run_folder
+    before = snapshot(folder)
+    done = call("train.py", "--resume", folder, "--data-root", pictures, *words)
+    assert done.code == 0 and "nothing left to do, 1 of" in done.out
+    assert snapshot(folder) == before
+
+
+def test_table_and_text_are_written_anew_from_the_checkpoint(call, run_folder):
+    """Killed after last.pth was written, a finished run lacked its last row, and was 'not finished' for ever."""
+    pictures, folder = run_folder
+    whole = {name: (folder / name).read_text() for name in ("results.csv", "folder_resnet18_best_results.txt")}
+    (folder / "results.csv").write_text("".join(whole["results.csv"].splitlines(True)[:-1]))
+    (folder / "folder_resnet18_best_results.txt").unlink()
+    (folder / "curves.png").unlink()
+    assert call("train.py", "--resume", folder, "--data-root", pictures).code == 0
+    assert {name: (folder / name).read_text() for name in whole} == whole
+    assert (folder / "curves.png").exists()
+
+
+def test_resumptions_are_listed_beside_what_made_the_run(call, run_folder):
+    pictures, folder = run_folder
+    first = json.loads((folder / "args.json").read_text())
+    for epochs in (2, 3):
+        done = call("train.py", "--resume", folder, "--data-root", pictures, "--epochs", epochs, "--skip-bad-images")
+        assert done.code == 0, done.err
+    said = json.loads((folder / "args.json").read_text())
+    assert {name: said[name] for name in ("flags", "made_by", "data")} == {
+        name: first[name] for name in ("flags", "made_by", "data")
+    }
+    assert [part["after_epoch"] for part in said["resumptions"]] == [1, 2]
+    assert [part["flags"]["nb_epochs"] for part in said["resumptions"]] == [2, 3]
+    assert said["resumptions"][0]["flags"]["skip_bad_images"] is True
+    assert "--epochs 3" in said["resumptions"][1]["command"]
+    # what the checkpoint says of its flags is what holds now
+    assert checkpoint.load(folder / "last.pth")["flags"]["nb_epochs"] == 3
+    assert call("train.py", "--resume", folder, "--data-root", pictures).out.count("3 of 3 epochs are done") == 1
+
+
+def test_resume_takes_a_run_folder_and_names_runs_in_another(call, refused, run_folder):
+    pictures, folder = run_folder
+    assert "resumed after epoch 1" in call("train.py", "--resume", folder, "--data-root", pictures, "--epochs", 2).out
+    folder.rename(folder.parent / "run_7")
+    refused("train.py", "--resume", folder.parent, match="no last.pth in it; it holds the runs run_7")
+    refused("train.py", "--resume", pictures, match="no last.pth in it; give a run's folder or its last.pth")
+
+
+# Lock and leftovers ---------------------------------------------------------------------------------------------------
+
+HOLDER = """
+import sys, time
+sys.path.insert(0, {code!r})
+import run
+from pathlib import Path
+held = run.lock(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(run_folder):
+    """Another process at work in the run's folder."""
+    command = [sys.executable, "-c", HOLDER.format(code=str(ROOT / "code")), str(run_folder[1])]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_two_processes_cannot_work_in_one_run(call, refused, run_folder, holder):
+    pictures, folder = run_folder
+    before = snapshot(folder)
+    again = resume(folder, "--data-root", pictures)
+    refused(*again, match=f"another process .*process {holder.pid}. is at work in this run")
+    assert snapshot(folder) == before
+    logs = folder.parent / "logs" / "folder"
+    logs.mkdir(parents=True)
+    folder.rename(logs / "run_1")
+    overwrite = [*TINY, "--dataset", "folder", "--data-root", pictures, "--log-dir", logs.parent, "--run-num", 1]
+    refused("train.py", *overwrite, "--overwrite", match="another process .* is at work in this run")
+    assert snapshot(logs / "run_1").keys() == {logs / "run_1" / path.name for path in before}
+    # a crash leaves no lock
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert call("train.py", "--resume", logs / "run_1", "--data-root", pictures, "--epochs", 2).code == 0
+
+
+def test_only_our_own_leftovers_are_removed(call, run_folder):
+    pictures, folder = run_folder
+    (folder / f".last.pth.abc{checkpoint.TEMPORARY}").write_text("half a checkpoint")
+    kept = [folder / name for name in (".notes.tmp", ".last.pth.abc.tmp", "mine.hist-tmp", ".swp")]
+    for path in kept:
+        path.write_text("mine")
+    assert call(*resume(folder, "--data-root", pictures)).code == 0
+    assert all(path.read_text() == "mine" for path in kept)
+    assert not list(folder.glob(f".*{checkpoint.TEMPORARY}"))
+
+
+def test_flags_that_cannot_be_kept_are_refused_before_the_first_epoch(refused, trained, tmp_path):
+    words = [*TINY, "--dataset", "folder", "--data-root", trained[0], "--log-dir", tmp_path / "logs"]
+    refused("train.py", *words, "--remark", os.fsdecode(b"\xff"), match="--remark: is not valid text")
+    refused("train.py", *words, "--batch-size", 1, match="--batch-size 1: a training batch needs at least 2 images")
+    refused("train.py", *words, "--allow-changed-images", match="only has a meaning with --resume")
+    assert not (tmp_path / "logs").exists()
+
+
+def test_own_pictures_need_a_place(refused, tmp_path):
+    refused("train.py", *TINY, "--dataset", "folder", "--log-dir", tmp_path, match="--dataset folder needs --data-root")
+
+
+def test_a_network_that_went_astray_is_said_to_have_diverged(call, refused, trained, tmp_path, monkeypatch):
+    import train
+
+    epochs = []
+    step = torch.optim.Adam.step
+
+    def explode(self, *arguments, **options):
+        result = step(self, *arguments, **options)
+        epochs.append(1)
+        if len(epochs) == 3:
+            with torch.no_grad():
+                self.param_groups[1]["params"][0].fill_(float("nan"))
+        return result
+
+    monkeypatch.setattr(train.torch.optim.Adam, "step", explode)
+    words = [*TINY, "--dataset", "folder", "--data-root", trained[0], "--log-dir", tmp_path / "logs", "--warm", 0]
+    refused(
+        "train.py", *words, "--epochs", 1,
+        match=r"training diverged in epoch 1/1: 24 of 24 embeddings hold NaN or Inf.*lr 0.001, .*lr_ds 0.1.*--lr-ds",
+    )  # fmt: skip
