@@ -5,11 +5,12 @@
     python code/report.py logs/cub --output paper  # files go to paper/ instead of logs/
 
 Writes report.md, report.tex (tabulars), report.csv (one row per run), report_groups.csv (one row per figure of a group
-and published figure beside it) and report.html, a page that needs nothing but itself. Prints report.md.
+and published figure beside it) and report.html, a page that needs no other file. Prints report.md.
 """
 
 import base64
-import html
+import functools
+import hashlib
 import json
 import re
 import statistics
@@ -20,75 +21,94 @@ from pathlib import Path
 
 import checkpoint
 import flags
+import jinja2
+import layouts
 import pandas as pd
 import pictures
 
 LOGS = flags.CODE.parent / "logs"
-# Flags that change nothing about the experiment: runs that differ in these alone are averaged.
-SAME_EXPERIMENT = {
-    "seed",
-    "run_num",
-    "resume",
-    "overwrite",
-    "log_dir",
-    "data_root",
-    "nb_workers",
-    "gpu_id",
-    "search_memory",
-    "remark",
-    "wandb",
-}
+TEMPLATE = flags.CODE / "report_template.html"
+# Flags that do not change an experiment, by destination: runs that differ only in these are averaged.
+SAME_EXPERIMENT = {"seed"} | set(
+    "run_num resume overwrite log_dir data_root nb_workers gpu_id search_memory skip_bad_images remark wandb".split()
+)
 
-# Figures in percent with their ± where one is given, by (data set, model), all of them for 512 dimensions.
-PUBLISHED = {
-    ("cub", "resnet50"): {
-        "paper": {"R@1": (71.4, 0.2), "R@2": (81.1, 0.3), "R@4": (88.1, 0.2)},
-        "replication, re-run": {"R@1": (70.1, None), "R@2": (79.7, None), "R@4": (87.4, None)},
-        "replication, tuned": {"R@1": (72.3, None), "R@2": (81.8, None), "R@4": (88.5, None)},
-    },
-    ("cars", "resnet50"): {
-        "paper": {"R@1": (89.6, 0.2), "R@2": (93.9, 0.1), "R@4": (96.4, 0.1)},
-        "replication, re-run": {"R@1": (89.8, None), "R@2": (94.4, None), "R@4": (96.6, None)},
-        "replication, tuned": {"R@1": (90.2, None), "R@2": (94.5, None), "R@4": (96.8, None)},
-    },
-    ("SOP", "resnet50"): {
-        "paper": {"R@1": (81.4, 0.2), "R@10": (92.0, 0.2), "R@100": (96.7, 0.1)},
-        "replication, re-run": {"R@1": (80.7, None), "R@10": (91.2, None), "R@100": (96.4, None)},
-        "replication, tuned": {"R@1": (81.0, None), "R@10": (91.6, None), "R@100": (96.3, None)},
-    },
-    ("cub", "bn_inception"): {"best quoted": {"R@1": (70.0, None)}, "replication, re-run": {"R@1": (68.7, None)}},
-    ("cars", "bn_inception"): {"best quoted": {"R@1": (87.6, None)}, "replication, re-run": {"R@1": (87.6, None)}},
-    ("SOP", "bn_inception"): {"best quoted": {"R@1": (79.8, None)}, "replication, re-run": {"R@1": (77.4, None)}},
-}
+# Figures in percent, ± where it was published; all with HIST's whole loss in 512 dimensions.
 PUBLISHED_SIZE = 512
-MADE_BY = ("commit", "torch")  # of the best epoch, in report.csv
+PUBLISHED_FIGURES = {
+    "cub": ("R@1", "R@2", "R@4"),
+    "cars": ("R@1", "R@2", "R@4"),
+    "SOP": ("R@1", "R@10", "R@100"),
+}
+PUBLISHED = (
+    ("cub", "resnet50", "paper", "71.4±0.2 81.1±0.3 88.1±0.2"),
+    ("cub", "resnet50", "replication, re-run", "70.1 79.7 87.4"),
+    ("cub", "resnet50", "replication, tuned", "72.3 81.8 88.5"),
+    ("cub", "bn_inception", "paper, quoted by a survey", "69.7 80.0 87.3"),
+    ("cub", "bn_inception", "best quoted", "70.0"),
+    ("cub", "bn_inception", "replication, re-run", "68.7"),
+    ("cub", "bn_inception", "replication, tuned", "70.0 79.4 86.6"),
+    ("cars", "resnet50", "paper", "89.6±0.2 93.9±0.1 96.4±0.1"),
+    ("cars", "resnet50", "replication, re-run", "89.8 94.4 96.6"),
+    ("cars", "resnet50", "replication, tuned", "90.2 94.5 96.8"),
+    ("cars", "bn_inception", "paper, quoted by a survey", "87.4 92.5 95.4"),
+    ("cars", "bn_inception", "best quoted", "87.6"),
+    ("cars", "bn_inception", "replication, re-run", "87.6"),
+    ("cars", "bn_inception", "replication, tuned", "88.1 92.7 95.7"),
+    ("SOP", "resnet50", "paper", "81.4±0.2 92.0±0.2 96.7±0.1"),
+    ("SOP", "resnet50", "replication, re-run", "80.7 91.2 96.4"),
+    ("SOP", "resnet50", "replication, tuned", "81.0 91.6 96.3"),
+    ("SOP", "bn_inception", "paper, quoted by a survey", "79.6 91.0 96.2"),
+    ("SOP", "bn_inception", "best quoted", "79.8"),
+    ("SOP", "bn_inception", "replication, re-run", "77.4"),
+    ("SOP", "bn_inception", "replication, tuned", "77.9 90.1 95.8"),
+)
 SOURCES = {
     "paper": "Lim, Yun, Park, Choi, Hypergraph-Induced Semantic Tuplet Loss for Deep Metric Learning, CVPR 2022",
-    "replication": "Yuan, Le-Phuoc, ReScience C (ML Reproducibility Challenge) 2022, zenodo 8173666",
-    "best quoted": "the best figure that the literature quotes for this network",
+    "paper, quoted by a survey": "the paper's means for BN-Inception, as a later survey quotes them",
+    "best quoted": "the best figure that the literature quotes for BN-Inception",
+    "replication, re-run": "Yuan, Le-Phuoc, ReScience C (ML Reproducibility Challenge) 2022, zenodo 8173666",
+    "replication, tuned": "the same authors' own settings; their ResNet-50 runs may have been longer than they say, "
+    "and which BN-Inception row of their table belongs to which data set is inferred",
 }
 EXPLANATION = (
-    "R@K in percent, at the epoch that each run chose. Groups: runs that differ in their seed alone, mean ± standard "
-    "deviation (n − 1). s/epoch: median of the seconds of a training epoch, scoring included."
+    "R@K in percent, at the epoch that each run chose. A group holds the runs that differ only in their seed: mean ± "
+    "standard deviation (n − 1). data: images/classes of each split and a digest of them, unknown for runs that do not "
+    "record it; a group never mixes data. s/epoch: median seconds of a training epoch, scoring included."
 )
 COMPARISON = (
-    "Δ: our mean minus the published figure, in points. It is within the spread if it is no larger than the published "
-    "±, or, where none was published, than our own standard deviation; else above or below. A single run beside a "
-    "figure without ± allows no verdict. The paper's protocol chooses the epoch on the test split."
+    "Δ: our mean minus the published figure, in points. within: no larger than the published ±, or, where none was "
+    "published, than our own standard deviation; else above or below. A single run beside a figure without ± gets no "
+    "verdict. The paper's protocol chooses the epoch on the test split."
 )
+MADE_BY = ("commit", "torch")  # columns of results.csv: what made the best epoch, for report.csv
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: flags by destination, history as train.py made it, and of that its best and last row."""
+    """A finished run, all of its text plain."""
 
     folder: Path
-    flags: dict
-    made_by: dict
-    history: list[dict]
-    best: dict
-    last: dict
-    results: str
+    flags: dict[str, str | int | float]  # by destination
+    made_by: dict[str, str]
+    data: str  # what it trained and was scored on, see read_data
+    counts: dict[str, tuple[int, int]]  # (images, classes) by split; empty if unknown
+    history: list[dict]  # the rows of results.csv
+    best: dict  # the row it chose
+    results: str  # its _results.txt
+    drawn: dict[str, bytes]  # its pictures, PNG by name
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def seed(self) -> str | int | float:
+        return self.flags["seed"]
+
+    @property
+    def trained(self) -> list[dict]:
+        return [row for row in self.history if row["phase"] == "train"]
 
     @property
     def chosen_by(self) -> str:
@@ -104,11 +124,12 @@ def main():
     args = parser.parse_args()
 
     sections, left_out = [], []
-    for folder in dict.fromkeys(args.folders or data_set_folders(LOGS)):
+    folders = args.folders or sorted(path for path in LOGS.glob("*") if run_folders(path))
+    for resolved, folder in {folder.resolve(): folder for folder in folders}.items():
         runs, reasons = read_runs(folder)
         left_out += reasons
         if runs:
-            sections.append(Section(folder.resolve().name, runs))
+            sections.append(Section(one_line(resolved.name), runs))
     for line in left_out:
         print(f"warning: {line}", file=sys.stderr)
     if not sections:
@@ -134,12 +155,8 @@ def main():
 
 def run_folders(folder: Path) -> list[Path]:
     """The run_N of a folder in order of N."""
-    found = [path for path in folder.glob("run_*") if path.is_dir() and path.name[4:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[4:]))
-
-
-def data_set_folders(logs: Path) -> list[Path]:
-    return sorted(path for path in logs.glob("*") if run_folders(path))
+    numbers = {path: re.fullmatch(r"run_([0-9]+)", path.name) for path in folder.glob("run_*") if path.is_dir()}
+    return sorted((path for path in numbers if numbers[path]), key=lambda path: (int(numbers[path][1]), path))
 
 
 def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
@@ -155,145 +172,253 @@ def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
         except OSError as error:
             name = Path(error.filename or path).name
             no_epoch = isinstance(error, FileNotFoundError) and name == "results.csv"
-            reasons.append(f"{path}: left out, " + ("it has no epoch yet" if no_epoch else f"{name}: {error.strerror}"))
-        except ValueError as error:
-            reasons.append(f"{path}: left out, {' '.join(str(error).split())}")
+            reason = "it has no epoch yet" if no_epoch else f"{name}: {error.strerror}"
+            reasons.append(one_line(f"{path}: left out, {reason}"))
+        except (ValueError, RecursionError) as error:
+            reasons.append(one_line(f"{path}: left out, {str(error)[:300]}"))
     return runs, reasons
 
 
 def read_run(folder: Path) -> Run:
-    """Raises OSError or ValueError for a run that is broken or not finished."""
-    content = json.loads((folder / "args.json").read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or not isinstance(content.get("flags"), dict):
-        raise ValueError("args.json holds no flags")
+    """Raises OSError, ValueError or RecursionError for a run that is broken or not finished."""
+    content = parsed(folder / "args.json", read_args)
     # A flag that is younger than the run had its default.
-    run_flags = flags.plain(flags.train_parser().parse_args([]))
-    run_flags |= {
-        name: value if isinstance(value, str | int | float) else "" for name, value in content["flags"].items()
-    }
+    run_flags = train_flags()[0] | {plain(name): plain_value(value) for name, value in content["flags"].items()}
     if not isinstance(run_flags["nb_epochs"], int):
         raise ValueError(f"args.json: nb_epochs is {run_flags['nb_epochs']!r}")
+    data, counts = read_data(content.get("data"))
+    made_by = {plain(name): plain(value) for name, value in content["made_by"].items()}
+    if isinstance(resumed := content.get("resumptions"), list) and resumed:
+        after = [plain(entry.get("after_epoch", "?")) if isinstance(entry, dict) else "?" for entry in resumed]
+        made_by["resumed"] = f"{len(resumed)} ×, after epoch {', '.join(after)}"
 
-    table = pd.read_csv(folder / "results.csv")
-    chosen_by = "val R@1" if run_flags["val_classes"] else "R@1"
-    if missing := [name for name in ("phase", "epoch", "R@1", chosen_by) if name not in table]:
-        raise ValueError(f"results.csv lacks the column {missing[0]}")
-    trained = table[table["phase"] == "train"]
-    if len(trained) < run_flags["nb_epochs"] or trained.empty:
+    history = parsed(folder / "results.csv", read_history)
+    trained = [row for row in history if row["phase"] == "train"]
+    if len(trained) < run_flags["nb_epochs"] or not trained:
         raise ValueError(f"not finished, {len(trained)} of {run_flags['nb_epochs']} epochs")
-    figures = [name for name in table if name.startswith(("R@", "val R@"))]
-    numeric = ("epoch", "loss", "dist_loss", "ce_loss", "seconds", *figures)
-    numbers = table[[name for name in table if name in numeric]]
-    if not all(pd.api.types.is_numeric_dtype(numbers[name]) for name in numbers):
-        raise ValueError("results.csv holds text where there should be numbers")
-    if not ((trained[figures] >= 0) & (trained[figures] <= 1)).all(axis=None) or not (table["epoch"].abs() < 1e9).all():
-        raise ValueError("results.csv lacks figures, or has some outside 0 to 1")
-
-    history = [{name: value for name, value in row.items() if pd.notna(value)} for row in table.to_dict("records")]
-    history = [row | {"epoch": int(row["epoch"])} for row in history]
-    rows = [row for row in history if row["phase"] == "train"]
-    best = max(rows, key=lambda row: row[chosen_by])  # the first of equals, as train.py keeps it
+    run_flags["nb_epochs"] = len(trained)  # a resumed run may have gone on for longer
+    chosen_by = "val R@1" if run_flags["val_classes"] else "R@1"
+    if chosen_by not in trained[0]:
+        raise ValueError(f"results.csv lacks the column {chosen_by}")
+    best = max(trained, key=lambda row: row[chosen_by])  # the first of equals, as train.py keeps it
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob("*_best_results.txt"))]
-    made_by = {str(name): str(value) for name, value in dict(content.get("made_by") or {}).items()}
-    return Run(folder, run_flags, made_by, history, best, rows[-1], "\n".join(texts))
+    drawn = {path.stem: path.read_bytes() for path in folder.glob("neighbours.png")}
+    return Run(folder, run_flags, made_by, data, counts, history, best, plain("\n".join(texts)), drawn)
+
+
+def parsed(path: Path, read):
+    """read(path); what is wrong in the file becomes a ValueError that names it."""
+    try:
+        return read(path)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name}: {error}") from error
+
+
+def read_args(path: Path) -> dict:
+    """args.json with its dicts flags and made_by. Raises ValueError, RecursionError."""
+    content = json.loads(path.read_text(encoding="utf-8"), parse_constant=int)  # which refuses NaN
+    content = {"made_by": {}} | content if isinstance(content, dict) else {}
+    for name in ("flags", "made_by"):
+        if not isinstance(content.get(name), dict):
+            raise ValueError(f"{name} is a {type(content.get(name)).__name__}, not a dict")
+    return content
+
+
+def read_data(data) -> tuple[str, dict[str, tuple[int, int]]]:
+    """(data in a line, (images, classes) by split) of args.json's "data"; ("unknown", {}) for older runs.
+
+    Runs on the same data have the same line: 'train 5864/100, query 5924/100 (1a2b3c4d)', with a digest of all splits.
+    Raises ValueError.
+    """
+    if not data:
+        return "unknown", {}
+    try:
+        names = ["train", "query", *(name for name in ("validation", "gallery") if data.get(name))]
+        counts = {name: (int(data[name]["images"]), int(data[name]["classes"])) for name in names}
+        digests = {name: str.lower(data[name]["digest"]) for name in names}  # refuses what is no text
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+        raise ValueError("args.json: data does not say the images, classes and digest of each split") from None
+    shown = {name: counts[name] for name in names if name != "validation"}
+    if "validation" in names:  # the seed draws the held-out classes: only together are they the same data
+        shown["train"] = tuple(map(sum, zip(counts["train"], counts["validation"], strict=True)))
+        digests = {name: digests[name] for name in names if name not in ("train", "validation")}
+    text = ", ".join(f"{name} {images}/{classes}" for name, (images, classes) in shown.items())
+    return f"{text} ({hashlib.sha256(repr(digests).encode()).hexdigest()[:8]})", counts
+
+
+def read_history(path: Path) -> list[dict]:
+    """The rows of results.csv without what is empty, and with no other columns than the report uses."""
+    header = pd.read_csv(path, header=None, nrows=1, dtype=str).iloc[0]
+    if header.duplicated().any():
+        raise ValueError(f"it has the column {header[header.duplicated()].iloc[0]} twice")
+    table = pd.read_csv(path, dtype=dict.fromkeys(MADE_BY, str))
+    if missing := [name for name in ("phase", "epoch", "R@1") if name not in table]:
+        raise ValueError(f"it lacks the column {missing[0]}")
+    figures = [name for name in table if re.fullmatch(r"(val )?R@[1-9][0-9]*", name)]
+    numeric = [name for name in ("epoch", "loss", "dist_loss", "ce_loss", "seconds", *figures) if name in table]
+    if not all(pd.api.types.is_numeric_dtype(table[name]) for name in numeric):
+        raise ValueError("it holds text where there should be numbers")
+    trained = table.loc[table["phase"] == "train", figures]
+    if not ((trained >= 0) & (trained <= 1)).all(axis=None):
+        raise ValueError("it lacks figures, or has some outside 0 to 1")
+    if table[["phase", "epoch"]].isna().any(axis=None) or (table[numeric].abs() > 1e9).any(axis=None):
+        raise ValueError("it lacks phases or epochs, or has numbers beyond a billion")
+    table = table[["phase", *numeric, *(name for name in MADE_BY if name in table)]].astype({"epoch": int})
+    return [
+        {name: plain(value) if isinstance(value, str) else value for name, value in row.items() if pd.notna(value)}
+        for row in table.to_dict("records")
+    ]
+
+
+@functools.cache
+def train_flags() -> tuple[dict, dict[str, str]]:
+    """(defaults of train.py's flags, their names on the command line), by destination."""
+    parser = flags.train_parser()
+    defaults = {name: plain_value(value) for name, value in flags.plain(parser.parse_args([])).items()}
+    return defaults, {action.dest: action.option_strings[-1].lstrip("-") for action in parser._actions}
+
+
+def plain_value(value) -> str | int | float:
+    """A flag's value: numbers as they are, nothing as nothing, all else as text."""
+    return value if isinstance(value, int | float) else plain("" if value is None else value)
+
+
+def plain(value) -> str:
+    """Text that every file can hold: control characters and what is no Unicode become escapes."""
+    unwanted = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+    return re.sub(unwanted, lambda match: repr(match[0])[1:-1], str(value))
+
+
+def one_line(text: str) -> str:
+    return " ".join(plain(text).split())
 
 
 # ---------------------------------------------------------------- grouping and comparing
 
 
 class Section:
-    """The runs of one data set: grouped by what they did, best group first, and the tables made of them."""
+    """The runs of one folder, in groups of those that differ only in their seed, best group first.
+
+    A run that repeats another, with the same seed and the same figures, belongs to its group but is not counted again.
+    """
 
     def __init__(self, name: str, runs: list[Run]):
-        self.name = name
-        self.runs = runs
+        self.name, self.runs = name, runs
         everywhere = set.intersection(*(set(run.best) for run in runs))
         self.figures = [name for name in runs[0].best if name.startswith("R@") and name in everywhere]
         groups: dict[tuple, list[Run]] = {}
+        counted: dict[tuple, Run] = {}
+        self.repeats: dict[str, str] = {}  # {run: the run that it repeats}
         for run in runs:
-            groups.setdefault(experiment(run), []).append(run)
+            key = tuple(sorted(experiment(run).items()))
+            first = counted.setdefault((key, run.seed, all_figures(run)), run)
+            if first is run:
+                groups.setdefault(key, []).append(run)
+            else:
+                self.repeats[run.name] = first.name
         self.groups = sorted(groups.values(), key=lambda group: -mean_and_std(group, "R@1")[0])
-        known = list(dict.fromkeys(name for run in runs for name in run.flags))
-        experiments = [dict(experiment(group[0])) for group in self.groups]
+        self.best = max(self.groups[0], key=lambda run: run.best["R@1"])
+        numbers = {run.name: number for number, group in enumerate(self.groups, 1) for run in group}
+        self.numbers = numbers | {name: numbers[first] for name, first in self.repeats.items()}  # each run's group
+        experiments = [experiment(group[0]) for group in self.groups]
+        known = list(dict.fromkeys(name for made in experiments for name in made))
         self.differing = [name for name in known if len({made.get(name, "") for made in experiments}) > 1]
+
+    def flags_of(self, run: Run) -> dict:
+        """The flags that differ between the groups, by name."""
+        return {flag_name(name): experiment(run).get(name, "") for name in self.differing}
+
+    def lines(self) -> list[str]:
+        """What all runs share, which of them count once, and which groups stand beside nothing published, and why."""
+        defaults = train_flags()[0] | {"dataset": None, "model": None}  # these are always named
+        shared = [
+            f"{flag_name(name).lstrip('-')} {value}"
+            for name, value in experiment(self.runs[0]).items()
+            if name not in self.differing and value not in ("", defaults.get(name))
+        ]
+        lines = [f"All runs: {', '.join(shared)}."]
+        for run, first in self.repeats.items():
+            lines.append(f"{run} repeats {first} (same seed, same figures): counted once.")
+        reasons: dict[str, list[str]] = {}
+        for number, group in enumerate(self.groups, 1):
+            for seed in dict.fromkeys(run.seed for run in group):
+                again = [run.name for run in group if run.seed == seed]
+                if len(again) > 1:
+                    lines.append(f"{' and '.join(again)} have the same seed but different figures: each is counted.")
+            if published_of_its_kind(group[0]) and other_counts(group[0]):
+                reasons.setdefault(other_counts(group[0]), []).append(str(number))
+        for reason, numbers in reasons.items():
+            lines.append(f"No published figures beside group {', '.join(numbers)}: {reason}.")
+        return [one_line(line) for line in lines]
 
     def runs_table(self) -> pd.DataFrame:
         """One row per run, in order of number; figures in percent."""
         rows = []
         for run in self.runs:
-            row = {"dataset": self.name, "run": run.folder.name}
-            row |= {"group": next(n for n, group in enumerate(self.groups, 1) if run in group)}
-            row |= self.flags_of(run)
-            row |= {"seed": run.flags["seed"], "chosen by": run.chosen_by, "best epoch": run.best["epoch"]}
+            row = {"dataset": self.name, "run": run.name, "group": self.numbers[run.name], **self.flags_of(run)}
+            row |= {"seed": run.seed, "chosen by": run.chosen_by, "best epoch": run.best["epoch"]}
             row |= {f"{name} (%)": percent(run.best[name]) for name in self.figures}
-            row |= {f"last {name} (%)": percent(run.last[name]) for name in self.figures}
-            row |= {"remark": run.flags["remark"]}
+            row |= {f"last {name} (%)": percent(run.trained[-1][name]) for name in self.figures}
+            row |= {"repeats": self.repeats.get(run.name, ""), "remark": run.flags["remark"]}
             rows.append(row | {name: run.best.get(name, "") for name in MADE_BY})
-        return pd.DataFrame(rows)
+        return pd.DataFrame(rows, dtype=object)
 
     def figures_table(self) -> pd.DataFrame:
         """One row per group, figure and published figure beside it, in percent."""
         rows = []
         for number, group in enumerate(self.groups, 1):
-            common = {"dataset": self.name, "group": number, **self.flags_of(group[0]), "runs": len(group)}
-            common |= {"seeds": joined(run.flags["seed"] for run in group), "chosen by": group[0].chosen_by}
-            common |= {"s/epoch": median_seconds(group)}
+            common = {"dataset": self.name} | self.describe(number, group)
             for name in self.figures:
                 mean, std = mean_and_std(group, name)
                 row = common | {"figure": name, "mean (%)": mean, "std (%)": std}
-                sources = [(source, *known[name]) for source, known in published(group[0]).items() if name in known]
-                for source, value, spread in sources or [(None, None, None)]:
-                    rows.append(row | {"source": source, "published (%)": value, "published ± (%)": spread})
-                    if source:
-                        rows[-1] |= {"difference": round(mean - value, 6), "verdict": verdict(mean, std, value, spread)}
-        columns = ["source", "published (%)", "published ± (%)", "difference", "verdict"]
-        table = pd.DataFrame(rows)
-        return table.reindex(columns=[*(name for name in table if name not in columns), *columns])
+                beside = [(source, *known[name]) for source, known in published(group[0]).items() if name in known]
+                for source, value, spread in beside or [(None, None, None)]:
+                    row |= {"source": source, "published (%)": value, "published ± (%)": spread}
+                    row |= {"difference": difference(mean, value) if source else None}
+                    rows.append(row | {"verdict": verdict(mean, std, value, spread) if source else None})
+        return pd.DataFrame(rows, dtype=object)
 
-    def flags_of(self, run: Run) -> dict:
-        """The flags that differ between the groups, by the names that the command line knows."""
-        names = {action.dest: action.option_strings[-1].lstrip("-") for action in flags.train_parser()._actions}
-        return {names.get(name, name): run.flags.get(name, "") for name in self.differing}
+    def describe(self, number: int, group: list[Run]) -> dict:
+        """What a group is, without its figures."""
+        row = {"group": number, **self.flags_of(group[0]), "runs": len(group)}
+        row |= {"seeds": ", ".join(str(run.seed) for run in group), "chosen by": group[0].chosen_by}
+        return row | {"s/epoch": median_seconds(group)}
 
-    # For the eye: everything is text.
-
-    def runs_shown(self, all_last: bool) -> pd.DataFrame:
-        """The runs, of the last epoch all figures or R@1 alone; remarks if there are any."""
-        table = self.runs_table().drop(columns=["dataset", *MADE_BY])
-        dropped = [] if all_last else [f"last {name} (%)" for name in self.figures if name != "R@1"]
-        if not table["remark"].any():
-            dropped.append("remark")
-        return shown(table.drop(columns=dropped))
-
-    def groups_shown(self) -> pd.DataFrame:
-        table = self.figures_table().drop_duplicates(["group", "figure"])
-        rows = []
-        for _, lines in table.groupby("group"):
-            row = lines.iloc[0][list(table)[1 : list(table).index("figure")]].to_dict()
-            for line in lines.to_dict("records"):
-                row[line["figure"]] = plus_minus(line["mean (%)"], line["std (%)"], 2)
-            rows.append(row)
-        return shown(pd.DataFrame(rows))
-
-    def comparison_shown(self) -> pd.DataFrame:
-        """One row per group and source; empty where nothing was published."""
-        table = self.figures_table().dropna(subset="source")
-        rows = []
-        for (group, source), lines in table.groupby(["group", "source"], sort=False):
-            row = {"group": group, "beside": source}
-            for line in lines.to_dict("records"):
-                row[line["figure"]] = plus_minus(line["published (%)"], line["published ± (%)"], 1)
-                row[f"Δ {line['figure']}"] = f"{signed(line['difference'])} {line['verdict']}".strip()
-            rows.append(row)
-        return shown(pd.DataFrame(rows))
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """{title: table of text}, for the eye; no comparison where there is none, of the last epoch only R@1."""
+        groups, comparison = [], []
+        for number, group in enumerate(self.groups, 1):
+            ours = {name: mean_and_std(group, name) for name in self.figures}
+            groups.append(self.describe(number, group) | {name: plus_minus(*ours[name], 2) for name in ours})
+            for source, known in published(group[0]).items():
+                row = {"group": number, "beside": source}
+                for name in (name for name in known if name in ours):
+                    delta = f"{difference(ours[name][0], known[name][0]):+.2f}".replace("-", "−")
+                    row |= {name: plus_minus(*known[name], 1)}
+                    row |= {f"Δ {name}": f"{delta} {verdict(*ours[name], *known[name])}".strip()}
+                comparison.append(row)
+        unwanted = ["dataset", *MADE_BY, *(f"last {name} (%)" for name in self.figures if name != "R@1")]
+        runs = self.runs_table().drop(columns=unwanted)
+        found = {"Groups": groups, "Beside published figures": comparison, "Runs": runs}
+        return {title: shown(pd.DataFrame(rows, dtype=object)) for title, rows in found.items() if len(rows)}
 
 
-def experiment(run: Run) -> tuple:
-    """What makes two runs the same but for chance."""
+def experiment(run: Run) -> dict:
+    """What makes two runs the same but for chance: flags by destination, and the data."""
     made = {name: value for name, value in run.flags.items() if name not in SAME_EXPERIMENT}
-    if run.flags["dataset"] == "folder":  # wherever it lies
+    if run.flags["dataset"] == "folder" and run.data == "unknown":  # then its folder's name has to do
         made["data_root"] = Path(str(run.flags["data_root"])).name
-    return tuple(sorted(made.items()))
+    return made | {"data": run.data}
+
+
+def flag_name(destination: str) -> str:
+    """As on the command line; with its dashes where the report has a column of that name, or train.py no such flag."""
+    return {**train_flags()[1], "dataset": "--dataset", "data": "data"}.get(destination, f"--{destination}")
+
+
+def all_figures(run: Run) -> str:
+    """Of all training epochs."""
+    return str([[value for name, value in row.items() if "R@" in name] for row in run.trained])
 
 
 def mean_and_std(group: list[Run], name: str) -> tuple[float, float | None]:
@@ -304,16 +429,46 @@ def mean_and_std(group: list[Run], name: str) -> tuple[float, float | None]:
 
 def median_seconds(group: list[Run]) -> float | None:
     """Of the training epochs of all runs; None where none says how long it took."""
-    seconds = [row["seconds"] for run in group for row in run.history if row["phase"] == "train" and "seconds" in row]
+    seconds = [row["seconds"] for run in group for row in run.trained if "seconds" in row]
     return round(statistics.median(seconds), 2) if seconds else None
 
 
 def published(run: Run) -> dict[str, dict[str, tuple[float, float | None]]]:
     """{source: {figure: (value, ±)}} that belong beside a run, in percent."""
+    return {} if other_counts(run) else published_of_its_kind(run)
+
+
+def published_of_its_kind(run: Run) -> dict[str, dict[str, tuple[float, float | None]]]:
+    """As published(), whatever images the run used."""
     whole_method = run.flags["loss"] == "hist" and run.flags["ls"] != 0
     if run.flags["sz_embedding"] != PUBLISHED_SIZE or not whole_method:
         return {}
-    return PUBLISHED.get((run.flags["dataset"], run.flags["model"]), {})
+    found = {}
+    for dataset, model, source, text in PUBLISHED:
+        if (dataset, model) == (run.flags["dataset"], run.flags["model"]):
+            pairs = [figure.split("±") for figure in text.split()]
+            figures = [(float(value), float(spread[0]) if spread else None) for value, *spread in pairs]
+            found[source] = dict(zip(PUBLISHED_FIGURES[dataset], figures, strict=False))  # some only have R@1
+    return found
+
+
+def other_counts(run: Run) -> str:
+    """Why figures that were published for its data set do not belong beside a run; empty if they do."""
+    expected = published_counts(run.flags["dataset"])
+    if run.flags["val_classes"]:
+        return "its runs held out training classes (--val-classes), the published ones trained on all of them"
+    if not run.counts:
+        return "its runs do not say how many images and classes they used"
+    if run.counts != expected:
+        theirs = ", ".join(f"{split} {images}/{classes}" for split, (images, classes) in expected.items())
+        return f"its runs used {run.data}, the published ones {theirs} (images/classes)"
+    return ""
+
+
+def published_counts(dataset: str) -> dict[str, tuple[int, int]]:
+    """(images, classes) of a benchmark's splits; without a gallery its test split is the query."""
+    splits = layouts.PUBLISHED.get(dataset, {})
+    return {"query" if split == "test" else split: tuple(counts) for split, counts in splits.items()}
 
 
 def verdict(mean: float, std: float | None, value: float, spread: float | None) -> str:
@@ -321,10 +476,13 @@ def verdict(mean: float, std: float | None, value: float, spread: float | None) 
     allowed = std if spread is None else spread
     if allowed is None:
         return ""
-    difference = round(mean - value, 6)  # 71.2 − 71.4 is a hair more than 0.2 in binary
-    if abs(difference) <= round(allowed, 6):
+    if abs(difference(mean, value)) <= round(allowed, 6):
         return "within"
-    return "above" if difference > 0 else "below"
+    return "above" if mean > value else "below"
+
+
+def difference(mean: float, value: float) -> float:
+    return round(mean - value, 6)  # 71.2 − 71.4 is a hair more than 0.2 in binary
 
 
 # ---------------------------------------------------------------- writing
@@ -334,220 +492,85 @@ def percent(fraction: float) -> float:
     return round(100 * fraction, 6)
 
 
-def joined(values) -> str:
-    return ", ".join(map(str, values))
-
-
 def plus_minus(value: float, spread: float | None, digits: int) -> str:
-    return f"{value:.{digits}f}" + ("" if pd.isna(spread) else f" ± {spread:.{digits}f}")
-
-
-def signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
+    return f"{value:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
-    """All cells as text: figures with two digits, other numbers as short as they can be, nothing for nothing."""
+    """All cells as text: figures with two digits, other numbers as short as can be; without empty columns."""
 
     def text(value, name):
         if pd.isna(value):
             return ""
         if isinstance(value, float):
             return f"{value:.2f}" if "R@" in name else f"{value:g}"
-        return " ".join(str(value).split())
+        return one_line(value)
 
-    rows = [[text(value, name) for name, value in row.items()] for row in table.to_dict("records")]
-    return pd.DataFrame(rows, columns=[name.removesuffix(" (%)") for name in table], dtype=object)
-
-
-def tables(section: Section, all_last: bool = False) -> dict[str, pd.DataFrame]:
-    """{title: table} of a section; without a comparison where nothing was published."""
-    found = {
-        "Groups": section.groups_shown(),
-        "Beside published figures": section.comparison_shown(),
-        "Runs": section.runs_shown(all_last),
-    }
-    return {title: table for title, table in found.items() if len(table)}
+    table = pd.DataFrame({name: [text(value, name) for value in table[name]] for name in table}, dtype=object)
+    return table.loc[:, (table != "").any()].rename(columns=lambda name: one_line(name.removesuffix(" (%)")))
 
 
 def explanations(sections: list[Section]) -> list[str]:
     """How to read the tables, and who published what stands in them."""
-    beside = {source for section in sections for run in section.runs for source in published(run)}
-    sources = [f"{name}: {who}" for name, who in SOURCES.items() if any(source.startswith(name) for source in beside)]
+    beside = {source for section in sections for group in section.groups for source in published(group[0])}
+    sources = [f"{name}: {who}" for name, who in SOURCES.items() if name in beside]
     return [EXPLANATION, COMPARISON, *sources] if beside else [EXPLANATION]
 
 
 def markdown(sections: list[Section]) -> str:
     parts = ["# Runs"]
     for section in sections:
-        parts.append(f"## {markdown_escape(section.name)}")
-        for title, table in tables(section).items():
-            parts += [f"### {title}", markdown_table(table)]
-    parts += explanations(sections)
-    return "\n\n".join(parts) + "\n"
+        parts += [f"## {markdown_escape(section.name)}", *map(markdown_escape, section.lines())]
+        for title, table in section.tables().items():
+            escaped = table.map(markdown_escape).rename(columns=markdown_escape)
+            parts += [f"### {title}", escaped.to_markdown(index=False, disable_numparse=True)]
+    return "\n\n".join([*parts, *explanations(sections)]) + "\n"
 
 
 def markdown_escape(text: str) -> str:
-    return re.sub(r"([\\`*\[\]<>|~$]|&(?=#?\w+;)|(?<!\w)_|_(?!\w))", r"\\\1", text)  # run_1 needs no escape
+    """What to_markdown leaves to its caller: no markup, no tags, no links. run_1 and R@1 need no escape."""
+    special = r"[\\`*\[\]<>|~$#]|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\."
+    return re.sub(special, lambda match: "\\" + match[0], text)
 
 
-def markdown_table(table: pd.DataFrame) -> str:
-    """Padded, so that it also reads as plain text."""
-    rows = [[markdown_escape(cell) for cell in row] for row in [list(table), *table.values.tolist()]]
-    widths = [max(3, *(len(cell) for cell in column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
+def styled(table: pd.DataFrame, escape: str):
+    """A Styler without the index, cells and heads escaped for 'html' or 'latex'."""
+    return table.style.hide(axis="index").format(escape=escape).format_index(escape=escape, axis="columns")
 
 
 def latex(sections: list[Section]) -> str:
     r"""One tabular per table, to be \input; needs no package."""
+    rules = [{"selector": rule, "props": ":hline"} for rule in ("toprule", "midrule", "bottomrule")]
+    # Characters that pandas leaves as they are and LaTeX's text fonts lack
+    commands = (r"\textless{}", r"\textgreater{}", r"\textbar{}", r"$\pm$", "$-$", r"$\Delta$")
+    symbols = str.maketrans(dict(zip("<>|±−Δ", commands, strict=True)))
     parts = [f"% {line}" for line in explanations(sections)]
     for section in sections:
-        for title, table in tables(section).items():
-            parts += [f"\n% {' '.join(section.name.split())}: {title}", latex_table(table)]
+        parts += ["", *(f"% {section.name}: {line}" for line in section.lines())]
+        for title, table in section.tables().items():
+            text = styled(table, "latex").set_table_styles(rules).to_latex(column_format="l" * len(table.columns))
+            parts += [f"\n% {section.name}: {title}", text.rstrip().translate(symbols)]
     return "\n".join(parts) + "\n"
 
 
-LATEX = {
-    "\\": r"\textbackslash{}",
-    "{": r"\{",
-    "}": r"\}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "±": r"$\pm$",
-    "−": "$-$",
-    "Δ": r"$\Delta$",
-}
-
-
-def latex_escape(text: str) -> str:
-    return "".join(LATEX.get(character, character) for character in text)
-
-
-def latex_table(table: pd.DataFrame) -> str:
-    rows = [" & ".join(map(latex_escape, row)) + r" \\" for row in [list(table), *table.values.tolist()]]
-    begin = rf"\begin{{tabular}}{{{'l' * len(table.columns)}}}"
-    return "\n".join([begin, r"\hline", rows[0], r"\hline", *rows[1:], r"\hline", r"\end{tabular}"])
-
-
-# ---------------------------------------------------------------- the page
-
-STYLE = """
-body { font: 14px/1.5 system-ui, sans-serif; color: #1f2328; background: #fff; max-width: 1500px; margin: 2em auto;
-       padding: 0 1.5em; }
-h2 { border-bottom: 2px solid #d0d7de; margin-top: 2em; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th, td { padding: .3em .6em; border-bottom: 1px solid #d0d7de; text-align: left; }
-th.number, td.number { text-align: right; }
-td.remark { white-space: normal; min-width: 12em; }
-th button { font: inherit; font-weight: 600; background: none; border: 0; padding: 0; cursor: pointer; }
-th button::after { content: " ↕"; color: #8c959f; }
-th[aria-sort=ascending] button::after { content: " ↑"; color: #0969da; }
-th[aria-sort=descending] button::after { content: " ↓"; color: #0969da; }
-tbody tr:hover { background: #f6f8fa; }
-.above { color: #1a7f37; } .below { color: #cf222e; }
-details { margin: .6em 0; border: 1px solid #d0d7de; border-radius: 6px; padding: .4em 1em; }
-summary { cursor: pointer; font-weight: 600; }
-img { max-width: min(100%, 950px); height: auto; display: block; margin: 1em 0; }
-pre { background: #f6f8fa; padding: .8em; overflow-x: auto; }
-.note { color: #57606a; max-width: 60em; }
-"""
-
-SCRIPT = """
-function key(row, column) {
-  const text = row.cells[column].textContent, number = parseFloat(text.replace("\u2212", "-"));
-  return {text, number, empty: text === ""};
-}
-function compare(a, b) {
-  if (!isNaN(a.number) && !isNaN(b.number)) return a.number - b.number;
-  return a.text.localeCompare(b.text, undefined, {numeric: true});
-}
-for (const button of document.querySelectorAll("th button")) {
-  button.addEventListener("click", () => {
-    const th = button.parentNode, body = th.closest("table").tBodies[0];
-    const sign = th.getAttribute("aria-sort") === "ascending" ? -1 : 1;
-    for (const other of th.parentNode.cells) other.removeAttribute("aria-sort");
-    th.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
-    const rows = [...body.rows].map(row => [key(row, th.cellIndex), row]);
-    rows.sort(([a], [b]) => a.empty - b.empty || sign * compare(a, b));  // nothing comes last, both ways
-    body.append(...rows.map(([_, row]) => row));
-  });
-}
-"""
-
-
 def page(sections: list[Section], left_out: list[str]) -> str:
-    """The report as one file. Its policy forbids every request, so that it is the same page offline."""
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-    parts = [f"<h1>Runs</h1><p class='note'>{html.escape(EXPLANATION)} A click on a column's head sorts by it.</p>"]
-    for section in sections:
-        parts.append(f"<h2>{html.escape(section.name)}</h2>")
-        for title, table in tables(section, all_last=True).items():
-            parts.append(f"<h3>{title}</h3><div class='wide'>{html_table(table)}</div>")
-        best = max(section.groups[0], key=lambda run: run.best["R@1"])
-        parts.append("<h3>Each run</h3>")
-        parts += [run_details(run, opened=run is best) for run in section.runs]
-    parts += [f"<p class='note'>{html.escape(line)}</p>" for line in explanations(sections)[1:]]
-    if left_out:
-        parts.append(f"<h2>Left out</h2><ul>{''.join(f'<li>{html.escape(line)}</li>' for line in left_out)}</ul>")
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Runs</title>\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        f'<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">\n'
-        f"<style>{STYLE}</style></head>\n<body>\n{chr(10).join(parts)}\n<script>{SCRIPT}</script></body></html>\n"
-    )
+    """The report as one file."""
+    template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
+    lines = explanations(sections)
+    return template.render(sections=sections, left_out=left_out, explanations=lines, html_table=html_table, pngs=pngs)
 
 
 def html_table(table: pd.DataFrame) -> str:
-    def kinds(name):
-        """Numbers stand right, but for those that have a deviation or a verdict behind them."""
-        cells = table[name][table[name] != ""]
-        if name == "remark":
-            return "remark"
-        return "number" if len(cells) and cells.str.match(r"[\d., e+−-]+$").all() else ""
-
-    def cell(name, text):
-        coloured = text.rpartition(" ")[2] if name.startswith("Δ") else ""
-        return f'<td class="{classes[name]} {coloured}">{html.escape(text)}</td>'
-
-    classes = {name: kinds(name) for name in table}
-    head = "".join(
-        f'<th class="{classes[name]}"><button type="button">{html.escape(name)}</button></th>' for name in table
-    )
-    body = "\n".join(f"<tr>{''.join(map(cell, table, row))}</tr>" for row in table.values.tolist())
-    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
+    verdicts = table.filter(regex="^Δ R@").map(lambda cell: cell.rpartition(" ")[2])
+    return styled(table, "html").set_td_classes(verdicts).to_html(cell_ids=False)
 
 
-def run_details(run: Run, opened: bool) -> str:
-    """One run to unfold: its curves, its neighbours if they were drawn, and what made it."""
+def pngs(run: Run) -> dict[str, str]:
+    """Its curves, and its neighbours if they were drawn, in base64."""
     with tempfile.TemporaryDirectory() as folder:
         pictures.curves(run.history, Path(folder) / "curves.png")
-        drawn = [("curves", Path(folder) / "curves.png"), ("neighbours", run.folder / "neighbours.png")]
-        images = "".join(
-            f'<img alt="{name} of {html.escape(run.folder.name)}" '
-            f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
-            for name, path in drawn
-            if path.is_file()
-        )
-    made_by = "\n".join(f"{name}: {value}" for name, value in run.made_by.items())
-    figure = f"R@1 {percent(run.best['R@1']):.2f} % in epoch {run.best['epoch']}"
-    title = f"{run.folder.name}: seed {run.flags['seed']}, {figure}"
-    return (
-        f"<details{' open' if opened else ''}><summary>{html.escape(title)}</summary>{images}"
-        f"<pre>{html.escape(run.results)}</pre><pre>{html.escape(made_by)}</pre></details>"
-    )
+        drawn = {"curves": (Path(folder) / "curves.png").read_bytes()} | run.drawn
+    return {name: base64.b64encode(content).decode() for name, content in drawn.items()}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The report: exact numbers on runs made by hand, every file readable by what it is for, a page that stays at home."""
 
 import csv
+import dataclasses
 import html.parser
+import io
 import json
 import re
 import shutil
@@ -13,17 +15,43 @@ import report
 from trees import picture
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+COUNTS = {
+    "cub": ((5864, 100), (5924, 100)),
+    "cars": ((8054, 98), (8131, 98)),
+    "SOP": ((59551, 11318), (60502, 11316)),
+}
 NASTY = '<script>alert("x")</script> a|b $5 & 100% #1 _u_ {c} \\d ~e^f * `g` [h](http://i.example/) ä'
 
 
-def make_run(folder, recalls, seed=1, validation=None, seconds=None, **changed):
-    """A finished run; recalls: {K: R@K per epoch}, validation: val R@1 per epoch; changed: flags by destination."""
+def split(images, classes, digest="d1d1"):
+    return {"images": images, "classes": classes, "digest": digest}
+
+
+def whole(dataset, digest="d1d1"):
+    """What args.json says of the data of a whole benchmark; of others a few images."""
+    train, test = COUNTS.get(dataset, ((20, 2), (20, 2)))
+    return {"train": split(*train, digest), "query": split(*test, digest), "gallery": None}
+
+
+def make_run(folder, recalls, seed=1, validation=None, seconds=None, data="whole", more=None, **changed):
+    """A finished run; recalls: {K: R@K per epoch}, validation: val R@1 per epoch; changed: flags by destination.
+
+    data: args.json's "data", None for a run that is older than it; more: other entries of args.json.
+    """
     folder.mkdir(parents=True)
     epochs = len(next(iter(recalls.values())))
     flags = {"dataset": folder.parent.name, "model": "resnet50", "sz_embedding": 512, "nb_epochs": epochs, "tau": 32.0,
              "val_classes": 0.1 if validation else 0.0, "seed": seed, "run_num": int(folder.name[4:]), "gpu_id": seed,
              "remark": "", **changed}  # fmt: skip
-    (folder / "args.json").write_text(json.dumps({"flags": flags, "made_by": {"commit": "abc", "command": "train.py"}}))
+    if data == "whole":
+        data = whole(flags["dataset"])
+        if validation:  # the seed draws the held-out classes
+            images = 500 + seed
+            data["train"] = split(data["train"]["images"] - images, data["train"]["classes"] - 10, f"a{seed}")
+            data["validation"] = split(images, 10, f"b{seed}")
+    content = {"flags": flags, "made_by": {"commit": "abc", "command": "train.py"}, "data": data}
+    content = {name: value for name, value in content.items() if value is not None} | (more or {})
+    (folder / "args.json").write_text(json.dumps(content))
     rows = [{"phase": "untrained", "epoch": -1}, {"phase": "warm-up", "epoch": 0}]
     rows += [{"phase": "train", "epoch": epoch} for epoch in range(1, epochs + 1)]
     for number, row in enumerate(rows):
@@ -123,7 +151,7 @@ def test_held_out_classes_choose_the_epoch_where_there_are_any(cub):
 
 def test_only_flags_that_differ_are_columns(cub):
     between = cub.runs_table().loc[:, "group":"seed"].columns[1:-1]
-    assert set(between) == {"tau", "val-classes", "epochs"}
+    assert set(between) == {"tau", "val-classes", "epochs", "data"}
 
 
 def test_groups_are_runs_that_differ_in_their_seed_alone_best_first(cub):
@@ -132,7 +160,7 @@ def test_groups_are_runs_that_differ_in_their_seed_alone_best_first(cub):
         ["run_3"],
         ["run_4"],
     ]
-    shown = cub.groups_shown()
+    shown = cub.tables()["Groups"]
     assert shown.loc[0, ["runs", "seeds", "R@1", "R@2", "R@4"]].tolist() == [
         "3", "1, 2, 10", "71.50 ± 0.36", "81.50 ± 0.36", "88.10 ± 0.00"
     ]  # fmt: skip
@@ -176,8 +204,7 @@ def test_published_figures_stand_only_beside_what_they_belong_to(logs):
     assert set(report.published(same_size)) == {"paper", "replication, re-run", "replication, tuned"}
     assert report.published(other_size) == {}
     for flags in ({"model": "resnet18"}, {"dataset": "glyphs"}):
-        other = report.Run(same_size.folder, same_size.flags | flags, {}, [], {}, {}, "")
-        assert report.published(other) == {}
+        assert report.published(dataclasses.replace(same_size, flags=same_size.flags | flags)) == {}
 
 
 def test_other_losses_are_groups_of_their_own_with_their_seconds(logs):
@@ -192,9 +219,10 @@ def test_other_losses_are_groups_of_their_own_with_their_seconds(logs):
 
 
 def test_runs_on_other_pictures_are_no_seeds_of_each_other(tmp_path):
+    """Where args.json does not say what the data was, the folder's name has to do."""
     for number, root in ((1, "/a"), (2, "/b")):
         for name in ("folder", "cub"):
-            make_run(tmp_path / name / f"run_{number}", {1: [0.5]}, data_root=root)
+            make_run(tmp_path / name / f"run_{number}", {1: [0.5]}, data_root=root, data=None)
     groups = {name: report.Section(name, report.read_runs(tmp_path / name)[0]).groups for name in ("folder", "cub")}
     assert (len(groups["folder"]), len(groups["cub"])) == (2, 1)
 
@@ -222,12 +250,16 @@ def test_the_console_shows_the_markdown_and_where_the_files_lie(written):
 
 
 def test_markdown_tables_are_rectangular(written):
-    blocks = re.findall(r"(?:^\|.*\n?)+", (written[0] / "report.md").read_text(), re.MULTILINE)
-    assert len(blocks) == 6
+    check_markdown((written[0] / "report.md").read_text(), num_tables=6)
+
+
+def check_markdown(text, num_tables):
+    blocks = re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE)
+    assert len(blocks) == num_tables
     for block in blocks:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
         assert len({len(line) for line in block.splitlines()}) == 1
-    assert "<script" not in re.sub(r"\\<", "", "".join(blocks))
+    assert not re.search(r"(?<!\\)[<\[`*$]", text)
 
 
 def test_csv_is_read_back(written):
@@ -244,10 +276,17 @@ def test_csv_is_read_back(written):
 
 def test_latex_is_balanced_and_escaped(written):
     text = (written[0] / "report.tex").read_text()
-    lines = [line for line in text.splitlines() if not line.startswith("%")]
     assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 6
+    check_latex(text)
+    assert r"71.50 $\pm$ 0.36" in text and r"$\Delta$ R@1" in text and "$-$1.30 below" in text
+
+
+def check_latex(text):
+    """Every row has as many cells as its tabular has columns, and no character that LaTeX takes for a command."""
     columns = None
-    for line in lines:
+    for line in text.splitlines():
+        if line.startswith("%"):
+            continue
         if line.startswith(r"\begin{tabular}"):
             columns = len(re.fullmatch(r"\\begin\{tabular\}\{(l+)\}", line)[1])
         elif line.endswith(r"\\"):
@@ -255,7 +294,283 @@ def test_latex_is_balanced_and_escaped(written):
             assert bare.count("&") == columns - 1
             assert bare.count("$") % 2 == 0 and not re.search(r"[%#_~^<>|]", bare)
             assert bare.count("{") == bare.count("}")
-    assert r"71.50 $\pm$ 0.36" in text and r"$\Delta$ R@1" in text and "$-$1.30 below" in text
+
+
+def section(folder):
+    return report.Section(folder.name, report.read_runs(folder)[0])
+
+
+def test_a_run_that_repeats_another_counts_once(tmp_path):
+    for number, seed, best in ((1, 1, 0.70), (2, 2, 0.72), (3, 1, 0.70), (4, 2, 0.74), (12, 1, 0.70)):
+        # The seconds differ, and so does where it ran: the figures are what counts.
+        make_run(tmp_path / "cub" / f"run_{number}", {1: [0.6, best]}, seed=seed, seconds=number, gpu_id=number)
+    made = section(tmp_path / "cub")
+    assert [[run.name for run in group] for group in made.groups] == [["run_1", "run_2", "run_4"]]
+    row = made.figures_table().iloc[0]
+    assert row[["runs", "seeds"]].tolist() == [3, "1, 2, 2"]
+    assert row[["mean (%)", "std (%)"]].tolist() == pytest.approx([72, 2], abs=1e-12)
+    assert made.lines()[1:4] == [
+        "run_3 repeats run_1 (same seed, same figures): counted once.",
+        "run_12 repeats run_1 (same seed, same figures): counted once.",
+        "run_2 and run_4 have the same seed but different figures: each is counted.",
+    ]
+    runs = made.runs_table()
+    assert runs["repeats"].tolist() == ["", "", "run_1", "", "run_1"] and set(runs["group"]) == {1}
+    assert "repeats" in made.tables()["Runs"]
+
+
+def test_the_same_figures_with_other_flags_are_no_repetition(tmp_path):
+    for number, tau in ((1, 32.0), (2, 24.0)):
+        make_run(tmp_path / "cub" / f"run_{number}", {1: [0.6]}, tau=tau)
+    made = section(tmp_path / "cub")
+    assert len(made.groups) == 2 and made.repeats == {}
+
+
+def test_runs_on_different_data_are_never_averaged(tmp_path):
+    """Same flags, other images: by digest of any split, by counts, or because one does not say what it had."""
+    datas = [whole("cub"), whole("cub"), None, None]
+    for name in ("train", "query"):
+        datas.append(whole("cub"))
+        datas[-1][name]["digest"] = "0f"
+    datas.append(whole("cub") | {"gallery": split(100, 10)})
+    for number, data in enumerate(datas, 1):
+        make_run(tmp_path / "cub" / f"run_{number}", {1: [0.5 + 0.01 * number]}, seed=number, data=data)
+    made = section(tmp_path / "cub")
+    groups = {tuple(run.name for run in group) for group in made.groups}
+    assert groups == {("run_1", "run_2"), ("run_3", "run_4"), ("run_5",), ("run_6",), ("run_7",)}
+    shown = made.runs_table().set_index("run")["data"]
+    assert shown["run_3"] == "unknown" and shown["run_1"].startswith("train 5864/100, query 5924/100 (")
+    assert shown["run_7"].startswith("train 5864/100, query 5924/100, gallery 100/10 (")
+    assert shown.nunique() == 5
+
+
+def test_held_out_classes_that_the_seed_draws_are_the_same_experiment(tmp_path):
+    for seed in (1, 2):
+        make_run(tmp_path / "cub" / f"run_{seed}", {1: [0.5 + seed / 100]}, seed=seed, validation=[0.5])
+    make_run(tmp_path / "cub" / "run_3", {1: [0.5]}, seed=3, validation=[0.5], data=whole("cub", "0f"))
+    assert [len(group) for group in section(tmp_path / "cub").groups] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    "changed, reason",
+    [
+        ({"data": None}, "its runs do not say how many images and classes they used"),
+        (
+            {"data": whole("cub") | {"query": split(5794, 200)}},
+            "its runs used train 5864/100, query 5794/200 (########), the published ones train 5864/100, "
+            "query 5924/100 (images/classes)",
+        ),
+        ({"data": whole("cub") | {"train": split(2900, 100)}}, "its runs used train 2900/100, query 5924/100 (######"),
+        ({"validation": [0.5]}, "its runs held out training classes (--val-classes)"),
+    ],
+)  # fmt: skip
+def test_published_figures_do_not_stand_beside_other_counts(tmp_path, changed, reason):
+    make_run(tmp_path / "cub" / "run_1", {1: [0.5]}, **changed)
+    make_run(tmp_path / "cub" / "run_2", {1: [0.6]}, tau=24.0)
+    make_run(tmp_path / "cub" / "run_3", {1: [0.4]}, loss="triplet", **changed)  # nothing was published of it
+    made = section(tmp_path / "cub")
+    assert set(made.figures_table().dropna(subset="source")["group"]) == {1}
+    said = re.sub(r"\([0-9a-f]{8}\)", "(########)", made.lines()[-1])
+    assert said.startswith(f"No published figures beside group 2: {reason}")
+
+
+def test_flags_that_all_runs_share_are_said_once(tmp_path):
+    for number, tau in ((1, 32.0), (2, 24.0)):
+        flags = {"alpha": 1.1, "log_dir": "/somewhere", "nb_workers": 9, "tau": tau, "image_size": None}
+        make_run(tmp_path / "cub" / f"run_{number}", {1: [0.5]}, young="x", **flags)
+    made = section(tmp_path / "cub")
+    said = re.fullmatch(r"All runs: (.*) \([0-9a-f]{8}\)\.", made.lines()[0])[1]
+    # its defaults and where it ran are not worth a word; flags that train.py does not know are
+    assert said == "dataset cub, model resnet50, alpha 1.1, epochs 1, young x, data train 5864/100, query 5924/100"
+    for title in ("Groups", "Runs"):
+        assert "tau" in made.tables()[title] and not {"alpha", "--young", "model"} & set(made.tables()[title])
+
+
+def test_a_folder_may_hold_runs_of_several_data_sets(tmp_path):
+    make_run(tmp_path / "mixed" / "run_1", {1: [0.5]}, dataset="cub")
+    make_run(tmp_path / "mixed" / "run_2", {1: [0.4]}, dataset="cars")
+    table = section(tmp_path / "mixed").figures_table()
+    assert set(table["dataset"]) == {"mixed"}
+    assert table.set_index("--dataset").loc["cars", "published (%)"].tolist() == [89.6, 89.8, 90.2]
+
+
+@pytest.mark.parametrize(
+    "dataset, tuned, quoted",
+    [("cub", [70.0, 79.4, 86.6], [69.7, 80.0, 87.3]), ("cars", [88.1, 92.7, 95.7], [87.4, 92.5, 95.4]),
+     ("SOP", [77.9, 90.1, 95.8], [79.6, 91.0, 96.2])],
+)  # fmt: skip
+def test_published_figures_of_bn_inception(tmp_path, dataset, tuned, quoted):
+    ks = (1, 10, 100) if dataset == "SOP" else (1, 2, 4)
+    make_run(tmp_path / dataset / "run_1", {k: [0.5] for k in ks}, model="bn_inception")
+    known = report.published(report.read_runs(tmp_path / dataset)[0][0])
+    assert set(known) == {"paper, quoted by a survey", "best quoted", "replication, re-run", "replication, tuned"}
+    assert known["replication, tuned"] == {f"R@{k}": (value, None) for k, value in zip(ks, tuned, strict=True)}
+    assert known["paper, quoted by a survey"] == {f"R@{k}": (value, None) for k, value in zip(ks, quoted, strict=True)}
+    assert set(known["best quoted"]) == set(known["replication, re-run"]) == {"R@1"}
+    explained = report.explanations([section(tmp_path / dataset)])
+    assert all(any(line.startswith(f"{source}: ") for line in explained) for source in known)
+
+
+def deep(levels):
+    return "[" * levels + "]" * levels
+
+
+GOOD_FLAGS = '"flags": {"nb_epochs": 1}'
+
+
+@pytest.mark.parametrize(
+    "name, content, match",
+    [
+        ("args.json", f'{{{GOOD_FLAGS}, "made_by": ["commit"]}}', "args.json: made_by is a list"),
+        ("args.json", f'{{{GOOD_FLAGS}, "made_by": "commit"}}', "args.json: made_by is a str"),
+        ("args.json", f'{{{GOOD_FLAGS}, "made_by": 7}}', "args.json: made_by is a int"),
+        ("args.json", '{"flags": [1]}', "args.json: flags is a list"),
+        ("args.json", deep(100_000), "args.json: "),
+        ("args.json", f'{{{GOOD_FLAGS}, "remark": {deep(100_000)}}}', "args.json: "),
+        ("args.json", '{"flags": {"nb_epochs": 1, "tau": NaN}}', "args.json: .*NaN"),
+        ("args.json", '{"flags": {"nb_epochs": NaN}}', "args.json: "),
+        ("args.json", '{"flags": {"nb_epochs": 1e999}}', "args.json: nb_epochs is inf"),
+        ("args.json", f'{{"flags": {{"nb_epochs": {"9" * 400}}}}}', "not finished"),
+        ("args.json", f'{{"flags": {{"nb_epochs": {"9" * 5000}}}}}', "args.json: "),
+        ("args.json", f'{{{GOOD_FLAGS}, "data": {{"train": 5}}}}', "args.json: data does not say"),
+        ("args.json", f'{{{GOOD_FLAGS}, "data": ["x"]}}', "args.json: data does not say"),
+        ("args.json", f'{{{GOOD_FLAGS}, "data": {{"validation": {{}}}}}}', "args.json: data does not say"),
+        ("args.json", json.dumps({"flags": {}, "data": whole("cub", None)}), "args.json: data does not say"),
+        ("args.json", f'{{{GOOD_FLAGS}, "data": {{"train": {{"images": 1e999, "classes": 1, "digest": ""}}}}}}', "a"),
+        ("args.json", b"\xff\xfe{}", "args.json: .*utf-8"),
+        ("args.json", "", "args.json: "),
+        ("args.json", None, "args.json: Is a directory"),
+        ("results.csv", None, "results.csv: Is a directory"),
+        ("results.csv", "", "results.csv: "),
+        ("results.csv", "\n\n", "results.csv: "),
+        ("results.csv", b"phase,epoch,R@1\ntrain,1,0.\xff\n", "results.csv: .*utf-8"),
+        ("results.csv", "phase,epoch,R@1,R@1\ntrain,1,0.5,0.6\n", "results.csv: it has the column R@1 twice"),
+        ("results.csv", "phase,epoch,R@1\ntrain,1,\n", "results.csv: it lacks figures"),
+        ("results.csv", "phase,epoch,R@1\n,0,0.5\ntrain,1,0.5\n", "results.csv: it lacks phases"),
+        ("results.csv", "phase,epoch,R@1\ntrain,1e300,0.5\n", "results.csv: .*beyond a billion"),
+        ("results.csv", "phase,epoch,R@1,loss\ntrain,1,0.5,inf\n", "results.csv: .*beyond a billion"),
+        ("results.csv", "phase,epoch,R@1\ntrain,1,0.5,6,7\ntrain,2\n", "results.csv: "),
+        ("neighbours.png", None, "neighbours.png: Is a directory"),
+    ],
+)  # fmt: skip
+def test_a_broken_run_is_left_out_with_its_reason_and_stops_nothing(tmp_path, name, content, match):
+    make_run(tmp_path / "cub" / "run_1", {1: [0.5]})
+    make_run(tmp_path / "cub" / "run_2", {1: [0.5]})
+    broken = tmp_path / "cub" / "run_2" / name
+    broken.unlink(missing_ok=True)
+    if content is None:
+        broken.mkdir()
+    else:
+        broken.write_bytes(content if isinstance(content, bytes) else content.encode())
+    runs, reasons = report.read_runs(tmp_path / "cub")
+    assert [run.name for run in runs] == ["run_1"]
+    assert len(reasons) == 1 and re.search(rf"run_2: left out, {match}", reasons[0]), reasons
+    assert "\n" not in reasons[0] and len(reasons[0]) < 500
+
+
+@pytest.mark.parametrize("name", ["args.json", "results.csv", "cub_resnet50_best_results.txt"])
+def test_an_unreadable_file_leaves_its_run_out(tmp_path, monkeypatch, name):
+    for number in (1, 2):
+        make_run(tmp_path / "cub" / f"run_{number}", {1: [0.5]})
+    real_open = io.open
+
+    def refusing_open(path, *arguments, **options):  # root may read everything: permissions would not refuse it
+        if str(path) == str(tmp_path / "cub" / "run_2" / name):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real_open(path, *arguments, **options)
+
+    monkeypatch.setattr(io, "open", refusing_open)
+    monkeypatch.setattr("builtins.open", refusing_open)
+    runs, reasons = report.read_runs(tmp_path / "cub")
+    assert [run.name for run in runs] == ["run_1"]
+    assert reasons == [f"{tmp_path / 'cub' / 'run_2'}: left out, {name}: Permission denied"]
+
+
+def test_only_ascii_digits_number_a_run(tmp_path):
+    for name in ("run_²", "run_٣", "run_", "run_1_old", "run_-1", "run_x"):
+        (tmp_path / "cub" / name).mkdir(parents=True)
+    (tmp_path / "cub" / "run_7").touch()
+    for number in (10, 9):
+        make_run(tmp_path / "cub" / f"run_{number}", {1: [0.5]})
+    runs, reasons = report.read_runs(tmp_path / "cub")
+    assert [run.name for run in runs] == ["run_9", "run_10"] and reasons == []
+
+
+def test_one_folder_named_in_two_ways_is_one_section(tmp_path, call, monkeypatch):
+    make_run(tmp_path / "cub" / "run_1", {1: [0.5]})
+    monkeypatch.chdir(tmp_path)
+    assert call("report.py", "cub", tmp_path / "cub", "cub/../cub", "--output", "out").code == 0
+    assert len(pd.read_csv(tmp_path / "out" / "report.csv")) == 1
+
+
+def test_a_resumed_run_says_how_often_and_counts_all_its_epochs(tmp_path):
+    resumptions = [{"command": "train.py --resume", "made_by": {}, "after_epoch": 3}, {"after_epoch": 5}]
+    make_run(tmp_path / "cub" / "run_1", {1: [0.5, 0.6, 0.7]}, nb_epochs=2, more={"resumptions": resumptions})
+    make_run(tmp_path / "cub" / "run_2", {1: [0.5, 0.6]}, seed=2)
+    made = section(tmp_path / "cub")
+    assert made.runs[0].made_by["resumed"] == "2 ×, after epoch 3, 5" and "resumed" not in made.runs[1].made_by
+    assert made.runs_table()["epochs"].tolist() == [3, 2] and len(made.groups) == 2
+    assert "resumed: 2 ×, after epoch 3, 5" in Page(report.page([made], [])).text
+
+
+@pytest.mark.parametrize("resumptions", [None, [], {}, "x", 3, [None, 4, "x", {"after_epoch": ["<b>"]}], [[]], [{}]])
+def test_any_resumptions_are_tolerated(tmp_path, resumptions):
+    make_run(tmp_path / "cub" / "run_1", {1: [0.5]}, more={"resumptions": resumptions})
+    runs, reasons = report.read_runs(tmp_path / "cub")
+    assert len(runs) == 1 and reasons == []
+    assert Page(report.page([report.Section("cub", runs)], [])).open == []
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """A report of two runs that say dangerous things wherever a run says something."""
+    root = tmp_path_factory.mktemp("hostile")
+    script = "<script>alert(1)</script>"
+    rude = f"{NASTY}\n| --- |\r\n{script} \x00\x1b[31m \ud800 __init__ www.i.example R@1"
+    folder = root / script.replace("/", "")
+    names = {f"a{rude}": rude, script: {"b": [script]}, "R@1": "&", "run": "%"}
+    for number, (name, value) in enumerate(names.items(), 1):
+        flags = {name: value, "dataset": "cub", "model": rude, "tau": [number], "runs": NASTY, "val_classes": 0}
+        more = {"made_by": {script: script, rude: rude, "deep": [{"x": rude}]}}
+        make_run(folder / f"run_{number}", {1: [0.5]}, remark=rude, seed=script, more=more, **flags)
+        table = pd.read_csv(folder / f"run_{number}" / "results.csv").replace("made epoch 1", f"{script}|")
+        table.assign(**{f"R@2{script}": 0.5, f"R@{script}": 0.5, script: script}).to_csv(
+            folder / f"run_{number}" / "results.csv", index=False
+        )
+        (folder / f"run_{number}" / "cub_best_results.txt").write_text(f"class {script} {NASTY}")
+    make_run(folder / "run_9", {1: [0.5]}, nb_epochs=script)
+    runs, reasons = report.read_runs(folder)
+    assert len(runs) == 4 and len(reasons) == 1, reasons
+    return [report.Section(report.one_line(folder.name), runs)], reasons
+
+
+def test_nothing_of_a_run_reaches_the_page_unescaped(hostile):
+    source = report.page(*hostile)
+    page = Page(source)
+    assert page.open == [] and page.tags.count("script") == 1
+    assert not {"b", "h"} & set(page.tags)
+    assert source.count("<script>") == 1 and page.text.count("<script>alert(1)</script>") > 20
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", source)
+    source.encode()
+
+
+def test_nothing_of_a_run_reaches_markdown_or_latex_unescaped(hostile):
+    text = report.markdown(hostile[0])
+    check_markdown(text, num_tables=2)
+    assert text.count("script") and not re.search(r"(?<!\\)(?<![^\W_])_|(?<!\\)_(?![^\W_])|https?://|www\.", text)
+    assert sum(line.startswith("#") for line in text.splitlines()) == 4
+    check_latex(report.latex(hostile[0]))
+    for name in ("report.md", "report.tex"):
+        assert "\x1b" not in text, name
+
+
+def test_odd_values_of_flags_still_tell_runs_apart(tmp_path):
+    for number, value in enumerate(([1], [2], {"a": 1}, None, "", True, 1, 10**400), 1):
+        make_run(tmp_path / "cub" / f"run_{number}", {1: [0.5]}, seed=number, odd=value)
+    made = section(tmp_path / "cub")
+    groups = {tuple(run.name for run in group) for group in made.groups}
+    assert groups == {("run_1",), ("run_2",), ("run_3",), ("run_4", "run_5"), ("run_6", "run_7"), ("run_8",)}
+    assert report.page([made], []) and report.latex([made]) and report.markdown([made])
 
 
 class Page(html.parser.HTMLParser):
@@ -308,6 +623,16 @@ def test_wrong_folders_end_in_one_line(refused, tmp_path, folder, match):
     assert not (tmp_path / "out").exists()
 
 
+def in_browser(source, folder):
+    """What the probe in a page put into the element #said, as JSON."""
+    page = folder / "page.html"
+    page.write_text(source)
+    options = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --dump-dom".split()
+    command = [CHROMIUM, *options, f"--user-data-dir={folder / 'profile'}", "--window-size=1400,1000", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return json.loads(html.unescape(re.search(r'<pre id="said">(.*?)</pre>', done.stdout, re.DOTALL)[1]))
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_page_in_a_browser(written, tmp_path):
     """Clicks sort, numbers as numbers and blanks last; nothing is requested and nothing breaks the page's policy."""
@@ -331,15 +656,37 @@ def test_page_in_a_browser(written, tmp_path):
       });
     </script>"""
     source = (written[0] / "report.html").read_text()
-    page = tmp_path / "page.html"
-    page.write_text(source.replace("<style>", probe + "<style>", 1))
-    options = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --dump-dom".split()
-    command = [CHROMIUM, *options, f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    said = json.loads(html.unescape(re.search(r'<pre id="said">(.*?)</pre>', done.stdout, re.DOTALL)[1]))
+    said = in_browser(source.replace("<style>", probe + "<style>", 1), tmp_path)
     assert said["problems"] == [] and said["requests"] == []
     assert said["seen"]["run1"] == ["run_1", "run_2", "run_3", "run_4", "run_10"]
     assert said["seen"]["R@11"] == ["run_4", "run_3", "run_1", "run_2", "run_10"]
     assert said["seen"]["R@12"] == said["seen"]["R@11"][::-1]
     assert said["seen"]["remark1"][0] == "run_3"  # the only one with a remark
     assert len(said["images"]) == 8 and min(said["images"]) > 0
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("which", ["written", "hostile"])
+def test_page_never_scrolls_sideways(request, tmp_path, which, width):
+    """Neither the page nor anything in it, all details open; tables that do not fit become cards that say all."""
+    source = request.getfixturevalue(which)
+    source = (source[0] / "report.html").read_text() if which == "written" else report.page(*source)
+    frame = f"""<!DOCTYPE html><iframe id="frame" style="width: {width}px; border: 0" srcdoc="{html.escape(source)}">
+      </iframe><pre id="said"></pre><script>addEventListener("load", () => {{
+        const page = frame.contentDocument, all = selector => [...page.querySelectorAll(selector)];
+        for (const details of all("details")) details.open = true;
+        const wider = all("body *").filter(e => e.clientWidth && e.scrollWidth > e.clientWidth + 1);
+        const hidden = all("td").filter(cell => cell.textContent && !cell.getClientRects().length);
+        said.textContent = JSON.stringify({{
+          inner: frame.contentWindow.innerWidth, scroll: page.documentElement.scrollWidth,
+          wider: wider.map(element => element.outerHTML.slice(0, 99)), hidden: hidden.length,
+          unlabelled: all("td").filter(cell => !cell.dataset.label).length,
+          cards: all("table.cards").length, buttons: all("th button").length,
+        }});
+      }})</script>"""
+    said = in_browser(frame, tmp_path)
+    assert said["inner"] == width and said["scroll"] <= width and said["wider"] == []
+    assert said["hidden"] == said["unlabelled"] == 0 and said["buttons"] > 0
+    if which == "written":
+        assert (said["cards"] > 0) == (width == 360)
