@@ -1,10 +1,11 @@
 """Images, labels, splits, transforms, sampler, loaders.
 
-layouts.py says what lies where under the data root.
+layouts.py knows where the files lie under the data root.
 """
 
 import os
 import signal
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,27 +13,39 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from layouts import Listing, check_splits, compare_counts, missing_files, read_listing, split_by_class
-from PIL import Image
+from layouts import (
+    BENCHMARKS,
+    RECALL_AT,
+    Listing,
+    compare_counts,
+    look_at_test_split,
+    missing_files,
+    read_splits,
+    split_problems,
+)
+from PIL import ExifTags, Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 
-RECALL_AT = {"SOP": (1, 10, 100, 1000), "Inshop": (1, 10, 20, 30, 40, 50)}  # all others: 1 2 4 8 16 32
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class UnreadableImage(ValueError):
-    """An image is missing, cut or none. The message is one line: '<path>: cannot be decoded (<why>)'."""
+    """A file is missing, cut or no image. The message is one line: '<path>: cannot be decoded (<why>)'."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImageList:
-    """The images of one split: labels (N,) int64 in 0..C-1, paths relative to root with '/' between."""
+    """The images of one split: labels (N,) int64 in 0..C-1, paths relative to root with '/' between.
+
+    own marks the user's own pictures, which are decoded as people see them; see decode.
+    """
 
     root: Path
     paths: list[str]
     labels: np.ndarray
     class_names: list[str]
+    own: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -44,14 +57,15 @@ class ImageList:
 
 @dataclass(frozen=True, eq=False)
 class Benchmark:
-    """What is trained on and what is retrieved from what; train and test share no class.
+    """What is trained on, and what is retrieved from what; train and test share no class.
 
-    gallery is None where the queries search among themselves; else query and gallery share one label space.
-    recall_at are the K of R@K. warnings are lines for the user, e.g. counts that differ from the published.
+    train is None only for a folder that can be scored but not trained on, see load_benchmark. gallery is None where
+    the queries search among themselves; otherwise query and gallery share one label space. recall_at are the K of
+    R@K. warnings are lines for the user, such as counts that differ from the published ones.
     """
 
     name: str
-    train: ImageList
+    train: ImageList | None
     query: ImageList
     gallery: ImageList | None
     recall_at: tuple[int, ...]
@@ -70,25 +84,25 @@ def make_image_list(listing: Listing, splits: Iterable[str]) -> dict[str, ImageL
     for split in splits:
         paths = [path for path, _ in listing.splits[split]]
         labels = np.fromiter((label[c] for _, c in listing.splits[split]), np.int64, len(paths))
-        lists[split] = ImageList(listing.root, paths, labels, class_names)
+        lists[split] = ImageList(listing.root, paths, labels, class_names, listing.own)
     return lists
 
 
-def load_benchmark(name: str, data_root: Path, train_classes: float = 0.5) -> Benchmark:
-    """Reads the lists of one benchmark; no image is opened.
+def load_benchmark(
+    name: str, data_root: Path, train_classes: float | None = None, training: bool = True, share_given: bool = True
+) -> Benchmark:
+    """Reads the lists of one data set; no image is opened.
 
-    train_classes is the share of the classes that trains, for `folder` without a split of its own.
+    train_classes is the share of the classes that trains, for `folder` without a split of its own; None is half of
+    them. A data set with its own split refuses a share, or with share_given=False (it comes from a checkpoint)
+    ignores it. With training=False a `folder` may lack train: its Benchmark.train is None then.
 
     Raises ValueError or FileNotFoundError with one line that names the thing, the place and the way out.
     """
-    if not 0 < train_classes < 1:
-        raise ValueError(f"train_classes is {train_classes}, it must lie between 0 and 1")
-    listing = read_listing(name, data_root)
-    if train_classes != 0.5 and (name != "folder" or "all" not in listing.splits):
-        raise ValueError(f"train_classes is {train_classes}, but {listing.root} has a split of its own")
-    if "all" in listing.splits:
-        split_by_class(listing, train_classes)
-    check_splits(listing)
+    listing = read_splits(name, data_root, train_classes, share_given)
+    problems = split_problems(listing, training)
+    if problems:
+        raise ValueError(problems[0])
     if listing.source:
         missing = missing_files(listing)
         if missing:
@@ -96,53 +110,117 @@ def load_benchmark(name: str, data_root: Path, train_classes: float = 0.5) -> Be
                 f"{listing.source} names {len(missing):,} images that are not there, the first is "
                 f"{listing.root / missing[0]}; `python code/prepare.py check {name}` names more"
             )
-    train = make_image_list(listing, ["train"])["train"]
-    if "test" in listing.splits:
-        query, gallery = make_image_list(listing, ["test"])["test"], None
-    else:
-        test = make_image_list(listing, ["query", "gallery"])
-        query, gallery = test["query"], test["gallery"]
-    notes = (*listing.notes, *compare_counts(name, listing))
-    return Benchmark(name, train, query, gallery, RECALL_AT.get(name, (1, 2, 4, 8, 16, 32)), notes)
+    train = make_image_list(listing, ["train"])["train"] if "train" in listing.splits else None
+    test = make_image_list(listing, [split for split in listing.splits if split != "train"])
+    query, gallery = test.get("query", test.get("test")), test.get("gallery")
+    recall_at = BENCHMARKS[name].recall_at if name in BENCHMARKS else RECALL_AT
+    notes, problems = look_at_test_split(listing)
+    warnings = (*listing.notes, *compare_counts(name, listing), *notes, *problems)
+    return Benchmark(name, train, query, gallery, recall_at, warnings)
 
 
 def split_validation(images: ImageList, share: float, seed: int) -> tuple[ImageList, ImageList]:
     """Holds out whole classes: (the others, the held out), both relabelled to 0...
 
-    round(share * C) classes are held out, at least 1 and at most C - 1; the seed chooses which.
-    Raises ValueError for a share outside ]0, 1[ or fewer than 2 classes.
+    round(share * C) classes are held out; the seed chooses which.
+    Raises ValueError for a share outside ]0, 1[, or one that leaves fewer than 2 classes on either side.
     """
     if not 0 < share < 1:
-        raise ValueError(f"the validation share is {share}, it must lie between 0 and 1")
-    if images.num_classes < 2:
-        raise ValueError(f"{images.root}: one training class, validation needs at least 2")
-    held_out = min(max(round(share * images.num_classes), 1), images.num_classes - 1)
-    order = torch.randperm(images.num_classes, generator=generator_for(seed)).numpy()
+        raise ValueError(f"--val-classes: the validation share is {share}, it must lie between 0 and 1")
+    count = images.num_classes
+    held_out = round(share * count)
+    if count < 4:
+        raise ValueError(f"--val-classes: {images.root} has {count} training classes, at least 2 + 2 are needed")
+    unit = 10 ** (len(str(count)) + 1)  # of the share that is proposed
+    if held_out < 2:
+        advice = f"holds out {held_out}; at least 2 are needed: {-(-2 * unit // count) / unit:g} or more"
+    elif count - held_out < 2:
+        advice = f"leaves {count - held_out}; at least 2 are needed: {(count - 2) * unit // count / unit:g} or less"
+    else:
+        advice = ""
+    if advice:
+        raise ValueError(f"--val-classes {share:g} of {count} classes {advice}")
+    order = torch.randperm(count, generator=generator_for(seed)).numpy()
     halves = []
     for classes in (np.sort(order[held_out:]), np.sort(order[:held_out])):
         chosen = np.flatnonzero(np.isin(images.labels, classes))
         labels = np.searchsorted(classes, images.labels[chosen])
         names = [images.class_names[c] for c in classes]
-        halves.append(ImageList(images.root, [images.paths[i] for i in chosen], labels, names))
+        halves.append(ImageList(images.root, [images.paths[i] for i in chosen], labels, names, images.own))
     return halves[0], halves[1]
 
 
 # ---------------------------------------------------------------- from a file to a tensor
 
 
-def read_rgb(path: str) -> Image.Image:
-    """Decodes any image to 8-bit RGB. Raises UnreadableImage."""
+# How an image lies, by the number in its EXIF data, and what sets it upright
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode(image: Image.Image, own: bool = False) -> Image.Image:
+    """An opened image as 8-bit RGB.
+
+    16-bit images are divided by 257; other integers and floats are scaled from their smallest value to their largest.
+
+    own pictures come out as a viewer shows them: turned as their EXIF data says, and on white where they are
+    transparent. The published benchmarks were scored without either, so by default the EXIF data is ignored and the
+    colours under transparent pixels show.
+
+    Raises what Pillow raises; ValueError for a float image without a finite value.
+    """
+    image.load()
+    if image.mode.startswith(("I", "F")):  # Pillow would clip to 0..255 instead of scaling
+        rgb = scale_to_bytes(image).convert("RGB")
+    elif own and image.has_transparency_data:
+        image = image.convert("RGBA")
+        rgb = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    elif image.mode == "P" and "transparency" in image.info:  # otherwise Pillow warns about each of them
+        rgb = image.convert("RGBA").convert("RGB")
+    else:
+        rgb = image if image.mode == "RGB" else image.convert("RGB")
+    turn = UPRIGHT.get(orientation(image)) if own else None
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def orientation(image: Image.Image) -> int:
+    """1 to 8; 1, upright, where the EXIF data does not say or is damaged."""
     try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged EXIF data fails in many ways
+        return 1
+
+
+def scale_to_bytes(image: Image.Image) -> Image.Image:
+    """Integers of more than 8 bits, or floats, as an 8-bit grey image."""
+    values = np.asarray(image, dtype=np.float64)  # (H, W)
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        raise ValueError("no pixel has a finite value")
+    low, high = finite.min(), finite.max()
+    # Pillow opens 16 bits as mode I, too, from some formats.
+    if image.mode.startswith("I;16") or (image.mode == "I" and low >= 0 and 257 <= high <= 65535):
+        return Image.fromarray((values // 257).astype(np.uint8))
+    if low == high:
+        return Image.new("L", image.size, 127)
+    scaled = np.nan_to_num(255 * ((values.clip(low, high) - low) / (high - low)))
+    return Image.fromarray(scaled.round().astype(np.uint8))
+
+
+def read_rgb(path: str, own: bool = False) -> Image.Image:
+    """Decodes an image file of any format to 8-bit RGB, see decode. Raises UnreadableImage."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("not a regular file")  # opening a pipe would wait for ever
         with Image.open(path) as image:
-            if image.mode == "RGB":  # most are: no copy of the pixels
-                image.load()
-                return image
-            if image.mode.startswith("I"):  # 16 bit: Pillow would clip to 255 instead of scaling
-                high = np.asarray(image, dtype=np.int64).clip(0, 65535) // 257
-                return Image.fromarray(high.astype(np.uint8)).convert("RGB")
-            if image.mode == "P" and "transparency" in image.info:  # else Pillow warns on every such image
-                return image.convert("RGBA").convert("RGB")
-            return image.convert("RGB")
+            return decode(image, own)
     except Exception as error:  # what Pillow raises depends on where the file is broken
         why = str(error) or type(error).__name__
         if isinstance(error, OSError) and error.strerror:
@@ -186,7 +264,7 @@ class ImageDataset(Dataset):
 
     def read(self, index: int) -> Image.Image:
         try:
-            return read_rgb(os.path.join(self.images.root, self.images.paths[index]))
+            return read_rgb(os.path.join(self.images.root, self.images.paths[index]), self.images.own)
         except UnreadableImage as error:
             if self.bad is None:
                 raise UnreadableImage(f"{error} (--skip-bad-images goes on past such images)") from None

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
+from layouts import DATASETS
 
 CODE = Path(__file__).resolve().parent
 # What cannot differ from what was trained, by destination
@@ -37,7 +38,6 @@ LOSSES = (
     "triplet",
     "contrastive",
 )
-DATASETS = ("cub", "cars", "SOP", "Inshop", "glyphs", "folder")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -97,7 +97,7 @@ def test_the_published_boundary_is_that_of_the_benchmark(tmp_path):
 
 def test_counts_as_published_give_no_warning_and_the_2010_edition_one(monkeypatch, tmp_path):
     trees.make_cub(tmp_path, classes=4, images=3)
-    monkeypatch.setitem(layouts.PUBLISHED, "cub", {"train": (6, 2), "test": (6, 2)})
+    assert trees.publish(monkeypatch, "cub", tmp_path) == {"train": (6, 2), "test": (6, 2)}
     assert dataset.load_benchmark("cub", tmp_path).warnings == ()
     listing = layouts.Listing(tmp_path, {"train": [("a", 1)] * 3000, "test": [("b", 2)] * 3033})
     assert "2010 edition" in layouts.compare_counts("cub", listing)[1]
@@ -214,22 +214,23 @@ def test_folder_share_of_training_classes(tmp_path, share, expected):
 
 
 def test_folder_takes_what_pillow_opens_and_counts_the_rest(tmp_path):
-    trees.make_folder(tmp_path, "classes", classes=2, images=1)
+    trees.make_folder(tmp_path, "classes", classes=4, images=2)
     for name in ("a.webp", "b.BMP", "c.tiff", "deeper/still/d.gif", "e.ppm", "f.JPEG"):
         trees.save(tmp_path / "thing_1" / name, 1, 0)
     for name in ("Thumbs.db", "readme.txt", "deeper/list.h5", "._a.webp", ".DS_Store"):
         (tmp_path / "thing_1" / name).write_text("not an image")
     benchmark = dataset.load_benchmark("folder", tmp_path)
-    assert benchmark.train.paths == [
-        "thing_1/" + name for name in ("0.png", "a.webp", "b.BMP", "c.tiff", "deeper/still/d.gif", "e.ppm", "f.JPEG")
+    assert benchmark.train.paths[:-2] == [
+        "thing_1/" + name
+        for name in ("0.png", "1.png", "a.webp", "b.BMP", "c.tiff", "deeper/still/d.gif", "e.ppm", "f.JPEG")
     ]
     assert benchmark.warnings == (f"{tmp_path}: 3 files that are not images were skipped",)
-    loader = dataset.make_eval_loader(benchmark.train, SMALL_EVAL, 7)
-    assert next(iter(loader))[0].shape == (7, 3, 16, 16)
+    loader = dataset.make_eval_loader(benchmark.train, SMALL_EVAL, 10)
+    assert next(iter(loader))[0].shape == (10, 3, 16, 16)
 
 
 def test_folder_says_what_it_does_not_use(tmp_path):
-    trees.make_folder(tmp_path, "train+test", classes=2, images=1)
+    trees.make_folder(tmp_path, "train+test", classes=4, images=2)
     (tmp_path / "val").mkdir()
     (tmp_path / "list.csv").write_text("path,label,split\n")
     lines = dataset.load_benchmark("folder", tmp_path).warnings
@@ -491,19 +492,41 @@ def test_split_validation_holds_out_whole_classes(tmp_path):
     again = dataset.split_validation(images, 0.3, seed=0)[1].class_names
     assert again == held_out.class_names
     assert len({tuple(dataset.split_validation(images, 0.3, seed)[1].class_names) for seed in range(9)}) > 3
-    assert dataset.split_validation(images, 0.001, 0)[1].num_classes == 1
-    assert dataset.split_validation(images, 0.999, 0)[0].num_classes == 1
+    assert dataset.split_validation(images, 0.2, 0)[1].num_classes == 2
+    assert dataset.split_validation(images, 0.8, 0)[0].num_classes == 2
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -1.0, float("nan")])
 def test_split_validation_refuses(tmp_path, share):
-    trees.make_cub(tmp_path, classes=4, images=1, size=8)
+    trees.make_cub(tmp_path, classes=8, images=1, size=8)
     images = dataset.load_benchmark("cub", tmp_path).train
     with pytest.raises(ValueError, match="validation share"):
         dataset.split_validation(images, share, 0)
-    one_class = dataset.split_validation(images, 0.5, 0)[0]
-    with pytest.raises(ValueError, match="at least 2"):
-        dataset.split_validation(one_class, 0.5, 0)
+    two_classes = dataset.split_validation(images, 0.5, 0)[0]
+    with pytest.raises(ValueError, match=r"has 2 training classes, at least 2 \+ 2 are needed"):
+        dataset.split_validation(two_classes, 0.5, 0)
+
+
+@pytest.mark.parametrize(
+    "classes, share, words, enough",
+    [
+        (60, 0.02, "--val-classes 0.02 of 60 classes holds out 1; at least 2 are needed: 0.034 or more", 0.034),
+        (60, 0.001, "--val-classes 0.001 of 60 classes holds out 0; at least 2 are needed: 0.034 or more", 0.034),
+        (60, 0.98, "--val-classes 0.98 of 60 classes leaves 1; at least 2 are needed: 0.966 or less", 0.966),
+        (4, 0.3, "--val-classes 0.3 of 4 classes holds out 1; at least 2 are needed: 0.5 or more", 0.5),
+        (4, 0.9, "--val-classes 0.9 of 4 classes leaves 0; at least 2 are needed: 0.5 or less", 0.5),
+        (11318, 1e-4, "--val-classes 0.0001 of 11318 classes holds out 1; at least 2 are needed: 0.000177 or more",
+         0.000177),
+    ],
+)  # fmt: skip
+def test_split_validation_says_which_share_would_do(classes, share, words, enough):
+    names = [str(c) for c in range(classes)]
+    images = dataset.ImageList(Path("root"), names, np.arange(classes), names, own=True)
+    with pytest.raises(ValueError) as caught:
+        dataset.split_validation(images, share, 0)
+    assert str(caught.value) == words
+    train, held_out = dataset.split_validation(images, enough, 0)
+    assert min(train.num_classes, held_out.num_classes) >= 2 and train.own and held_out.own
 
 
 # ---------------------------------------------------------------- pixels

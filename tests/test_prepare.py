@@ -1,5 +1,6 @@
 """check, download (against a local server that misbehaves) and show."""
 
+import dataclasses
 import hashlib
 import http.server
 import io
@@ -20,34 +21,25 @@ from PIL import Image
 # ---------------------------------------------------------------- check
 
 
-def publish(monkeypatch, name, root):
-    """Makes the counts of a tiny tree the published ones."""
-    listing = layouts.read_listing(name, root)
-    if "all" in listing.splits:
-        layouts.split_by_class(listing, 0.5)
-    counts = {split: layouts.count(pairs) for split, pairs in listing.splits.items()}
-    monkeypatch.setitem(layouts.PUBLISHED, name, counts)
-
-
 @pytest.mark.parametrize(
     "name, make",
     [("cub", trees.make_cub), ("cars", trees.make_cars), ("SOP", trees.make_sop), ("Inshop", trees.make_inshop)],
 )
 def test_check_is_content_with_what_was_published(tmp_path, monkeypatch, capsys, name, make):
     make(tmp_path, classes=4, images=4, size=8)
-    publish(monkeypatch, name, tmp_path)
+    published = trees.publish(monkeypatch, name, tmp_path)
     assert prepare.check(name, tmp_path, decode=True)
     out = capsys.readouterr().out
     assert "nothing is off" in out and "off:" not in out
     splits = ("train", "query", "gallery") if name == "Inshop" else ("train", "test")
     for split in splits:
-        images, classes = layouts.PUBLISHED[name][split]
+        images, classes = published[split]
         assert re.search(rf"^{split} +{images} +{classes} +{images} +{classes}$", out, re.MULTILINE)
 
 
 def test_check_finds_all_that_is_off_at_once(tmp_path, monkeypatch, capsys):
     home = trees.make_sop(tmp_path, classes=4, images=8, size=8)
-    publish(monkeypatch, "SOP", tmp_path)
+    trees.publish(monkeypatch, "SOP", tmp_path)
     for i in range(7):
         (home / f"cabinet_final/111000000004_{i}.JPG").unlink()
     (home / "bicycle_final/111000000001_5.JPG").write_text("not an image")
@@ -64,7 +56,7 @@ def test_check_finds_all_that_is_off_at_once(tmp_path, monkeypatch, capsys):
 def test_check_knows_the_2010_edition(tmp_path, monkeypatch, capsys):
     trees.make_cub(tmp_path, classes=4, images=3, size=8)
     pairs = [(f"{i}.jpg", 1 + i % 200) for i in range(6033)]
-    monkeypatch.setattr(prepare, "read_listing", lambda *_: layouts.Listing(tmp_path, {"all": pairs}))
+    monkeypatch.setattr(layouts, "read_listing", lambda *_: layouts.Listing(tmp_path, {"all": pairs}))
     assert not prepare.check("cub", tmp_path)
     assert "2010 edition" in capsys.readouterr().out
 
@@ -152,15 +144,20 @@ def zip_of(tmp_path):
     return buffer.getvalue()
 
 
+def serve(monkeypatch, server, name, file_name, content):
+    """Makes these bytes the archive of a benchmark, with the right md5."""
+    server.content = content
+    archive = layouts.Archive(f"http://x/{file_name}", hashlib.md5(content).hexdigest())
+    monkeypatch.setitem(layouts.BENCHMARKS, name, dataclasses.replace(layouts.BENCHMARKS[name], archive=archive))
+
+
 @pytest.fixture
 def fetch_cub(tmp_path, server, monkeypatch):
     """Serves an archive as CUB's, the md5 being right, and downloads it to tmp_path/data."""
     monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
 
     def run(content):
-        server.content = content
-        md5 = hashlib.md5(content).hexdigest()
-        monkeypatch.setitem(prepare.ARCHIVES, "cub", prepare.Archive("http://x/CUB_200_2011.tgz", md5))
+        serve(monkeypatch, server, "cub", "CUB_200_2011.tgz", content)
         prepare.download("cub", tmp_path / "data", server.url)
         return tmp_path / "data"
 
@@ -185,9 +182,7 @@ def test_download_and_unpack(tmp_path, server, fetch_cub, capsys):
 
 
 def test_download_zip(tmp_path, server, monkeypatch):
-    server.content = zip_of(tmp_path)
-    md5 = hashlib.md5(server.content).hexdigest()
-    monkeypatch.setitem(prepare.ARCHIVES, "SOP", prepare.Archive("http://x/Stanford_Online_Products.zip", md5))
+    serve(monkeypatch, server, "SOP", "Stanford_Online_Products.zip", zip_of(tmp_path))
     prepare.download("SOP", tmp_path, server.url)
     assert len(dataset.load_benchmark("SOP", tmp_path).train) == 6
 
@@ -312,9 +307,10 @@ def test_download_says_where_to_get_what_it_may_not_fetch(tmp_path, call):
 
 
 def test_published_md5s():
-    assert {name: archive.file_name for name, archive in prepare.ARCHIVES.items()} == {
-        "cub": "CUB_200_2011.tgz",
-        "SOP": "Stanford_Online_Products.zip",
+    archives = {name: facts.archive for name, facts in layouts.BENCHMARKS.items() if facts.archive}
+    assert {name: (archive.file_name, archive.md5) for name, archive in archives.items()} == {
+        "cub": ("CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78"),
+        "SOP": ("Stanford_Online_Products.zip", "7f73d41a2f44250d4779881525aea32e"),
     }
 
 
@@ -340,8 +336,8 @@ def test_show_command(tmp_path, call, script):
     (tmp_path / "CUB_200_2011/images/001.Bird_1/Bird_1_0000.jpg").write_text("not an image")
     status, out, err = call("prepare.py", "show", "cub", "--data-root", tmp_path, "--output", tmp_path / "sheet.png")
     assert status == 0 and Image.open(tmp_path / "sheet.png").width > 1000
-    status, out, err = script("prepare.py", "show", "CUB", "--data-root", tmp_path)
-    assert status == 1 and err.startswith("prepare.py: error: 'CUB' is no dataset") and err.count("\n") == 1
+    status, out, err = script("prepare.py", "show", "birds", "--data-root", tmp_path)
+    assert status == 1 and err.startswith("prepare.py: error: 'birds' is no dataset") and err.count("\n") == 1
 
 
 def test_spread():
