@@ -307,23 +307,25 @@ def read_class_folders(root: Path, inside: str, notes: list[str]) -> list[tuple[
 # ---------------------------------------------------------------- readers, one per layout
 
 
-def read_cub(root: Path, num_classes: int | None = None) -> Listing:
-    """root/images/NNN.Name/*: the class id is the folder's number, up to num_classes. The layout of glyphs, too."""
+def read_cub(root: Path, name: str) -> Listing:
+    """root/images/NNN.Name/*: the class id is the folder's number. The layout of glyphs, too."""
     if not (root / "images").is_dir():
-        raise not_there("cub", root / "images")
-    numbers = {}
-    for name in class_folders(root / "images"):
-        number = name.partition(".")[0]
+        raise not_there(name, root / "images")
+    num_classes, numbers = BENCHMARKS[name].num_classes, {}
+    for folder in class_folders(root / "images"):
+        number = folder.partition(".")[0]
         if not is_number(number) or int(number) < 1:
-            raise ValueError(f"{root / 'images' / name}: a class folder begins with its number: 001.Name")
+            raise ValueError(f"{root / 'images' / folder}: a class folder begins with its number: 001.Name")
         if num_classes and int(number) > num_classes:
-            raise ValueError(f"{root / 'images' / name}: class {number}, they go from 1 to {num_classes}; take it out")
+            raise ValueError(
+                f"{root / 'images' / folder}: class {number}, they go from 1 to {num_classes}; take it out"
+            )
         if int(number) in numbers.values():
-            raise ValueError(f"{root / 'images' / name}: a second class folder with the number {number}")
-        numbers[name] = int(number)
+            raise ValueError(f"{root / 'images' / folder}: a second class folder with the number {number}")
+        numbers[folder] = int(number)
     notes = []
-    pairs = [(path, numbers[name]) for path, name in read_class_folders(root, "images", notes)]
-    return Listing(root, {"all": pairs}, names={i: name for name, i in numbers.items()}, notes=notes)
+    pairs = [(path, numbers[folder]) for path, folder in read_class_folders(root, "images", notes)]
+    return Listing(root, {"all": pairs}, names={i: folder for folder, i in numbers.items()}, notes=notes)
 
 
 def read_mat(path: Path) -> dict:
@@ -599,12 +601,11 @@ def read_listing(name: str, data_root: Path) -> Listing:
     """The listing of one data set; whether listed files are there is not looked at."""
     if name == "folder":
         return read_folder(Path(data_root))
-    readers = {"cub": read_cub, "cars": read_cars, "SOP": read_sop, "Inshop": read_inshop, "glyphs": read_cub}
-    if name not in readers:
+    readers = {"cars": read_cars, "SOP": read_sop, "Inshop": read_inshop}
+    if name not in BENCHMARKS:
         raise ValueError(f"{name!r} is no dataset; there are {', '.join(DATASETS)}")
-    if name == "cub":
-        readers["cub"] = functools.partial(read_cub, num_classes=BENCHMARKS["cub"].num_classes)
-    listing = readers[name](find_home(name, data_root))
+    home = find_home(name, data_root)
+    listing = readers[name](home) if name in readers else read_cub(home, name)
     listing.last_train_class = BENCHMARKS[name].last_train_class
     return listing
 
@@ -661,8 +662,8 @@ def count(pairs: list[tuple[str, int | str]]) -> tuple[int, int]:
 def compare_counts(name: str, listing: Listing) -> list[str]:
     """Lines about counts that differ from the published ones, none if they agree."""
     found = {split: count(pairs) for split, pairs in listing.splits.items()}
-    published = BENCHMARKS[name].published if name in BENCHMARKS else found
-    if found == published:
+    published = BENCHMARKS[name].published if name in BENCHMARKS else {}
+    if not published or found == published:
         return []
     parts = [
         f"{split} {found[split][0]:,} images of {found[split][1]:,} classes "
@@ -705,7 +706,8 @@ def split_problems(listing: Listing, training: bool = True) -> list[str]:
             f"{source}: there is no split 'train', so it can be scored (evaluate.py) but not trained on; "
             "add the training classes as train"
         )
-    problems += [f"{source}: no image in the split {split!r}" for split, pairs in listing.splits.items() if not pairs]
+    needed = [split for split in listing.splits if training or split != "train"]
+    problems += [f"{source}: no image in the split {split!r}" for split in needed if not listing.splits[split]]
     train = {class_id for _, class_id in listing.splits.get("train", ())}
     for split, pairs in listing.splits.items():
         shared = train & {class_id for _, class_id in pairs} if split != "train" else set()

@@ -294,10 +294,13 @@ def show(name: str, data_root: Path, output: Path, train_classes: float | None =
 # ---------------------------------------------------------------- command line
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="prepare.py", allow_abbrev=False, description="Check, download and look at the benchmarks."
-    )
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"prepare.py: error: {message} ({self.prog} --help lists what there is)\n")
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="prepare.py", allow_abbrev=False, description="Check, download and look at the benchmarks.")
     commands = parser.add_subparsers(dest="command", required=True)
     for command, text in (
         ("check", "compare what is on disk with what was published; exit status 1 if off"),
