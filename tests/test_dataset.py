@@ -14,14 +14,10 @@ import trees
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from trees import pairs
 
 SMALL = dataset.train_transform(16)
 SMALL_EVAL = dataset.eval_transform(16)
-
-
-def pairs(images):
-    """(path, class name) of every image, sorted"""
-    return sorted((path, images.class_names[label]) for path, label in zip(images.paths, images.labels, strict=True))
 
 
 # ---------------------------------------------------------------- validation

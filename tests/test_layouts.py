@@ -1,7 +1,9 @@
 """Every benchmark in every layout, own folders of every kind, and what is said when something is wrong."""
 
 import json
+import os
 import shutil
+import socket
 import warnings
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from conftest import TINY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from trees import make_cars, make_folder, make_inshop, make_sop
+from trees import make_cars, make_folder, make_inshop, make_sop, pairs
 
 SMALL_EVAL = dataset.eval_transform(16)
 
@@ -229,6 +231,376 @@ def test_folder_says_what_it_does_not_use(tmp_path):
     (tmp_path / "list.csv").write_text("path,label,split\n")
     lines = dataset.load_benchmark("folder", tmp_path).warnings
     assert len(lines) == 2 and "list.csv is not read" in lines[0] and "val is not used" in lines[1]
+
+
+# ---------------------------------------------------------------- folders that are not what they seem
+
+
+def rename_splits(root, change):
+    for folder in list(root.iterdir()):
+        folder.rename(folder.with_name(change(folder.name)))
+
+
+@pytest.mark.parametrize("change", [str.upper, str.title, lambda name: name[0] + name[1:].upper()])
+@pytest.mark.parametrize("layout", ["train+test", "train+query+gallery"])
+def test_splits_are_found_in_any_letter_case(tmp_path, layout, change):
+    trees.make_folder(tmp_path, layout, classes=6, images=4, size=8)
+    expected = dataset.load_benchmark("folder", tmp_path)
+    rename_splits(tmp_path, change)
+    benchmark = dataset.load_benchmark("folder", tmp_path)
+    assert_sound(benchmark)
+    assert benchmark.warnings == () and benchmark.train.class_names == expected.train.class_names
+    assert [len(images) for images in (benchmark.train, benchmark.query)] == [len(expected.train), len(expected.query)]
+
+
+def test_two_spellings_of_one_split(tmp_path):
+    trees.make_folder(tmp_path, "train+test", 4, 2, 8)
+    trees.save(tmp_path / "Test" / "thing_9" / "0.png", 9, 0, 8)
+    if len(list(tmp_path.iterdir())) == 3:  # not on a file system that ignores letter case
+        with pytest.raises(ValueError, match="Test and test are the same split; merge them"):
+            dataset.load_benchmark("folder", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "csv"])
+@pytest.mark.parametrize("layout", ["train+test", "train+query+gallery"])
+def test_data_without_train_can_be_scored_but_not_trained_on(tmp_path, kind, layout):
+    trees.make_folder(tmp_path, layout, classes=6, images=4, size=8)
+    expected = dataset.load_benchmark("folder", tmp_path)
+    if kind == "csv":
+        files = [path.relative_to(tmp_path) for path in sorted(tmp_path.rglob("*.png")) if "train" not in path.parts]
+        rows = [f"{path},{path.parts[1]},{path.parts[0].upper()}" for path in files]
+        (tmp_path / "list.csv").write_text("\n".join(["path,label,split", *rows]))
+    shutil.rmtree(tmp_path / "train")
+    root = tmp_path / "list.csv" if kind == "csv" else tmp_path
+    with pytest.raises(ValueError) as caught:
+        dataset.load_benchmark("folder", root)
+    assert str(caught.value).startswith(f"{root}: there is no split 'train', so it can be scored")
+    benchmark = dataset.load_benchmark("folder", root, training=False)
+    assert benchmark.train is None and benchmark.warnings == () and benchmark.query.own
+    assert pairs(benchmark.query) == pairs(expected.query)
+    assert (benchmark.gallery is None) == (expected.gallery is None)
+    if benchmark.gallery is not None:
+        assert pairs(benchmark.gallery) == pairs(expected.gallery)
+
+
+def test_scoring_needs_no_full_train_but_takes_it_if_it_is_there(tmp_path):
+    trees.make_folder(tmp_path, "train+test", 4, 2, 8)
+    assert len(dataset.load_benchmark("folder", tmp_path, training=False).train) == 4
+    for folder in (tmp_path / "train").iterdir():
+        shutil.rmtree(folder)
+    with pytest.raises(ValueError, match="no image in the split 'train'"):
+        dataset.load_benchmark("folder", tmp_path)
+    assert len(dataset.load_benchmark("folder", tmp_path, training=False).query) == 4
+
+
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        (["train", "bus"], "beside train there must be test, or query and gallery"),
+        (["QUERY", "bus", "car"], "beside QUERY there must be gallery.*if QUERY is a class, rename it"),
+        (["gallery", "bus", "car"], "beside gallery there must be query"),
+        (["train", "query"], "beside train there must be test, or query and gallery"),
+    ],
+)
+def test_splits_that_lack_others(tmp_path, names, words):
+    for name in names:
+        trees.save(tmp_path / name / "a" / "0.png", 1, 0, 8)
+    for training in (True, False):
+        with pytest.raises(ValueError, match=words):
+            dataset.load_benchmark("folder", tmp_path, training=training)
+
+
+def test_class_folders_one_level_too_deep(tmp_path):
+    for n, kind in enumerate(("animals/cat", "animals/dog", "animals/emu", "animals/fox", "cars/x/bus", "cars/x/van")):
+        trees.save(tmp_path / kind / "0.png", n, 0, 8)
+        trees.save(tmp_path / kind / "1.png", n, 1, 8)
+    trees.save(tmp_path / "plants" / "more" / "0.png", 7, 0, 8)  # one folder more, nothing mistaken
+    trees.save(tmp_path / "tools" / "0.png", 8, 0, 8)
+    trees.save(tmp_path / "tools" / "old" / "0.png", 8, 1, 8)
+    trees.save(tmp_path / "tools" / "new" / "0.png", 8, 2, 8)
+    (line,) = (line for line in dataset.load_benchmark("folder", tmp_path).warnings if "one class;" in line)
+    assert line == (
+        f"{tmp_path / 'animals'} (and 1 more class folders like it): holds no images itself but 4 folders of them "
+        f"(cat, dog, emu, …), all taken as one class; if each of these is a class, move them into {tmp_path}"
+    )
+
+
+def test_a_single_folder_around_the_classes(tmp_path):
+    trees.make_folder(tmp_path / "unpacked" / "pictures", "classes", 4, 2, 8)
+    words = (
+        f"{tmp_path / 'unpacked'}: it has 1 folders .*; is it --data-root {tmp_path / 'unpacked' / 'pictures'}, which"
+    )
+    with pytest.raises(ValueError, match=words):
+        dataset.load_benchmark("folder", tmp_path / "unpacked")
+
+
+def test_deep_class_folders_inside_a_split(tmp_path):
+    trees.make_folder(tmp_path, "train+test", 4, 2, 8)
+    for name in ("cat", "dog"):
+        trees.save(tmp_path / "train" / "animals" / name / "0.png", 9, 0, 8)
+    (line,) = dataset.load_benchmark("folder", tmp_path).warnings
+    assert line.startswith(f"{tmp_path / 'train' / 'animals'}: holds no images itself but 2 folders of them (cat, dog)")
+    assert line.endswith(f"move them into {tmp_path / 'train'}")
+
+
+@pytest.mark.parametrize(
+    "make, name", [(trees.make_cub, "cub"), (trees.make_sop, "SOP"), (trees.make_inshop, "Inshop")]
+)
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_data_root_of_benchmarks_is_not_taken_for_classes(tmp_path, make, name, beside):
+    make(tmp_path, classes=4, images=4, size=8)
+    if beside:
+        trees.make_folder(tmp_path / "mine", "classes", 2, 2, 8)
+    for training in (True, False):
+        with pytest.raises(ValueError) as caught:
+            dataset.load_benchmark("folder", tmp_path, training=training)
+        assert f"--dataset {name}" in str(caught.value) and "--data-root" in str(caught.value)
+    if beside:
+        assert len(dataset.load_benchmark("folder", tmp_path / "mine").train) == 2
+
+
+def test_a_class_may_be_called_glyphs(tmp_path):
+    trees.save(tmp_path / "glyphs" / "0.png", 1, 0, 8)
+    trees.save(tmp_path / "photos" / "0.png", 2, 0, 8)
+    assert dataset.load_benchmark("folder", tmp_path).train.class_names == ["glyphs"]
+
+
+# ---------------------------------------------------------------- links, pipes, and what cannot be read
+
+
+@pytest.fixture
+def own(tmp_path):
+    return trees.make_folder(tmp_path / "own", "classes", classes=4, images=3, size=8)
+
+
+def test_what_is_no_regular_file_is_skipped_and_counted(own, tmp_path):
+    clean = dataset.load_benchmark("folder", own)
+    victim = own / "thing_1"
+    (victim / "self.jpg").symlink_to(victim / "self.jpg")
+    (victim / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(victim / "pipe.jpg")
+    (victim / "null.jpg").symlink_to("/dev/null")
+    (victim / "loop").symlink_to(own)
+    (victim / "README").write_text("no suffix")
+    (victim / "deep").mkdir()
+    (victim / "deep" / "loop").symlink_to(victim)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(victim / "socket.jpg"))
+    for name in ("self", "loop.jpg"):
+        (own / name).symlink_to(own / name)  # next to the classes, too
+    benchmark = dataset.load_benchmark("folder", own)
+    assert benchmark.warnings == (
+        f"{own}: 1 file that is not an image and 4 broken links and 3 pipes, sockets or devices and "
+        "2 links to folders that are read already were skipped",
+    )
+    assert benchmark.train.paths == clean.train.paths and benchmark.query.paths == clean.query.paths
+
+
+def test_a_csv_that_names_a_pipe_is_refused_and_reading_one_does_not_hang(tmp_path):
+    trees.make_folder(tmp_path, "csv", 4, 2, 8)
+    (tmp_path / "pictures/0/1.png").unlink()
+    os.mkfifo(tmp_path / "pictures/0/1.png")
+    with pytest.raises(FileNotFoundError, match="names 1 images that are not there.*pictures/0/1.png"):
+        dataset.load_benchmark("folder", tmp_path)
+    for own in (True, False):
+        with pytest.raises(dataset.UnreadableImage, match=r"1.png: cannot be decoded \(not a regular file\)"):
+            dataset.read_rgb(str(tmp_path / "pictures/0/1.png"), own)
+
+
+def test_folders_that_cannot_be_read_are_skipped_and_counted(own, monkeypatch):
+    trees.make_folder(own, "classes", classes=5, images=3, size=8)
+    (own / "thing_2" / "locked").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.path.basename(path) in ("locked", "thing_1"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(layouts.os, "scandir", refuse)
+    benchmark = dataset.load_benchmark("folder", own)
+    assert benchmark.warnings == (f"{own}: 2 folders that cannot be read were skipped",)
+    assert benchmark.train.class_names == ["thing_2", "thing_3"]
+
+
+def test_a_thousand_nested_folders(own):
+    deepest, above = own / "thing_1", []
+    for _ in range(1000):
+        above.append(deepest)
+        deepest = Path(f"{deepest}/d")
+        os.mkdir(deepest)
+    try:
+        trees.picture(1, 1, 8).save(f"{deepest}/deep.png")
+        paths = dataset.load_benchmark("folder", own).train.paths
+        assert len(paths) == 7 and paths[3] == "thing_1/" + 1000 * "d/" + "deep.png"
+    finally:  # pytest's own clearing away would be recursive
+        os.unlink(f"{deepest}/deep.png")
+        for folder in reversed(above):
+            os.rmdir(f"{folder}/d")
+
+
+def test_many_links_across_folders_do_not_multiply(own):
+    folders = [own / "thing_1" / str(i) for i in range(12)]
+    for folder in folders:
+        folder.mkdir()
+    for one in folders:
+        for other in folders:
+            (one / f"to {other.name}").symlink_to(other)
+    found, skipped = layouts.find_images(own / "thing_1", "x")
+    assert found == ["x/0.png", "x/1.png", "x/2.png"] and skipped.keys() == {"again"}
+
+
+# ---------------------------------------------------------------- the same file twice
+
+
+def hard(link, target):
+    os.link(target, link)
+
+
+def soft(link, target):
+    link.symlink_to(target)
+
+
+def relative(link, target):
+    link.symlink_to(os.path.relpath(target, link.parent))
+
+
+@pytest.mark.parametrize("make_link", [hard, soft, relative])
+@pytest.mark.parametrize(
+    "layout, one, other",
+    [
+        ("train+test", "train/thing_1/0.png", "test/thing_4/new.png"),
+        ("train+query+gallery", "query/thing_4/0.png", "gallery/thing_4/new.png"),
+        ("train+test", "test/thing_4/0.png", "test/thing_4/new.png"),
+        ("classes", "thing_1/0.png", "thing_4/new.png"),
+    ],
+)
+def test_one_file_in_two_places_is_found_through_links(tmp_path, layout, one, other, make_link):
+    trees.make_folder(tmp_path, layout, classes=4, images=4, size=8)
+    shutil.copy(tmp_path / one, tmp_path / "copy.png")
+    make_link(tmp_path / other, tmp_path / one)
+    for training in (True, False):
+        with pytest.raises(ValueError) as caught:
+            dataset.load_benchmark("folder", tmp_path, training=training)
+        message = str(caught.value)
+        assert one in message and other in message and "are the same file, listed twice, in " in message
+    (tmp_path / other).unlink()
+    (tmp_path / "copy.png").rename(tmp_path / other)  # a copy of the bytes is no mistake
+    dataset.load_benchmark("folder", tmp_path)
+
+
+def test_a_linked_class_folder_is_named_with_how_many_it_repeats(own):
+    (own / "thing_5").symlink_to(own / "thing_4")
+    words = r"thing_4/0.png and thing_5/0.png are the same file, listed twice, in test \(and 2 more\); keep one"
+    with pytest.raises(ValueError, match=words):
+        dataset.load_benchmark("folder", own)
+
+
+@pytest.mark.parametrize("spelling", ["./pictures/0/1.png", "pictures//0/1.png", "pictures/./0/.//1.png"])
+def test_one_file_under_two_spellings_in_a_csv(tmp_path, spelling):
+    trees.make_folder(tmp_path, "csv", 4, 2, 8)
+    with open(tmp_path / "list.csv", "a") as file:
+        file.write(f"{spelling},thing_4,test\n")
+    with pytest.raises(ValueError) as caught:
+        dataset.load_benchmark("folder", tmp_path)
+    assert f"pictures/0/1.png and {spelling} are the same file, listed twice, in train and test" in str(caught.value)
+
+
+def test_spellings_are_compared_in_published_lists_too_and_no_file_is_looked_at(tmp_path, monkeypatch):
+    home = trees.make_sop(tmp_path, 4, 4, 8)
+    monkeypatch.setattr(layouts, "file_id", None)
+    assert len(dataset.load_benchmark("SOP", tmp_path).train) == 8
+    with open(home / "Ebay_test.txt", "a") as file:
+        file.write("17 4 2 ./bicycle_final//111000000001_0.JPG\n")
+    with pytest.raises(ValueError, match="bicycle_final/111000000001_0.JPG and ./bicycle.* in train and test"):
+        dataset.load_benchmark("SOP", tmp_path)
+
+
+# ---------------------------------------------------------------- tests that say little
+
+
+def test_one_class_to_test_on_and_queries_without_positive(tmp_path):
+    trees.make_folder(tmp_path, "classes", classes=4, images=2, size=8)
+    assert dataset.load_benchmark("folder", tmp_path).warnings == ()
+    (tmp_path / "thing_3" / "1.png").unlink()
+    assert dataset.load_benchmark("folder", tmp_path).warnings == (
+        f"{tmp_path}: 1 of 3 queries have no other image of their class; they are left out of the figures",
+    )
+    (tmp_path / "thing_4" / "1.png").unlink()
+    assert dataset.load_benchmark("folder", tmp_path).warnings == (
+        f"{tmp_path}: none of the 2 queries has another image of its class",
+    )
+    only = f"{tmp_path}: only one class to test on, figures say nothing; is it the right folder?"
+    trees.save(tmp_path / "thing_4" / "1.png", 4, 1, 8)
+    assert dataset.load_benchmark("folder", tmp_path, 0.75).warnings == (only,)
+
+
+def test_queries_without_an_image_of_their_class_in_the_gallery(tmp_path):
+    trees.make_folder(tmp_path, "train+query+gallery", classes=6, images=5, size=8)
+    shutil.rmtree(tmp_path / "gallery" / "thing_4")
+    assert dataset.load_benchmark("folder", tmp_path, training=False).warnings == (
+        f"{tmp_path}: 2 of 6 queries have no other image of their class in the gallery; "
+        "they are left out of the figures",
+    )
+    for name in ("thing_5", "thing_6"):
+        (tmp_path / "gallery" / name).rename(tmp_path / "gallery" / f"other {name}")
+    words = f"{tmp_path}: none of the 6 queries has another image of its class in the gallery"
+    assert dataset.load_benchmark("folder", tmp_path).warnings == (words,)
+
+
+@pytest.mark.parametrize("name", ["cub", "cars", "SOP", "Inshop"])
+def test_whole_benchmarks_are_silent_even_if_classes_have_one_training_image(tmp_path, monkeypatch, name):
+    make = {"cub": trees.make_cub, "cars": trees.make_cars, "SOP": trees.make_sop, "Inshop": trees.make_inshop}[name]
+    home = make(tmp_path, classes=6, images=4, size=8)
+    if name == "Inshop":  # as twelve of the published ones
+        list_file = home / "Eval" / "list_eval_partition.txt"
+        count, header, *lines = list_file.read_text().splitlines()
+        lines = [line for line in lines if "id_00000001/" not in line or "02_0_" in line]
+        list_file.write_text("\n".join([str(len(lines)), header, *lines]))
+    trees.publish(monkeypatch, name, tmp_path)
+    assert dataset.load_benchmark(name, tmp_path).warnings == ()
+
+
+# ---------------------------------------------------------------- names and facts
+
+
+@pytest.mark.parametrize(
+    "text, name",
+    [("sop", "SOP"), ("SOP", "SOP"), ("inshop", "Inshop"), ("INSHOP", "Inshop"), ("In-Shop", "Inshop")]
+    + [("CUB", "cub"), ("Cars", "cars"), ("Glyphs", "glyphs"), ("FOLDER", "folder"), ("folder", "folder")],
+)
+def test_names_in_any_letter_case(text, name):
+    assert layouts.dataset_name(text) == name
+
+
+@pytest.mark.parametrize("text", ["", "birds", "cub200", "ſop", " cub"])
+def test_names_that_are_none(text):
+    with pytest.raises(ValueError, match="is no dataset; there are cub, cars, SOP, Inshop, glyphs, "):
+        layouts.dataset_name(text)
+
+
+def test_facts():
+    totals = {name: sum(n for n, _ in facts.published.values()) for name, facts in layouts.BENCHMARKS.items()}
+    assert (totals["cub"], totals["cars"], totals["SOP"], totals["Inshop"]) == (11788, 16185, 120053, 52712)
+    for name in ("cub", "cars", "SOP"):
+        facts = layouts.BENCHMARKS[name]
+        assert sum(classes for _, classes in facts.published.values()) == facts.num_classes
+    for facts in layouts.BENCHMARKS.values():
+        assert not (facts.archive or facts.by_hand) or "an independent audit found" in facts.mirrors
+
+
+@pytest.mark.parametrize("layout", ["train+test", "train+query+gallery", "csv"])
+def test_a_share_from_a_checkpoint_gives_way_to_a_split(tmp_path, layout):
+    trees.make_folder(tmp_path, layout, classes=4, images=4, size=8)
+    with pytest.raises(ValueError, match="--train-classes 0.75.*has a split of its own; leave the flag out"):
+        dataset.load_benchmark("folder", tmp_path, 0.75)
+    ignored = dataset.load_benchmark("folder", tmp_path, 0.75, share_given=False)
+    assert pairs(ignored.train) == pairs(dataset.load_benchmark("folder", tmp_path).train)
+    trees.make_folder(tmp_path / "flat", "classes", classes=4, images=2, size=8)
+    for share_given in (True, False):
+        flat = dataset.load_benchmark("folder", tmp_path / "flat", 0.75, share_given=share_given)
+        assert flat.train.num_classes == 3
+    assert dataset.load_benchmark("folder", tmp_path / "flat", None).train.num_classes == 2
 
 
 # ---------------------------------------------------------------- what is wrong with the files

@@ -152,3 +152,8 @@ def make_folder(root: Path, layout="train+test", classes: int = 8, images: int =
     if layout == "csv":
         (root / "list.csv").write_text("\n".join(["path,label,split", *rows]) + "\n")
     return root
+
+
+def pairs(images):
+    """(path, class name) of every image, sorted"""
+    return sorted((path, images.class_names[label]) for path, label in zip(images.paths, images.labels, strict=True))
