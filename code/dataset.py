@@ -7,6 +7,7 @@ import os
 import signal
 import stat
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,8 +116,8 @@ def load_benchmark(
     query, gallery = test.get("query", test.get("test")), test.get("gallery")
     recall_at = BENCHMARKS[name].recall_at if name in BENCHMARKS else RECALL_AT
     notes, problems = look_at_test_split(listing)
-    warnings = (*listing.notes, *compare_counts(name, listing), *notes, *problems)
-    return Benchmark(name, train, query, gallery, recall_at, warnings)
+    lines = (*listing.notes, *compare_counts(name, listing), *notes, *problems)
+    return Benchmark(name, train, query, gallery, recall_at, lines)
 
 
 def split_validation(images: ImageList, share: float, seed: int) -> tuple[ImageList, ImageList]:
@@ -193,8 +194,10 @@ def decode(image: Image.Image, own: bool = False) -> Image.Image:
 def orientation(image: Image.Image) -> int:
     """1 to 8; 1, upright, where the EXIF data does not say or is damaged."""
     try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged EXIF data fails in many ways
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, about damaged EXIF data
+            return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # it also fails in many ways
         return 1
 
 

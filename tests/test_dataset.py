@@ -103,6 +103,165 @@ def test_all_kinds_of_images_become_rgb(tmp_path):
         assert np.unique(np.asarray(dataset.read_rgb(str(path)))).tolist() == [expected], mode
 
 
+UPRIGHT = np.array([[1, 2, 3], [4, 5, 6]]) * 40  # grey values, 2×3
+AS_STORED = {  # by EXIF orientation: how a camera stores what lies upright as above
+    1: UPRIGHT,
+    2: UPRIGHT[:, ::-1],
+    3: UPRIGHT[::-1, ::-1],
+    4: UPRIGHT[::-1],
+    5: UPRIGHT.T,
+    6: np.rot90(UPRIGHT),
+    7: UPRIGHT[::-1, ::-1].T,
+    8: np.rot90(UPRIGHT, -1),
+}
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("number", AS_STORED)
+def test_own_pictures_are_turned_upright_and_published_ones_stay_as_stored(tmp_path, number, suffix):
+    stored = np.kron(AS_STORED[number], np.ones((16, 16))).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = number
+    path = tmp_path / f"image.{suffix}"
+    Image.fromarray(stored).convert("RGB").save(path, exif=exif, **({"quality": 95} if suffix == "jpg" else {}))
+    own = np.asarray(dataset.read_rgb(str(path), own=True), dtype=int)[8::16, 8::16, 0]
+    assert own.shape == UPRIGHT.shape and np.abs(own - UPRIGHT).max() < 8
+    if suffix != "tif":  # Pillow itself turns TIFFs, and no benchmark has any
+        plain = np.asarray(dataset.read_rgb(str(path)), dtype=int)[8::16, 8::16, 0]
+        assert plain.shape == AS_STORED[number].shape and np.abs(plain - AS_STORED[number]).max() < 8
+
+
+@pytest.mark.parametrize("number", [0, 9, 700])
+def test_exif_that_makes_no_sense_turns_nothing(tmp_path, number):
+    exif = Image.Exif()
+    exif[0x0112] = number
+    Image.new("RGB", (3, 2), "red").save(tmp_path / "a.jpg", exif=exif)
+    assert dataset.read_rgb(str(tmp_path / "a.jpg"), own=True).size == (3, 2)
+    Image.new("RGB", (3, 2), "red").save(tmp_path / "b.jpg", exif=b"Exif\0\0MM\0*\0\0\xff\xff no table")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dataset.read_rgb(str(tmp_path / "b.jpg"), own=True).size == (3, 2)
+
+
+def transparent(kind):
+    """(image, saving options): dark red, of which the left half can be seen through, or all with alpha 255."""
+    red = Image.new("RGB", (8, 8), (100, 0, 0))
+    alpha = Image.new("L", (8, 8), 255)
+    alpha.paste(0, (0, 0, 4, 8))
+    if kind == "RGBA":
+        red.putalpha(alpha)
+        return red, {}
+    if kind == "LA":
+        grey = Image.new("L", (8, 8), 100)
+        grey.putalpha(alpha)
+        return grey, {}
+    if kind == "colour key":
+        red.paste((7, 7, 7), (0, 0, 4, 8))
+        return red, {"transparency": (7, 7, 7)}
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([7, 7, 7, 100, 0, 0])
+    palette.paste(0, (0, 0, 4, 8))
+    return palette, {"transparency": 0 if kind == "P" else b"\x80\xff"}
+
+
+@pytest.mark.parametrize(
+    "kind, suffix",
+    [(kind, "png") for kind in ("RGBA", "LA", "P", "P half", "colour key")]
+    + [("RGBA", "webp"), ("RGBA", "tif"), ("RGBA", "gif"), ("LA", "tif"), ("P", "gif")],
+)
+def test_own_pictures_lie_on_white_where_they_are_transparent(tmp_path, kind, suffix):
+    image, options = transparent(kind)
+    path = tmp_path / f"image.{suffix}"
+    image.save(path, **(options | ({"lossless": True} if suffix == "webp" else {})))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        own = np.asarray(dataset.read_rgb(str(path), own=True), dtype=int)
+        plain = np.asarray(dataset.read_rgb(str(path)), dtype=int)
+    expected = [100, 100, 100] if kind == "LA" else [100, 0, 0]
+    assert own[0, 7].tolist() == plain[0, 7].tolist() == expected
+    assert own[0, 0].tolist() == ([131] * 3 if kind == "P half" else [255] * 3)
+    assert plain[0, 0].max() <= 100  # what convert("RGB") gives, with which the published figures were made
+
+
+def test_opaque_pictures_are_the_same_to_the_bit_either_way(tmp_path):
+    for mode, suffix in (("RGB", "jpg"), ("L", "png"), ("P", "png"), ("RGBA", "png"), ("LA", "png"), ("CMYK", "jpg")):
+        trees.save(tmp_path / f"{mode}.{suffix}", 1, 1, mode=mode)
+        path = str(tmp_path / f"{mode}.{suffix}")
+        assert dataset.read_rgb(path, own=True).tobytes() == dataset.read_rgb(path).tobytes()
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        (np.float32([0, 0.5, 1]), [0, 128, 255]),
+        (np.float32([-3, 0, 3]), [0, 128, 255]),
+        (np.float32([np.nan, 1, np.inf]), None),
+        (np.float32([0.3, 0.3, 0.3]), [127, 127, 127]),
+        (np.int32([0, 100_000, 200_000]), [0, 128, 255]),
+        (np.int32([-5, 0, 5]), [0, 128, 255]),
+        (np.int32([0, 64, 128]), [0, 128, 255]),  # 8 bits in 32
+        (np.int32([0, 257 * 100, 65535]), [0, 100, 255]),
+        (np.uint16([0, 257 * 3, 65535]), [0, 3, 255]),
+        (np.uint16([0, 1, 300]), [0, 0, 1]),
+    ],
+)
+def test_floats_and_wide_integers_are_never_black(tmp_path, values, expected, own):
+    Image.fromarray(np.tile(values, (2, 1))).save(tmp_path / "a.tif")
+    found = np.asarray(dataset.read_rgb(str(tmp_path / "a.tif"), own))
+    assert found.shape == (2, 3, 3)
+    if expected is None:
+        assert found[0, 2, 0] >= found[0, 1, 0]
+    else:
+        assert found[0, :, 0].tolist() == expected
+
+
+def test_floats_without_a_number_are_refused(tmp_path):
+    Image.fromarray(np.full((2, 2), np.nan, np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(dataset.UnreadableImage, match=r"a.tif: cannot be decoded \(no pixel has a finite value\)"):
+        dataset.read_rgb(str(tmp_path / "a.tif"))
+
+
+def test_a_wrong_suffix_does_not_matter(tmp_path):
+    trees.picture(1, 1, 8).save(tmp_path / "a.jpg", format="PNG")
+    trees.picture(1, 1, 8).save(tmp_path / "b.png", format="JPEG")
+    assert np.array_equal(np.asarray(dataset.read_rgb(str(tmp_path / "a.jpg"))), np.asarray(trees.picture(1, 1, 8)))
+    assert dataset.read_rgb(str(tmp_path / "b.png")).size == (8, 8)
+    (tmp_path / "c.jpg").touch()
+    with pytest.raises(dataset.UnreadableImage, match="c.jpg: cannot be decoded"):
+        dataset.read_rgb(str(tmp_path / "c.jpg"))
+    with pytest.raises(dataset.UnreadableImage, match=r"cannot be decoded \(not a regular file\)"):
+        dataset.read_rgb(str(tmp_path))
+
+
+def test_thumbnails_can_be_decoded_from_drafts(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (800, 400), "red").save(tmp_path / "a.jpg", exif=exif)
+    with Image.open(tmp_path / "a.jpg") as image:
+        image.draft("RGB", (100, 100))
+        assert dataset.decode(image, own=True).size == (100, 200)
+
+
+def test_own_travels_from_the_folder_to_the_pixels(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name, make in (("cub", trees.make_cub), ("folder", lambda root: trees.make_folder(root, "classes"))):
+        root = tmp_path / name
+        make(root)
+        benchmark = dataset.load_benchmark(name, root)
+        own = name == "folder"
+        assert benchmark.train.own == benchmark.query.own == own
+        assert all(part.own == own for part in dataset.split_validation(benchmark.train, 0.5, 0))
+        first = benchmark.train.root / benchmark.train.paths[0]
+        Image.new("RGB", (60, 20), "red").save(first, format="JPEG", exif=exif)
+        size = []
+        loaded = dataset.ImageDataset(benchmark.train, lambda image, size=size: size.append(image.size))
+        loaded[0]
+        loaded[0, 1]
+        assert size == 2 * [(20, 60) if own else (60, 20)]
+
+
 def test_transforms_give_the_range_and_the_channels_of_the_network(tmp_path):
     colour = Image.new("RGB", (50, 40), (255, 102, 0))
     plain = dataset.eval_transform(32)(colour)

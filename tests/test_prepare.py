@@ -1,10 +1,13 @@
 """check, download (against a local server that misbehaves) and show."""
 
 import dataclasses
+import errno
 import hashlib
 import http.server
 import io
+import os
 import re
+import shutil
 import tarfile
 import threading
 import zipfile
@@ -70,6 +73,105 @@ def test_check_command(tmp_path, call, script):
     trees.make_folder(tmp_path / "own", "train+test", 4, 3, 8)
     status, out, err = call("prepare.py", "check", "folder", "--data-root", tmp_path / "own")
     assert status == 0 and "folder: nothing is off" in out and err == ""
+
+
+REFUSED = {
+    "no train": lambda root: shutil.rmtree(root / "train"),
+    "train alone": lambda root: shutil.rmtree(root / "test"),
+    "empty class": lambda root: (root / "train" / "empty").mkdir(),
+    "empty split": lambda root: [shutil.rmtree(path) for path in (root / "test").iterdir()],
+    "shared class": lambda root: shutil.copytree(root / "train" / "thing_1", root / "test" / "thing_1"),
+    "same file": lambda root: os.link(root / "train/thing_1/0.png", root / "test/thing_3/9.png"),
+    "benchmark": lambda root: trees.make_cub(root, 2, 1, 8),
+    "no folder": lambda root: shutil.rmtree(root),
+    "one class": lambda root: [shutil.rmtree(root / name) for name in ("train", "test/thing_3")],
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_check_refuses_what_training_refuses(tmp_path, call, case):
+    root = trees.make_folder(tmp_path / "own", "train+test", 4, 2, 8)
+    REFUSED[case](root)
+    with pytest.raises((ValueError, OSError)) as caught:
+        dataset.load_benchmark("folder", root)
+    status, out, err = call("prepare.py", "check", "folder", "--data-root", root)
+    assert status == 1 and str(caught.value) in out + err and "nothing is off" not in out
+
+
+def test_check_says_all_that_is_wrong_with_the_splits_at_once(tmp_path, call):
+    root = trees.make_folder(tmp_path, "train+test", 4, 2, 8)
+    shutil.copytree(root / "train" / "thing_1", root / "test" / "thing_1")
+    os.link(root / "train/thing_1/0.png", root / "test/thing_3/9.png")
+    _, out, _ = call("prepare.py", "check", "folder", "--data-root", root)
+    assert out.count("off: ") == 2 and "share 1 classes" in out and "are the same file" in out
+
+
+def test_check_says_what_training_warns_of(tmp_path, call):
+    root = trees.make_folder(tmp_path, "train+test", 6, 2, 8)
+    (root / "test/thing_4/0.png").unlink()
+    (root / "test/thing_4/gone.png").symlink_to("nowhere")
+    for name in ("cat", "dog"):
+        trees.save(root / "train" / "animals" / name / "0.png", 9, 0, 8)
+    status, out, _ = call("prepare.py", "check", "folder", "--data-root", root)
+    warnings = dataset.load_benchmark("folder", root).warnings
+    assert len(warnings) == 3 and status == 0
+    assert [line.removeprefix("note: ") for line in out.splitlines() if line.startswith("note: ")] == list(warnings)
+    for name in ("thing_4", "thing_5"):
+        shutil.rmtree(root / "test" / name)
+    status, out, _ = call("prepare.py", "check", "folder", "--data-root", root)
+    assert status == 1 and "off: " + f"{root}: only one class to test on, figures say nothing" in out
+
+
+def test_check_and_show_take_the_share_of_training_classes(tmp_path, call):
+    trees.make_folder(tmp_path / "own", "classes", 8, 2, 8)
+    words = ["folder", "--data-root", tmp_path / "own", "--train-classes"]
+    status, out, _ = call("prepare.py", "check", *words, "0.75")
+    assert status == 0 and re.search(r"^train +12 +6 ", out, re.MULTILINE)
+    assert re.search(r"^train +8 +4 ", call("prepare.py", "check", *words[:3]).out, re.MULTILINE)
+    heights = []
+    for share in ("0.5", "0.75"):
+        assert call("prepare.py", "show", *words, share, "--output", tmp_path / "sheet.png").code == 0
+        heights.append(Image.open(tmp_path / "sheet.png").height)
+    assert heights[0] < heights[1]  # four rows, six rows
+
+
+@pytest.mark.parametrize("command", ["check", "show"])
+@pytest.mark.parametrize("share", ["0", "1", "-1", "nan", "half"])
+def test_a_share_that_makes_no_sense(tmp_path, refused, command, share):
+    trees.make_folder(tmp_path, "classes", 4, 2, 8)
+    words = [command, "folder", "--data-root", tmp_path, f"--train-classes={share}"]
+    refused("prepare.py", *words, match="argument --train-classes: must be a number above 0 and below 1")
+
+
+def test_a_share_where_there_is_a_split(tmp_path, refused):
+    trees.make_folder(tmp_path, "train+test", 4, 2, 8)
+    for command in ("check", "show"):
+        words = [command, "folder", "--data-root", tmp_path, "--train-classes", "0.7"]
+        refused("prepare.py", *words, match="--train-classes 0.7: .* has a split of its own; leave the flag out")
+
+
+def test_names_in_any_letter_case(tmp_path, call):
+    trees.make_sop(tmp_path, 4, 4, 8)
+    trees.make_cub(tmp_path, 4, 4, 8)
+    assert "SOP in " in call("prepare.py", "check", "sop", "--data-root", tmp_path).out
+    assert "cub in " in call("prepare.py", "check", "CUB", "--data-root", tmp_path).out
+    assert "In-Shop Clothes" in call("prepare.py", "download", "inshop", "--data-root", tmp_path).out
+
+
+def test_what_can_only_be_scored_is_drawn(tmp_path, call):
+    trees.make_folder(tmp_path, "train+query+gallery", 4, 4, 8)
+    shutil.rmtree(tmp_path / "train")
+    words = ["show", "folder", "--data-root", tmp_path, "--output", tmp_path / "sheet.png"]
+    assert call("prepare.py", *words).code == 0
+    width = Image.open(tmp_path / "sheet.png").width
+    assert width == 2 * (6 * (prepare.THUMBNAIL + prepare.MARGIN) + prepare.MARGIN) + 16
+
+
+def test_decoding_takes_own_pictures_as_they_are(tmp_path, call):
+    trees.make_folder(tmp_path, "train+test", 4, 2, 8)
+    Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(tmp_path / "test/thing_3/0.tif")
+    status, out, _ = call("prepare.py", "check", "folder", "--data-root", tmp_path, "--decode")
+    assert status == 1 and out.count("off: ") == 1 and "0.tif: cannot be decoded (no pixel has a finite value)" in out
 
 
 # ---------------------------------------------------------------- download
@@ -304,6 +406,34 @@ def test_download_says_where_to_get_what_it_may_not_fetch(tmp_path, call):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match="'folder' cannot be downloaded"):
         prepare.download("folder", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, right, trap",
+    [
+        ("cub", "bentrevett/caltech-ucsd-birds-200-2011 on Hugging Face (revision 1ef09e02)", "CUB-200 of 2010"),
+        ("SOP", "nyris/stanford-online-products-v1 on Hugging Face (revision 24a1b9b8)", "JamieSJS"),
+        ("cars", "tanganke/stanford_cars on Hugging Face (revision 9abf6cf7)", "torchvision"),
+        ("Inshop", "img/img.zip", "Marqo/deepfashion-inshop"),
+    ],
+)
+def test_mirrors_are_named_where_a_benchmark_cannot_be_fetched(tmp_path, server, call, name, right, trap):
+    server.status = 503
+    status, out, err = call("prepare.py", "download", name, "--data-root", tmp_path, "--url", server.url)
+    assert status == int(name in ("cub", "SOP")) and err.count("\n") == status
+    said = out + err
+    assert right.lower() in said.lower() and trap in said and "As an independent audit found" in said
+    assert not status or "the server says 503" in err
+
+
+def test_a_full_disk_is_not_the_servers_fault(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "x.part")
+
+    monkeypatch.setattr(prepare, "fetch_archive", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        prepare.download("cub", tmp_path)
+    assert "audit" not in str(caught.value)
 
 
 def test_published_md5s():
