@@ -7,7 +7,6 @@ import os
 import signal
 import stat
 import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,10 +193,8 @@ def decode(image: Image.Image, own: bool = False) -> Image.Image:
 def orientation(image: Image.Image) -> int:
     """1 to 8; 1, upright, where the EXIF data does not say or is damaged."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, about damaged EXIF data
-            return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # it also fails in many ways
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged EXIF data fails in many ways
         return 1
 
 
@@ -236,19 +233,19 @@ def read_rgb(path: str, own: bool = False) -> Image.Image:
 class ImageDataset(Dataset):
     """Images as (transformed tensor, label).
 
-    dataset[i] transforms with whatever random state there is; dataset[i, seed] seeds torch's CPU generator
-    for the transform and puts its state back, so that the result depends on the seed alone, in any process.
+    dataset[i] transforms with the random state as it is. dataset[i, seed] seeds torch's CPU generator for the
+    transform and restores its state afterwards, so the result depends only on the seed, in any process.
 
-    An image that cannot be decoded raises UnreadableImage. With skip_bad it is remembered (bad_paths and
-    num_bad count over all workers) and replaced: dataset[i, seed], which trains, gives another image, of the
-    same class if that has a readable one; dataset[i], which scores, gives zeros and the label -1, and whoever
-    computes figures drops the rows with label -1.
+    An image that cannot be decoded raises UnreadableImage. With skip_bad it is remembered (bad_paths and num_bad
+    count over all workers) and replaced. In training, dataset[i, seed] gives another image, of the same class if
+    that has a readable one. In scoring, dataset[i] gives zeros and the label -1; rows with this label must be
+    dropped before figures are computed.
     """
 
     def __init__(self, images: ImageList, transform, skip_bad: bool = False):
         self.images = images
         self.transform = transform
-        # One byte per image in shared memory: marking one twice, or from two processes, still counts it once.
+        # One byte per image in shared memory: an image marked twice, or by two processes, still counts once.
         self.bad = torch.zeros(len(images), dtype=torch.uint8).share_memory_() if skip_bad else None
 
     def __len__(self) -> int:
@@ -275,14 +272,14 @@ class ImageDataset(Dataset):
             raise
 
     def substitutes(self, index: int) -> Iterator[int]:
-        """The other images of the class from index onwards, then all others, going round at the end."""
+        """The other images of the class, from index onwards and around the end, then all others."""
         everything = (index + 1 + np.arange(len(self) - 1)) % len(self)
         same_class = self.images.labels[everything] == self.images.labels[index]
         yield from everything[same_class].tolist()
         yield from everything[~same_class].tolist()
 
     def read_or_replace(self, index: int) -> tuple[Image.Image, int]:
-        """The image, or a readable one in its place, and the label of what it gives."""
+        """The image, or a readable one in its place, and the label of the one returned."""
         try:
             return self.read(index), int(self.images.labels[index])
         except UnreadableImage:
@@ -319,7 +316,7 @@ def reverse_channels(image: torch.Tensor) -> torch.Tensor:
 
 def to_network_input(mean, std, bgr: bool, scale: float) -> list:
     """PIL image → (3, H, W): values of 0..scale, channels reversed if bgr, then (x - mean) / std."""
-    # (scale·x - mean) / std, without another pass over the pixels
+    # (scale·x - mean) / std without an extra pass over the pixels
     normalise = transforms.Normalize([m / scale for m in mean], [s / scale for s in std])
     return [transforms.ToTensor(), *([reverse_channels] if bgr else []), normalise]
 
@@ -327,8 +324,8 @@ def to_network_input(mean, std, bgr: bool, scale: float) -> list:
 def train_transform(image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD, bgr=False, scale=1.0):
     """Random crop of 8 to 100 % of the area, resized to image_size, flipped half of the time.
 
-    mean and std belong to values of 0..scale and to the order of the channels after bgr: for BN-Inception
-    scale is 255, bgr True, mean (104, 117, 128) and std (1, 1, 1).
+    mean and std refer to values of 0..scale, in the channel order after bgr. For BN-Inception scale is 255, bgr
+    True, mean (104, 117, 128) and std (1, 1, 1).
     """
     return transforms.Compose(
         [
@@ -340,7 +337,7 @@ def train_transform(image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD, bgr=Fa
 
 
 def eval_transform(image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD, bgr=False, scale=1.0):
-    """Shorter side to image_size · 256/224, of that the centre; otherwise as train_transform."""
+    """Shorter side resized to image_size · 256/224, centre crop of image_size; otherwise as train_transform."""
     return transforms.Compose(
         [
             transforms.Resize(round(image_size * 256 / 224)),
@@ -354,7 +351,7 @@ def eval_transform(image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD, bgr=Fal
 
 
 def generator_for(*key: int) -> torch.Generator:
-    """A generator of its own for each tuple of integers, neighbouring ones unrelated."""
+    """A separate generator for each tuple of integers; those of neighbouring tuples are unrelated."""
     words = np.random.SeedSequence([k % 2**64 for k in key]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(words[0]))
 
@@ -362,16 +359,15 @@ def generator_for(*key: int) -> torch.Generator:
 class RandomBatches(Sampler):
     """Batches of an epoch as lists of (index, seed): a function of the labels, the sizes and (seed, epoch).
 
-    images_per_class = 0: all images shuffled; the last ones that fill no batch are dropped.
-    images_per_class = k: each batch is batch_size/k classes drawn without replacement and k images of each,
-    all different where the class has k. Either way an epoch has N // batch_size batches.
+    images_per_class = 0: all images, shuffled; the last ones are dropped if they do not fill a batch.
+    images_per_class = k: each batch has batch_size/k classes, drawn without replacement, and k images of each,
+    all different if the class has k. Either way an epoch has N // batch_size batches.
 
-    Of several processes that train together, each gets an equal part of every batch, shard = (number of this
-    one, how many): put one behind the other, the parts are the batch of a single process.
+    When several processes train together, each gets an equal part of every batch; shard = (number of this process,
+    number of processes). The parts joined in order are the batch that a single process would get.
 
-    The seed beside each index makes its augmentation: so batches and augmentations are the same for any
-    number of workers, whatever else draws random numbers, and in a resumed run. Call set_epoch before each
-    epoch.
+    The seed next to each index determines its augmentation. So batches and augmentations are the same for any number
+    of workers, whatever else draws random numbers, and after a resume. Call set_epoch before each epoch.
 
     Raises ValueError when the sizes do not fit.
     """
@@ -420,16 +416,16 @@ class RandomBatches(Sampler):
             if self.images_per_class:
                 batch = self.balanced_batch(generator)
             seeds = torch.randint(2**63 - 1, (self.batch_size,), generator=generator)
-            # Every process draws the whole batch, so that all of them draw the same ones.
+            # Every process draws the whole batch, so that all draw the same one.
             yield list(zip(batch[self.part].tolist(), seeds[self.part].tolist(), strict=True))
 
     def balanced_batch(self, generator: torch.Generator) -> torch.Tensor:
-        """(batch_size,) indices, class after class"""
+        """(batch_size,) indices, class by class"""
         k = self.images_per_class
         chosen = []
         for c in torch.randperm(len(self.members), generator=generator)[: self.batch_size // k].tolist():
             members = self.members[c]
-            # A class with fewer than k images gives all of them and begins again.
+            # A class with fewer than k images gives all of them, then starts again.
             rounds = [torch.randperm(len(members), generator=generator) for _ in range(-(-k // len(members)))]
             chosen.append(members[torch.cat(rounds)[:k]])
         return torch.cat(chosen)
@@ -440,20 +436,19 @@ def available_cores() -> int:
 
 
 def leave_stopping_to_the_parent(worker: int) -> None:
-    """Runs in each worker process. Ctrl-C reaches the whole process group: the parent, which finishes its step
-    first, still needs its workers. SIGTERM is how the parent ends them; were they killed by it instead of leaving,
-    torch would complain at exit."""
+    """Runs in each worker process. Ctrl-C reaches the whole process group, but the parent finishes its step first
+    and still needs its workers. The parent ends them by SIGTERM; if that killed them, torch would complain at exit."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
 
 
 def worker_options(workers: int, pin_memory: bool) -> dict:
-    """Loader options. torch sets its threads to 1 in each worker process by itself."""
-    workers = min(workers, available_cores())  # more would get in each other's way, and change nothing
+    """Loader options. In each worker process torch uses one thread by itself."""
+    workers = min(workers, available_cores())  # more would only compete for the cores
     options = {"num_workers": workers, "pin_memory": pin_memory}
     if workers > 0:
         options |= {"persistent_workers": True, "prefetch_factor": 4, "worker_init_fn": leave_stopping_to_the_parent}
-    # A generator of its own, or else every epoch would draw a number from the global one.
+    # With its own generator, a loader does not draw from the global one every epoch.
     return options | {"generator": torch.Generator()}
 
 
@@ -468,9 +463,9 @@ def make_train_loader(
     skip_bad: bool = False,
     shard: tuple[int, int] = (0, 1),
 ) -> DataLoader:
-    """Batches of (N, 3, H, W) and (N,). Before each epoch call loader.batch_sampler.set_epoch(epoch).
+    """Batches of (N, 3, H, W) and (N,). Call loader.batch_sampler.set_epoch(epoch) before each epoch.
 
-    batch_size is that of all processes together; this one, number shard[0] of shard[1], gets its part of each.
+    batch_size counts the images of all processes together; process shard[0] of shard[1] gets its part of each batch.
 
     Raises ValueError as RandomBatches does; iterating raises UnreadableImage unless skip_bad.
     """
@@ -491,8 +486,8 @@ def make_eval_loader(
 ) -> DataLoader:
     """All images in order, none dropped. With skip_bad the scorer has to drop the rows with label -1.
 
-    Of shard[1] processes, this one, number shard[0], gets every shard[1]-th image from number shard[0] on: none
-    at all where there are fewer images than processes. len(loader.dataset) is the number of all images.
+    Process shard[0] of shard[1] gets every shard[1]-th image, starting with image shard[0]; none if there are fewer
+    images than processes. len(loader.dataset) is the number of all images.
     """
     rank, count = shard
     return DataLoader(

@@ -726,20 +726,20 @@ def repeated_files(listing: Listing) -> list[str]:
     looks at every file (60,000 take 0.7 seconds on a local disk); the published lists are trusted. Copies are fine.
     """
     seen: dict[object, tuple[str, str]] = {}
-    pairs_found = []
+    repeats = []
     for split, pairs in listing.splits.items():
         for path, _ in pairs:
             identity = file_id(f"{listing.root}/{path}") if listing.own else None
             key = identity or posixpath.normpath(path)
             if key in seen:
-                pairs_found.append((*seen[key], path, split))
+                repeats.append((*seen[key], path, split))
             seen[key] = path, split
-    if not pairs_found:
+    if not repeats:
         return []
-    path, split, other, other_split = pairs_found[0]
+    path, split, other, other_split = repeats[0]
     where = f"in {split}" if split == other_split else f"in {split} and {other_split}"
     what = f"{path} is listed twice" if path == other else f"{path} and {other} are the same file, listed twice"
-    more = f" (and {len(pairs_found) - 1:,} more)" if len(pairs_found) > 1 else ""
+    more = f" (and {len(repeats) - 1:,} more)" if len(repeats) > 1 else ""
     return [f"{listing.source or listing.root}: {what}, {where}{more}; keep one of the two"]
 
 

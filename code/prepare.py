@@ -111,15 +111,15 @@ def check(name: str, data_root: Path, decode: bool = False, train_classes: float
 
 
 def fetch(url: str, part: Path, bar: tqdm) -> bool:
-    """Appends to `part` what is missing of it, asking the server for the rest only; True if it is whole then.
+    """Appends the missing rest of a file to `part`, asking the server only for that; True if it is now complete.
 
-    Raises OSError if the server refuses; a cut line is no error but gives False.
+    Raises OSError if the server refuses; a broken connection is no error but returns False.
     """
     start = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-", "User-Agent": "Mozilla/5.0"})
     try:
         with contextlib.closing(urllib.request.urlopen(request, timeout=30)) as answer:
-            if answer.status != 206:  # the server sends everything from the beginning
+            if answer.status != 206:  # the server sends everything from the start
                 start = 0
             length = answer.headers.get("Content-Length")
             total = start + int(length) if length else None
@@ -130,7 +130,7 @@ def fetch(url: str, part: Path, bar: tqdm) -> bool:
                     bar.update(len(chunk))
             return total is None or part.stat().st_size == total
     except urllib.error.HTTPError as error:
-        if error.code == 416 and start:  # nothing is left to send; the md5 will tell whether it is right
+        if error.code == 416 and start:  # nothing is left to send; the md5 tells whether it is right
             return True
         raise OSError(f"{url}: the server says {error.code} {error.reason}") from None
     except urllib.error.URLError as error:
@@ -140,10 +140,10 @@ def fetch(url: str, part: Path, bar: tqdm) -> bool:
 
 
 def fetch_archive(archive: Archive, url: str, data_root: Path, attempts: int = 5, pause: float = 2) -> Path:
-    """The archive under data_root, downloaded unless it is there, and its md5 right.
+    """The archive under data_root, downloaded unless it is there, with the right md5.
 
-    Goes on where an earlier call stopped, and after a cut line until `attempts` in a row, `pause` seconds and
-    more apart, brought nothing. Raises OSError, or ValueError if the md5 is wrong.
+    Continues where an earlier call stopped. Tries again when the connection breaks, until `attempts` in a row, `pause`
+    seconds or more apart, have brought nothing. Raises OSError, or ValueError if the md5 is wrong.
     """
     whole = data_root / archive.file_name
     if not whole.exists():
@@ -163,7 +163,7 @@ def fetch_archive(archive: Archive, url: str, data_root: Path, attempts: int = 5
         found = calculate_md5(part)
         if found != archive.md5:
             part.unlink()
-            raise ValueError(f"{url}: the md5 of what it gave is {found}, not {archive.md5}; it was deleted")
+            raise ValueError(f"{url}: the file has the md5 {found}, not {archive.md5}; it was deleted")
         os.replace(part, whole)
     elif calculate_md5(whole) != archive.md5:
         raise ValueError(f"{whole}: its md5 is not {archive.md5}; remove the file to download it again")
@@ -187,9 +187,9 @@ def archive_members(archive: Path, file: BinaryIO) -> Iterator[tuple[str, Binary
 
 
 def extract(archive: Path, home: Path) -> None:
-    """Unpacks the folder named like `home` from the archive to `home`, which appears whole or not at all.
+    """Unpacks the archive's folder named like `home` to `home`, which appears whole or not at all.
 
-    Raises ValueError for a broken archive, one without that folder, or one with a path outside of it.
+    Raises ValueError if the archive is broken, lacks that folder, or holds a path that leads out of it.
     """
     with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=home.parent) as scratch:
         try:
