@@ -1,39 +1,54 @@
 """Images, labels, splits, transforms, sampler, loaders.
 
-layouts.py says what lies where under the data root.
+layouts.py knows where the files lie under the data root.
 """
 
+import contextlib
 import hashlib
 import os
 import signal
+import stat
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from layouts import Listing, check_splits, compare_counts, missing_files, read_listing, split_by_class
-from PIL import Image
+from layouts import (
+    BENCHMARKS,
+    RECALL_AT,
+    Listing,
+    compare_counts,
+    look_at_test_split,
+    missing_files,
+    read_splits,
+    split_problems,
+)
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 
-RECALL_AT = {"SOP": (1, 10, 100, 1000), "Inshop": (1, 10, 20, 30, 40, 50)}  # all others: 1 2 4 8 16 32
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class UnreadableImage(ValueError):
-    """An image is missing, cut or none. The message is one line: '<path>: cannot be decoded (<why>)'."""
+    """A file is missing, cut or no image. The message is one line: '<path>: cannot be decoded (<why>)'."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImageList:
-    """The images of one split: labels (N,) int64 in 0..C-1, paths relative to root with '/' between."""
+    """The images of one split: labels (N,) int64 in 0..C-1, paths relative to root with '/' between.
+
+    own marks the user's own pictures, which are decoded as people see them; see decode.
+    """
 
     root: Path
     paths: list[str]
     labels: np.ndarray
     class_names: list[str]
+    own: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -45,14 +60,15 @@ class ImageList:
 
 @dataclass(frozen=True, eq=False)
 class Benchmark:
-    """What is trained on and what is retrieved from what; train and test share no class.
+    """What is trained on, and what is retrieved from what; train and test share no class.
 
-    gallery is None where the queries search among themselves; else query and gallery share one label space.
-    recall_at are the K of R@K. warnings are lines for the user, e.g. counts that differ from the published.
+    train is None only for a folder that can be scored but not trained on, see load_benchmark. gallery is None where
+    the queries search among themselves; otherwise query and gallery share one label space. recall_at are the K of
+    R@K. warnings are lines for the user, such as counts that differ from the published ones.
     """
 
     name: str
-    train: ImageList
+    train: ImageList | None
     query: ImageList
     gallery: ImageList | None
     recall_at: tuple[int, ...]
@@ -64,7 +80,7 @@ class Benchmark:
 
 def recall_at(name: str) -> tuple[int, ...]:
     """The K of R@K that a data set reports."""
-    return RECALL_AT.get(name, (1, 2, 4, 8, 16, 32))
+    return BENCHMARKS[name].recall_at if name in BENCHMARKS else RECALL_AT
 
 
 def make_image_list(listing: Listing, splits: Iterable[str]) -> dict[str, ImageList]:
@@ -76,26 +92,25 @@ def make_image_list(listing: Listing, splits: Iterable[str]) -> dict[str, ImageL
     for split in splits:
         paths = [path for path, _ in listing.splits[split]]
         labels = np.fromiter((label[c] for _, c in listing.splits[split]), np.int64, len(paths))
-        lists[split] = ImageList(listing.root, paths, labels, class_names)
+        lists[split] = ImageList(listing.root, paths, labels, class_names, listing.own)
     return lists
 
 
-def load_benchmark(name: str, data_root: Path, train_classes: float = 0.5, training=True) -> Benchmark:
-    """Reads the lists of one benchmark; no image is opened.
+def load_benchmark(
+    name: str, data_root: Path, train_classes: float | None = None, training: bool = True, share_given: bool = True
+) -> Benchmark:
+    """Reads the lists of one data set; no image is opened.
 
-    train_classes is the share of the classes that trains, for `folder` without a split of its own.
+    train_classes is the share of the classes that trains, for `folder` without a split of its own; None is half of
+    them. A data set with its own split refuses a share, or with share_given=False (it comes from a checkpoint)
+    ignores it. With training=False a `folder` may lack train: its Benchmark.train is None then.
 
     Raises ValueError or FileNotFoundError with one line that names the thing, the place and the way out.
     """
-    train_classes = 0.5 if train_classes is None else train_classes
-    if not 0 < train_classes < 1:
-        raise ValueError(f"train_classes is {train_classes}, it must lie between 0 and 1")
-    listing = read_listing(name, data_root)
-    if train_classes != 0.5 and (name != "folder" or "all" not in listing.splits):
-        raise ValueError(f"train_classes is {train_classes}, but {listing.root} has a split of its own")
-    if "all" in listing.splits:
-        split_by_class(listing, train_classes)
-    check_splits(listing)
+    listing = read_splits(name, data_root, train_classes, share_given)
+    problems = split_problems(listing, training)
+    if problems:
+        raise ValueError(problems[0])
     if listing.source:
         missing = missing_files(listing)
         if missing:
@@ -103,53 +118,96 @@ def load_benchmark(name: str, data_root: Path, train_classes: float = 0.5, train
                 f"{listing.source} names {len(missing):,} images that are not there, the first is "
                 f"{listing.root / missing[0]}; `python code/prepare.py check {name}` names more"
             )
-    train = make_image_list(listing, ["train"])["train"]
-    if "test" in listing.splits:
-        query, gallery = make_image_list(listing, ["test"])["test"], None
-    else:
-        test = make_image_list(listing, ["query", "gallery"])
-        query, gallery = test["query"], test["gallery"]
-    notes = (*listing.notes, *compare_counts(name, listing))
-    return Benchmark(name, train, query, gallery, RECALL_AT.get(name, (1, 2, 4, 8, 16, 32)), notes)
+    train = make_image_list(listing, ["train"])["train"] if "train" in listing.splits else None
+    test = make_image_list(listing, [split for split in listing.splits if split != "train"])
+    query, gallery = test.get("query", test.get("test")), test.get("gallery")
+    notes, problems = look_at_test_split(listing)
+    lines = (*listing.notes, *compare_counts(name, listing), *notes, *problems)
+    return Benchmark(name, train, query, gallery, recall_at, lines)
 
 
 def split_validation(images: ImageList, share: float, seed: int) -> tuple[ImageList, ImageList]:
     """Holds out whole classes: (the others, the held out), both relabelled to 0...
 
-    round(share * C) classes are held out, at least 1 and at most C - 1; the seed chooses which.
-    Raises ValueError for a share outside ]0, 1[ or fewer than 2 classes.
+    round(share * C) classes are held out; the seed chooses which.
+    Raises ValueError for a share outside ]0, 1[, or one that leaves fewer than 2 classes on either side.
     """
     if not 0 < share < 1:
-        raise ValueError(f"the validation share is {share}, it must lie between 0 and 1")
-    if images.num_classes < 2:
-        raise ValueError(f"{images.root}: one training class, validation needs at least 2")
-    held_out = min(max(round(share * images.num_classes), 1), images.num_classes - 1)
-    order = torch.randperm(images.num_classes, generator=generator_for(seed)).numpy()
+        raise ValueError(f"--val-classes: the validation share is {share}, it must lie between 0 and 1")
+    count = images.num_classes
+    held_out = round(share * count)
+    if count < 4:
+        raise ValueError(f"--val-classes: {images.root} has {count} training classes, at least 2 + 2 are needed")
+    unit = 10 ** (len(str(count)) + 1)  # of the share that is proposed
+    if held_out < 2:
+        advice = f"holds out {held_out}; at least 2 are needed: {-(-2 * unit // count) / unit:g} or more"
+    elif count - held_out < 2:
+        advice = f"leaves {count - held_out}; at least 2 are needed: {(count - 2) * unit // count / unit:g} or less"
+    else:
+        advice = ""
+    if advice:
+        raise ValueError(f"--val-classes {share:g} of {count} classes {advice}")
+    order = torch.randperm(count, generator=generator_for(seed)).numpy()
     halves = []
     for classes in (np.sort(order[held_out:]), np.sort(order[:held_out])):
         chosen = np.flatnonzero(np.isin(images.labels, classes))
         labels = np.searchsorted(classes, images.labels[chosen])
         names = [images.class_names[c] for c in classes]
-        halves.append(ImageList(images.root, [images.paths[i] for i in chosen], labels, names))
+        halves.append(ImageList(images.root, [images.paths[i] for i in chosen], labels, names, images.own))
     return halves[0], halves[1]
 
 
 # ---------------------------------------------------------------- from a file to a tensor
 
 
-def read_rgb(path: str) -> Image.Image:
-    """Decodes any image to 8-bit RGB. Raises UnreadableImage."""
+def decode(image: Image.Image, own: bool = False) -> Image.Image:
+    """An opened image as 8-bit RGB.
+
+    16-bit images are divided by 257; other integers and floats are scaled from their smallest value to their largest.
+
+    own pictures come out as a viewer shows them: turned as their EXIF data says, and on white where they are
+    transparent. The published benchmarks were scored without either, so by default EXIF data is ignored and the colours
+    under transparent pixels show.
+
+    Raises what Pillow raises; ValueError for a float image without a finite value.
+    """
+    image.load()
+    if own:
+        with contextlib.suppress(Exception):  # damaged EXIF data fails in many ways
+            ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith(("I", "F")):  # Pillow would clip to 0..255 instead of scaling
+        return scale_to_bytes(image).convert("RGB")
+    if own and image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:  # otherwise Pillow warns about each of them
+        return image.convert("RGBA").convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # most are: no copy of the pixels
+
+
+def scale_to_bytes(image: Image.Image) -> Image.Image:
+    """Integers of more than 8 bits, or floats, as an 8-bit grey image."""
+    values = np.asarray(image, dtype=np.float64)  # (H, W)
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        raise ValueError("no pixel has a finite value")
+    low, high = finite.min(), finite.max()
+    # Pillow opens 16 bits as mode I, too, from some formats.
+    if image.mode.startswith("I;16") or (image.mode == "I" and low >= 0 and 257 <= high <= 65535):
+        return Image.fromarray((values // 257).astype(np.uint8))
+    if low == high:
+        return Image.new("L", image.size, 127)
+    scaled = np.nan_to_num(255 * ((values.clip(low, high) - low) / (high - low)))
+    return Image.fromarray(scaled.round().astype(np.uint8))
+
+
+def read_rgb(path: str, own: bool = False) -> Image.Image:
+    """Decodes an image file of any format to 8-bit RGB, see decode. Raises UnreadableImage."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("not a regular file")  # opening a pipe would wait for ever
         with Image.open(path) as image:
-            if image.mode == "RGB":  # most are: no copy of the pixels
-                image.load()
-                return image
-            if image.mode.startswith("I"):  # 16 bit: Pillow would clip to 255 instead of scaling
-                high = np.asarray(image, dtype=np.int64).clip(0, 65535) // 257
-                return Image.fromarray(high.astype(np.uint8)).convert("RGB")
-            if image.mode == "P" and "transparency" in image.info:  # else Pillow warns on every such image
-                return image.convert("RGBA").convert("RGB")
-            return image.convert("RGB")
+            return decode(image, own)
     except Exception as error:  # what Pillow raises depends on where the file is broken
         why = str(error) or type(error).__name__
         if isinstance(error, OSError) and error.strerror:
@@ -162,19 +220,19 @@ def read_rgb(path: str) -> Image.Image:
 class ImageDataset(Dataset):
     """Images as (transformed tensor, label).
 
-    dataset[i] transforms with whatever random state there is; dataset[i, seed] seeds torch's CPU generator
-    for the transform and puts its state back, so that the result depends on the seed alone, in any process.
+    dataset[i] transforms with the random state as it is. dataset[i, seed] seeds torch's CPU generator for the
+    transform and restores its state afterwards, so the result depends only on the seed, in any process.
 
-    An image that cannot be decoded raises UnreadableImage. With skip_bad it is remembered (bad_paths and
-    num_bad count over all workers) and replaced: dataset[i, seed], which trains, gives another image, of the
-    same class if that has a readable one; dataset[i], which scores, gives zeros and the label -1, and whoever
-    computes figures drops the rows with label -1.
+    An image that cannot be decoded raises UnreadableImage. With skip_bad it is remembered (bad_paths and num_bad
+    count over all workers) and replaced. In training, dataset[i, seed] gives another image, of the same class if
+    that has a readable one. In scoring, dataset[i] gives zeros and the label -1; rows with this label must be
+    dropped before figures are computed.
     """
 
     def __init__(self, images: ImageList, transform, skip_bad: bool = False):
         self.images = images
         self.transform = transform
-        # One byte per image in shared memory: marking one twice, or from two processes, still counts it once.
+        # One byte per image in shared memory: an image marked twice, or by two processes, still counts once.
         self.bad = torch.zeros(len(images), dtype=torch.uint8).share_memory_() if skip_bad else None
 
     def __len__(self) -> int:
@@ -193,7 +251,7 @@ class ImageDataset(Dataset):
 
     def read(self, index: int) -> Image.Image:
         try:
-            return read_rgb(os.path.join(self.images.root, self.images.paths[index]))
+            return read_rgb(os.path.join(self.images.root, self.images.paths[index]), self.images.own)
         except UnreadableImage as error:
             if self.bad is None:
                 raise UnreadableImage(f"{error} (--skip-bad-images goes on past such images)") from None
@@ -201,14 +259,14 @@ class ImageDataset(Dataset):
             raise
 
     def substitutes(self, index: int) -> Iterator[int]:
-        """The other images of the class from index onwards, then all others, going round at the end."""
+        """The other images of the class, from index onwards and around the end, then all others."""
         everything = (index + 1 + np.arange(len(self) - 1)) % len(self)
         same_class = self.images.labels[everything] == self.images.labels[index]
         yield from everything[same_class].tolist()
         yield from everything[~same_class].tolist()
 
     def read_or_replace(self, index: int) -> tuple[Image.Image, int]:
-        """The image, or a readable one in its place, and the label of what it gives."""
+        """The image, or a readable one in its place, and the label of the one returned."""
         try:
             return self.read(index), int(self.images.labels[index])
         except UnreadableImage:
@@ -245,7 +303,7 @@ def reverse_channels(image: torch.Tensor) -> torch.Tensor:
 
 def to_network_input(mean, std, bgr: bool, scale: float) -> list:
     """PIL image → (3, H, W): values of 0..scale, channels reversed if bgr, then (x - mean) / std."""
-    # (scale·x - mean) / std, without another pass over the pixels
+    # (scale·x - mean) / std without an extra pass over the pixels
     normalise = transforms.Normalize([m / scale for m in mean], [s / scale for s in std])
     return [transforms.ToTensor(), *([reverse_channels] if bgr else []), normalise]
 
@@ -253,8 +311,8 @@ def to_network_input(mean, std, bgr: bool, scale: float) -> list:
 def train_transform(image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD, bgr=False, scale=1.0):
     """Random crop of 8 to 100 % of the area, resized to image_size, flipped half of the time.
 
-    mean and std belong to values of 0..scale and to the order of the channels after bgr: for BN-Inception
-    scale is 255, bgr True, mean (104, 117, 128) and std (1, 1, 1).
+    mean and std refer to values of 0..scale, in the channel order after bgr. For BN-Inception scale is 255, bgr
+    True, mean (104, 117, 128) and std (1, 1, 1).
     """
     return transforms.Compose(
         [
@@ -266,7 +324,7 @@ def train_transform(image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD, bgr=Fa
 
 
 def eval_transform(image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD, bgr=False, scale=1.0):
-    """Shorter side to image_size · 256/224, of that the centre; otherwise as train_transform."""
+    """Shorter side resized to image_size · 256/224, centre crop of image_size; otherwise as train_transform."""
     return transforms.Compose(
         [
             transforms.Resize(round(image_size * 256 / 224)),
@@ -280,7 +338,7 @@ def eval_transform(image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD, bgr=Fal
 
 
 def generator_for(*key: int) -> torch.Generator:
-    """A generator of its own for each tuple of integers, neighbouring ones unrelated."""
+    """A separate generator for each tuple of integers; those of neighbouring tuples are unrelated."""
     words = np.random.SeedSequence([k % 2**64 for k in key]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(words[0]))
 
@@ -288,16 +346,15 @@ def generator_for(*key: int) -> torch.Generator:
 class RandomBatches(Sampler):
     """Batches of an epoch as lists of (index, seed): a function of the labels, the sizes and (seed, epoch).
 
-    images_per_class = 0: all images shuffled; the last ones that fill no batch are dropped.
-    images_per_class = k: each batch is batch_size/k classes drawn without replacement and k images of each,
-    all different where the class has k. Either way an epoch has N // batch_size batches.
+    images_per_class = 0: all images, shuffled; the last ones are dropped if they do not fill a batch.
+    images_per_class = k: each batch has batch_size/k classes, drawn without replacement, and k images of each,
+    all different if the class has k. Either way an epoch has N // batch_size batches.
 
-    Of several processes that train together, each gets an equal part of every batch, shard = (number of this
-    one, how many): put one behind the other, the parts are the batch of a single process.
+    When several processes train together, each gets an equal part of every batch; shard = (number of this process,
+    number of processes). The parts joined in order are the batch that a single process would get.
 
-    The seed beside each index makes its augmentation: so batches and augmentations are the same for any
-    number of workers, whatever else draws random numbers, and in a resumed run. Call set_epoch before each
-    epoch.
+    The seed next to each index determines its augmentation. So batches and augmentations are the same for any number
+    of workers, whatever else draws random numbers, and after a resume. Call set_epoch before each epoch.
 
     Raises ValueError when the sizes do not fit.
     """
@@ -312,9 +369,13 @@ class RandomBatches(Sampler):
     ):
         labels = np.asarray(labels)
         if not 1 <= batch_size <= len(labels):
-            raise ValueError(f"batch size {batch_size}: it must be 1 to {len(labels)}, the training images")
+            raise ValueError(
+                f"--batch-size {batch_size}: there are {len(labels)} training images, a batch has 1 to {len(labels)}"
+            )
         if images_per_class < 0 or images_per_class and batch_size % images_per_class:
-            raise ValueError(f"{images_per_class} images per class do not divide the batch size {batch_size}")
+            raise ValueError(
+                f"--IPC {images_per_class}: so many images per class do not divide --batch-size {batch_size}"
+            )
         rank, count = shard
         if batch_size % count:
             raise ValueError(
@@ -326,7 +387,7 @@ class RandomBatches(Sampler):
         self.members = [torch.from_numpy(part) for part in np.split(order, boundaries)]  # indices of a class
         if images_per_class and batch_size // images_per_class > len(self.members):
             raise ValueError(
-                f"batch size {batch_size} with {images_per_class} images per class needs "
+                f"--batch-size {batch_size} with --IPC {images_per_class} images per class needs "
                 f"{batch_size // images_per_class} classes, there are {len(self.members)}"
             )
         self.num_images, self.batch_size, self.images_per_class = len(labels), batch_size, images_per_class
@@ -346,16 +407,16 @@ class RandomBatches(Sampler):
             if self.images_per_class:
                 batch = self.balanced_batch(generator)
             seeds = torch.randint(2**63 - 1, (self.batch_size,), generator=generator)
-            # Every process draws the whole batch, so that all of them draw the same ones.
+            # Every process draws the whole batch, so that all draw the same one.
             yield list(zip(batch[self.part].tolist(), seeds[self.part].tolist(), strict=True))
 
     def balanced_batch(self, generator: torch.Generator) -> torch.Tensor:
-        """(batch_size,) indices, class after class"""
+        """(batch_size,) indices, class by class"""
         k = self.images_per_class
         chosen = []
         for c in torch.randperm(len(self.members), generator=generator)[: self.batch_size // k].tolist():
             members = self.members[c]
-            # A class with fewer than k images gives all of them and begins again.
+            # A class with fewer than k images gives all of them, then starts again.
             rounds = [torch.randperm(len(members), generator=generator) for _ in range(-(-k // len(members)))]
             chosen.append(members[torch.cat(rounds)[:k]])
         return torch.cat(chosen)
@@ -366,20 +427,27 @@ def available_cores() -> int:
 
 
 def leave_stopping_to_the_parent(worker: int) -> None:
-    """Runs in each worker process. Ctrl-C reaches the whole process group: the parent, which finishes its step
-    first, still needs its workers. SIGTERM is how the parent ends them; were they killed by it instead of leaving,
-    torch would complain at exit."""
+    """Runs in each worker process. Ctrl-C and SIGTERM may reach the whole process group, but the parent finishes its
+    step first and still needs its workers; then it tells them to end. If one does not listen, torch sends it SIGTERM,
+    and at exit again: so only a later SIGTERM ends a worker."""
+    first = []
+
+    def note(number, frame):
+        if first and time.monotonic() - first[0] > 3:
+            os._exit(0)  # torch would complain about a worker that a signal killed
+        first.append(time.monotonic())
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
+    signal.signal(signal.SIGTERM, note)
 
 
 def worker_options(workers: int, pin_memory: bool) -> dict:
-    """Loader options. torch sets its threads to 1 in each worker process by itself."""
-    workers = min(workers, available_cores())  # more would get in each other's way, and change nothing
+    """Loader options. In each worker process torch uses one thread by itself."""
+    workers = min(workers, available_cores())  # more would only compete for the cores
     options = {"num_workers": workers, "pin_memory": pin_memory}
     if workers > 0:
         options |= {"persistent_workers": True, "prefetch_factor": 4, "worker_init_fn": leave_stopping_to_the_parent}
-    # A generator of its own, or else every epoch would draw a number from the global one.
+    # With its own generator, a loader does not draw from the global one every epoch.
     return options | {"generator": torch.Generator()}
 
 
@@ -394,9 +462,9 @@ def make_train_loader(
     skip_bad: bool = False,
     shard: tuple[int, int] = (0, 1),
 ) -> DataLoader:
-    """Batches of (N, 3, H, W) and (N,). Before each epoch call loader.batch_sampler.set_epoch(epoch).
+    """Batches of (N, 3, H, W) and (N,). Call loader.batch_sampler.set_epoch(epoch) before each epoch.
 
-    batch_size is that of all processes together; this one, number shard[0] of shard[1], gets its part of each.
+    batch_size counts the images of all processes together; process shard[0] of shard[1] gets its part of each batch.
 
     Raises ValueError as RandomBatches does; iterating raises UnreadableImage unless skip_bad.
     """
@@ -417,8 +485,8 @@ def make_eval_loader(
 ) -> DataLoader:
     """All images in order, none dropped. With skip_bad the scorer has to drop the rows with label -1.
 
-    Of shard[1] processes, this one, number shard[0], gets every shard[1]-th image from number shard[0] on: none
-    at all where there are fewer images than processes. len(loader.dataset) is the number of all images.
+    Process shard[0] of shard[1] gets every shard[1]-th image, starting with image shard[0]; none if there are fewer
+    images than processes. len(loader.dataset) is the number of all images.
     """
     rank, count = shard
     return DataLoader(

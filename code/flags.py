@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import distributed
+import layouts
 import torch
 
 CODE = Path(__file__).resolve().parent
@@ -54,7 +55,6 @@ LOSSES = (
     "triplet",
     "contrastive",
 )
-DATASETS = ("cub", "cars", "SOP", "Inshop", "glyphs", "folder")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -203,8 +203,11 @@ def text(value: str) -> str:
 
 
 def dataset_name(name: str) -> str:
-    """The documented name of a data set, whatever the case it is given in."""
-    return {known.lower(): known for known in DATASETS}.get(name.lower(), name)
+    """The documented name of a data set, whatever the case it is given in; any other name as it is."""
+    try:
+        return layouts.dataset_name(name)
+    except ValueError:
+        return name  # argparse then lists the choices
 
 
 def binary(text: str) -> int:
@@ -299,7 +302,7 @@ def add_data_flags(parser: Parser, batch_size: int):
     group.add_argument(
         "--dataset",
         type=dataset_name,
-        choices=DATASETS,
+        choices=layouts.DATASETS,
         default="cars",
         help="benchmark, or 'folder' for your own pictures",
     )

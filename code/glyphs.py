@@ -1,8 +1,8 @@
-"""The embedded benchmark: letters drawn from the font that ships with matplotlib.
+"""A benchmark that needs no download: letters drawn from the font that ships with matplotlib.
 
-Each class is one Unicode letter of DejaVu Sans, each image one drawing of it with its own size, rotation,
-shear, shift, ink, paper and noise. It needs no download and stands in for CUB-200-2011 in every respect that
-matters to the code: the folder layout, 200 classes, train on the first half, retrieve the unseen second half.
+Each class is one Unicode letter of DejaVu Sans. Each image is one drawing of it, with its own size, rotation, shear,
+shift, ink, paper and noise. To the code it looks like CUB-200-2011: the same folder layout and 200 classes, of which
+the first half trains and the unseen second half is retrieved.
 
     python -c "from glyphs import ensure_glyphs; print(ensure_glyphs('data', num_classes=400))"
 """
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 FONT_FILE = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 
-# How much the drawings of one letter differ. With these the nearest neighbour on raw pixels is of the right
+# How much the drawings of one letter differ. With these values the nearest neighbour on raw pixels has the right
 # class for about a third of the images of the last 100 classes.
 FONT_SIZE = (0.45, 0.75)  # height of the font in image heights
 ROTATION = 15.0  # degrees, both ways
@@ -40,7 +40,7 @@ def load_font(pixels: int) -> ImageFont.FreeTypeFont:
 
 
 def draw_letter(letter: str, pixels: int) -> Image.Image:
-    """The letter alone, white on black and cut to its ink ('L' image); 0×0 if it draws nothing."""
+    """The bare letter, white on black, cropped to its ink ('L' image); 0×0 if it draws nothing."""
     font = load_font(pixels)
     left, top, right, bottom = font.getbbox(letter)
     image = Image.new("L", (max(1, right - left), max(1, bottom - top)))
@@ -50,12 +50,12 @@ def draw_letter(letter: str, pixels: int) -> Image.Image:
 
 @functools.lru_cache(maxsize=1)
 def distinct_letters() -> tuple[str, ...]:
-    """All letters (Unicode category L*) of the font that draw something of their own, in code-point order.
+    """All letters (Unicode category L*) that the font draws differently, in code-point order.
 
-    Of letters that look the same (Latin, Greek and Cyrillic A) only the first is kept. They are compared cut
-    to their ink, because every image shifts its letter anyway.
+    Of letters that look the same (Latin, Greek and Cyrillic A) only the first is kept. They are compared cropped to
+    their ink, because every image shifts its letter anyway.
     """
-    seen = {draw_letter("\uffff", 40).tobytes()}  # what the font draws for a letter that it does not have
+    seen = {draw_letter("\uffff", 40).tobytes()}  # what the font draws for a letter it does not have
     letters = []
     for code in sorted(FT2Font(str(FONT_FILE)).get_charmap()):
         if not unicodedata.category(chr(code)).startswith("L"):
@@ -78,7 +78,7 @@ def draw_image(letter: str, size: int, random: np.random.RandomState) -> Image.I
     angle = math.radians(random.uniform(-ROTATION, ROTATION))
     shear = random.uniform(-SHEAR, SHEAR)
     shift_x, shift_y = random.uniform(-SHIFT, SHIFT, 2) * size
-    # Pillow asks where in the source a target pixel (x, y) comes from: centre it, rotate, shear, un-centre.
+    # Pillow asks where in the source a target pixel (x, y) comes from: centre, rotate, shear, move back.
     cos, sin = math.cos(angle), math.sin(angle)
     a, b, d, e = cos + shear * sin, -sin + shear * cos, sin, cos
     centre_x, centre_y = size / 2 + shift_x, size / 2 + shift_y
@@ -93,7 +93,7 @@ def draw_image(letter: str, size: int, random: np.random.RandomState) -> Image.I
 
 
 def write_glyphs(folder: Path, num_classes: int, images_per_class: int, size: int, seed: int, progress: bool):
-    """Draws a whole set into folder/images/NNN.NAME/NNN.NAME_II.png."""
+    """Draws a complete set into folder/images/NNN.NAME/NNN.NAME_II.png."""
     letters = distinct_letters()
     # RandomState, not default_rng: NumPy promises that its stream never changes.
     chosen = np.random.RandomState(seed).permutation(len(letters))[:num_classes]
@@ -103,19 +103,19 @@ def write_glyphs(folder: Path, num_classes: int, images_per_class: int, size: in
         class_folder = folder / "images" / name
         class_folder.mkdir(parents=True)
         for i in range(images_per_class):
-            # An image's own stream: it stays the same when there are more classes or images.
+            # One stream per image: an image stays the same when there are more classes or images.
             random = np.random.RandomState([seed, ord(letter), i])
             image = draw_image(letter, size, random)
             image.save(class_folder / f"{name}_{i + 1:02d}.png", compress_level=1)
 
 
 def ensure_glyphs(root: Path, num_classes=200, images_per_class=20, size=64, seed=0, progress=True) -> Path:
-    """Writes the set under root unless it is there, and gives its folder.
+    """Draws the set under root unless it is there, and returns its folder.
 
     The default set lies in root/glyphs, any other in a folder named after its parameters, such as
-    root/glyphs_400x20_64. The layout is that of CUB-200-2011: images/NNN.NAME/*.png, NNN being the class id.
-    The same parameters give the same bytes. The set is written beside its place and then renamed: what lies
-    in its place is whole, and of two processes that start at once both succeed.
+    root/glyphs_400x20_64. The layout is that of CUB-200-2011: images/NNN.NAME/*.png, where NNN is the class id.
+    The same parameters give the same bytes. The set is written under another name and then renamed, so that the
+    folder is always complete, and two processes that start at the same time both succeed.
 
     Raises ValueError for parameters that make no set, OSError when root cannot be written.
     """
@@ -139,6 +139,6 @@ def ensure_glyphs(root: Path, num_classes=200, images_per_class=20, size=64, see
         try:
             os.rename(half_written, target)
         except OSError:
-            if not target.is_dir():  # else another process was faster, and its set is the same
+            if not target.is_dir():  # otherwise another process was faster, and its set is the same
                 raise
     return target

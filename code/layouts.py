@@ -1,12 +1,12 @@
-"""What lies on disk: the benchmarks' layouts, read into listings, and compared with what was published.
+"""What lies on disk: each benchmark's layout, read into a listing and compared with what was published.
 
-What lies where under the data root (data/ beside code/ unless --data-root says otherwise):
+Places under the data root (data/ next to code/ unless --data-root says otherwise):
 
     cub      CUB_200_2011/images/NNN.Name/*.jpg
     cars     cars196/, in one of the three layouts described at read_cars
     SOP      Stanford_Online_Products/{Ebay_train.txt, Ebay_test.txt, *_final/*.JPG}
     Inshop   Inshop_Clothes/{Img/img/..., Eval/list_eval_partition.txt}
-    glyphs   glyphs/, written on first use
+    glyphs   glyphs/, drawn on first use
     folder   the data root is the folder (or CSV file) itself, see read_folder
 """
 
@@ -14,7 +14,9 @@ import csv
 import functools
 import io
 import os
+import posixpath
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,32 +24,120 @@ import numpy as np
 from glyphs import ensure_glyphs
 from PIL import Image
 
-HOMES = {
-    "cub": "CUB_200_2011",
-    "cars": "cars196",
-    "SOP": "Stanford_Online_Products",
-    "Inshop": "Inshop_Clothes",
-}
-CUB_CLASSES, CARS_CLASSES, SOP_CLASSES = 200, 196, 22634
-LAST_TRAIN_CLASS = {"cub": 100, "cars": 98}  # of those that come without list files of their splits
+RECALL_AT = (1, 2, 4, 8, 16, 32)
 
-# (images, classes) of each split as published
-PUBLISHED = {
-    "cub": {"train": (5864, 100), "test": (5924, 100)},
-    "cars": {"train": (8054, 98), "test": (8131, 98)},
-    "SOP": {"train": (59551, 11318), "test": (60502, 11316)},
-    "Inshop": {"train": (25882, 3997), "query": (14218, 3985), "gallery": (12612, 3985)},
-    "glyphs": {"train": (2000, 100), "test": (2000, 100)},
+
+@dataclass(frozen=True)
+class Archive:
+    """A download and the md5 of its bytes."""
+
+    url: str
+    md5: str
+
+    @property
+    def file_name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known about a benchmark before it is read.
+
+    home is its folder under the data root; published gives (images, classes) of each split; recall_at are the K of
+    R@K in its papers. Class ids that are numbers go from 1 to num_classes, and where no list file names the splits,
+    those up to last_train_class train. archive is its download, by_hand says how to get it where that is not
+    possible, mirrors which copies elsewhere are right or wrong. A benchmark without any of these is drawn, see
+    find_home.
+    """
+
+    home: str
+    published: dict[str, tuple[int, int]]
+    recall_at: tuple[int, ...] = RECALL_AT
+    num_classes: int | None = None
+    last_train_class: int | None = None
+    archive: Archive | None = None
+    by_hand: str = ""
+    mirrors: str = ""
+
+
+AUDIT = "As an independent audit found (this project has not fetched any of these): "
+
+BENCHMARKS = {
+    "cub": Facts(
+        home="CUB_200_2011",
+        published={"train": (5864, 100), "test": (5924, 100)},
+        num_classes=200,
+        last_train_class=100,
+        archive=Archive(
+            "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78"
+        ),
+        mirrors=AUDIT + "bentrevett/caltech-ucsd-birds-200-2011 on Hugging Face (revision 1ef09e02) has the same "
+        "11,788 JPEGs. Avoid CUB-200 of 2010: its 6,033 images are another benchmark.",
+    ),
+    "cars": Facts(
+        home="cars196",
+        published={"train": (8054, 98), "test": (8131, 98)},
+        num_classes=196,
+        last_train_class=98,
+        by_hand="""Cars-196 cannot be downloaded: its pages are gone. Put one of these under {home}:
+  1. car_ims.tgz (md5 d5c8f0aa497503f355e17dc7886c3f14), unpacked to car_ims/,
+     and cars_annos.mat (md5 b407c6086d669747186bd1d764ff9dbc)
+  2. cars_train/ and cars_test/, car_devkit.tgz (md5 c3b158d763b6e2245038c8ad08e45376), unpacked to devkit/,
+     and cars_test_annos_withlabels.mat (md5 b0a2b23655a3edd16d84508592a98d10);
+     the cars_test_annos.mat of the devkit has no labels
+  3. "stanford-car-dataset-by-classes-folder" from Kaggle (user jutrera), unpacked:
+     names.csv, anno_train.csv, anno_test.csv and car_data/""",
+        mirrors=AUDIT + "tanganke/stanford_cars on Hugging Face (revision 9abf6cf7) has the right 8,144 + 8,041 "
+        "images; their bytes were not compared. Do not rely on torchvision: its downloader raises an error.",
+    ),
+    "SOP": Facts(
+        home="Stanford_Online_Products",
+        published={"train": (59551, 11318), "test": (60502, 11316)},
+        recall_at=(1, 10, 100, 1000),
+        num_classes=22634,
+        archive=Archive(
+            "http://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip", "7f73d41a2f44250d4779881525aea32e"
+        ),
+        mirrors=AUDIT + "nyris/stanford-online-products-v1 on Hugging Face (revision 24a1b9b8) has the original sizes "
+        "and the right 59,551 + 60,502 images. Avoid JamieSJS/stanford-online-products: it is reduced to 224 × 224.",
+    ),
+    "Inshop": Facts(
+        home="Inshop_Clothes",
+        published={"train": (25882, 3997), "query": (14218, 3985), "gallery": (12612, 3985)},
+        recall_at=(1, 10, 20, 30, 40, 50),
+        by_hand="""In-Shop Clothes cannot be downloaded: its authors give it to those who agree to their terms, on the
+pages of DeepFashion (The Chinese University of Hong Kong), as "In-shop Clothes Retrieval Benchmark".
+Put these under {home}:
+  1. Img/img.zip, unpacked to Img/img/ (not img_highres.zip: results are not reported on it)
+  2. Eval/list_eval_partition.txt""",
+        mirrors=AUDIT + "no copy elsewhere is right. Avoid Marqo/deepfashion-inshop on Hugging Face: it has 52,591 "
+        "images instead of 52,712, and no split.",
+    ),
+    "glyphs": Facts(home="glyphs", published={"train": (2000, 100), "test": (2000, 100)}),
 }
+DATASETS = (*BENCHMARKS, "folder")
+
+
+def dataset_name(text: str) -> str:
+    """The documented name of a data set, given in any letter case, with or without hyphens: In-Shop is Inshop.
+
+    Raises ValueError with the names that there are.
+    """
+    names = {name.lower(): name for name in DATASETS}
+    try:
+        return names[text.lower().replace("-", "")]
+    except KeyError:
+        raise ValueError(f"{text!r} is no dataset; there are {', '.join(DATASETS)}") from None
 
 
 @dataclass
 class Listing:
     """What a reader found: per split, pairs of (path relative to root, class id).
 
-    The splits are train + test, or train + query + gallery, or all (then split by class, see split_by_class).
-    source names the list files that gave the paths, None if the folders themselves were walked.
-    last_train_class is the published boundary, for class ids that are numbers.
+    The splits are train + test, or train + query + gallery, or all (still to be split by class, see read_splits);
+    a folder of your own may lack train. source names the list files that gave the paths, None if the folders
+    themselves were walked. last_train_class is the published boundary, for class ids that are numbers. own marks the
+    user's own pictures, which nobody has published figures on.
     """
 
     root: Path
@@ -56,12 +146,13 @@ class Listing:
     names: dict[int | str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     last_train_class: int | None = None
+    own: bool = False
 
 
 def not_there(name: str, path: Path) -> FileNotFoundError:
     return FileNotFoundError(
         f"{path} is not there; `python code/prepare.py download {name}` fetches it or says where it is, "
-        f"--data-root names the folder that holds {HOMES[name]}"
+        f"--data-root names the folder that holds {BENCHMARKS[name].home}"
     )
 
 
@@ -99,69 +190,142 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(s for s, name in known.items() if name in Image.OPEN and name not in only_by_name)
 
 
-def find_images(folder: Path, prefix: str, above: tuple[str, ...] = ()) -> tuple[list[str], int]:
-    """All images under folder in sorted order, as prefix/name, and the number of other files.
+# Why an entry of a folder gives no image: one of them, several of them
+SKIPPED = {
+    "other": ("file that is not an image", "files that are not images"),
+    "broken": ("broken link", "broken links"),
+    "special": ("pipe, socket or device", "pipes, sockets or devices"),
+    "unreadable": ("folder that cannot be read", "folders that cannot be read"),
+    "again": ("link to a folder that is read already", "links to folders that are read already"),
+}
 
-    Links to folders are followed, but for those that lead back to a folder above.
-    """
-    found, others, above = [], 0, (*above, os.path.realpath(folder))
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.name.startswith("."):  # macOS leaves a ._name beside each name
-            continue
+
+def describe_skipped(folder: Path, skipped: Counter) -> str:
+    """One line for the user; skipped counts entries by the keys of SKIPPED."""
+    parts = [f"{skipped[why]:,} {SKIPPED[why][skipped[why] > 1]}" for why in SKIPPED if skipped[why]]
+    return f"{folder}: {' and '.join(parts)} {'were' if skipped.total() > 1 else 'was'} skipped"
+
+
+def scan(folder: str | Path) -> list[os.DirEntry]:
+    """What the folder holds, sorted by name. Hidden names are left out: macOS puts a ._name next to each name."""
+    with os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+
+
+def kind_of(entry: os.DirEntry) -> str:
+    """folder or file, whatever links lead there; else broken or special, as in SKIPPED. Opens nothing."""
+    try:
         if entry.is_dir():
-            if os.path.realpath(entry.path) in above:
-                continue
-            deeper, more = find_images(Path(entry.path), f"{prefix}/{entry.name}", above)
-            found += deeper
-            others += more
+            return "folder"
+        if entry.is_file():
+            return "file"
+        return "special" if os.path.exists(entry.path) else "broken"
+    except OSError:  # a link to itself
+        return "broken"
+
+
+def file_id(path: str | Path) -> tuple[int, int] | None:
+    """The same for all names of a file or folder, None if it cannot be told."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino) if found.st_ino else None  # some network drives give no numbers
+
+
+def find_images(folder: Path, prefix: str, above: tuple[Path, ...] = ()) -> tuple[list[str], Counter]:
+    """All images under folder in sorted order, as prefix/name, and how many entries were skipped, by SKIPPED's keys.
+
+    An image is a regular file whose suffix stands for a format that Pillow opens, in any letter case; whether it can
+    be decoded is not looked at. Links are followed, but each folder is read once, and none of those in `above`.
+    """
+    found, skipped, seen = [], Counter(), {file_id(path) for path in above}
+
+    def entries(path):
+        identity = file_id(path)
+        if identity and identity in seen:
+            skipped["again"] += 1
+            return iter(())
+        seen.add(identity)
+        try:
+            return iter(scan(path))
+        except OSError:
+            skipped["unreadable"] += 1
+            return iter(())
+
+    levels = [(prefix, entries(folder))]  # not by recursion: folders may lie deeper than Python's stack
+    while levels:
+        prefix, remaining = levels[-1]
+        entry = next(remaining, None)
+        if entry is None:
+            levels.pop()
+            continue
+        kind, name = kind_of(entry), f"{prefix}/{entry.name}"
+        if kind == "folder":
+            levels.append((name, entries(entry.path)))
+        elif kind != "file":
+            skipped[kind] += 1
         elif os.path.splitext(entry.name)[1].lower() in image_suffixes():
-            found.append(f"{prefix}/{entry.name}")
+            found.append(name)
         else:
-            others += 1
-    return found, others
+            skipped["other"] += 1
+    return found, skipped
 
 
 def class_folders(folder: Path) -> list[str]:
-    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+    return [entry.name for entry in scan(folder) if kind_of(entry) == "folder"]
 
 
 def read_class_folders(root: Path, inside: str, notes: list[str]) -> list[tuple[str, str]]:
     """The images of root/inside/<class>/ with the folder's name as the class id (inside may be '')."""
-    pairs, others = [], 0
-    for name in class_folders(root / inside):
+    top, pairs, nested = root / inside, [], []
+    entries = [(entry.name, kind_of(entry)) for entry in scan(top)]
+    skipped = Counter(kind for _, kind in entries if kind in SKIPPED)  # files next to the class folders are not meant
+    for name in (name for name, kind in entries if kind == "folder"):
         prefix = f"{inside}/{name}" if inside else name
-        found, more = find_images(
-            root / inside / name, prefix, (os.path.realpath(root), os.path.realpath(root / inside))
-        )
-        if not found:
-            raise ValueError(f"{root / inside / name}: the class folder holds no image; fill it or remove it")
+        found, more = find_images(top / name, prefix, (root, top))
+        if not found and not more["unreadable"] and not more["again"]:
+            raise ValueError(f"{top / name}: the class folder holds no image; fill it or remove it")
         pairs += [(path, name) for path in found]
-        others += more
-    if others:
-        notes.append(f"{root / inside}: {others:,} files that are not images were skipped")
+        skipped += more
+        folders = sorted({posixpath.dirname(path) for path in found})
+        if len(folders) > 1 and posixpath.commonpath(folders) not in folders:
+            nested.append((top / name, [posixpath.basename(path) for path in folders]))
+    if skipped:
+        notes.append(describe_skipped(top, skipped))
+    if nested:
+        folder, inner = nested[0]
+        others = f" (and {len(nested) - 1:,} more class folders like it)" if len(nested) > 1 else ""
+        shown = ", ".join(inner[:3]) + (", …" if len(inner) > 3 else "")
+        notes.append(
+            f"{folder}{others}: holds no images itself but {len(inner):,} folders of them ({shown}), all taken as one "
+            f"class; if each of these is a class, move them into {top}"
+        )
     return pairs
 
 
 # ---------------------------------------------------------------- readers, one per layout
 
 
-def read_cub(root: Path, num_classes: int | None = None) -> Listing:
-    """root/images/NNN.Name/*: the class id is the folder's number, up to num_classes. The layout of glyphs, too."""
+def read_cub(root: Path, name: str) -> Listing:
+    """root/images/NNN.Name/*: the class id is the folder's number. The layout of glyphs, too."""
     if not (root / "images").is_dir():
-        raise not_there("cub", root / "images")
-    numbers = {}
-    for name in class_folders(root / "images"):
-        number = name.partition(".")[0]
+        raise not_there(name, root / "images")
+    num_classes, numbers = BENCHMARKS[name].num_classes, {}
+    for folder in class_folders(root / "images"):
+        number = folder.partition(".")[0]
         if not is_number(number) or int(number) < 1:
-            raise ValueError(f"{root / 'images' / name}: a class folder begins with its number: 001.Name")
+            raise ValueError(f"{root / 'images' / folder}: a class folder begins with its number: 001.Name")
         if num_classes and int(number) > num_classes:
-            raise ValueError(f"{root / 'images' / name}: class {number}, they go from 1 to {num_classes}; take it out")
+            raise ValueError(
+                f"{root / 'images' / folder}: class {number}, they go from 1 to {num_classes}; take it out"
+            )
         if int(number) in numbers.values():
-            raise ValueError(f"{root / 'images' / name}: a second class folder with the number {number}")
-        numbers[name] = int(number)
+            raise ValueError(f"{root / 'images' / folder}: a second class folder with the number {number}")
+        numbers[folder] = int(number)
     notes = []
-    pairs = [(path, numbers[name]) for path, name in read_class_folders(root, "images", notes)]
-    return Listing(root, {"all": pairs}, names={i: name for name, i in numbers.items()}, notes=notes)
+    pairs = [(path, numbers[folder]) for path, folder in read_class_folders(root, "images", notes)]
+    return Listing(root, {"all": pairs}, names={i: folder for folder, i in numbers.items()}, notes=notes)
 
 
 def read_mat(path: Path) -> dict:
@@ -178,7 +342,7 @@ def read_mat(path: Path) -> dict:
 
 
 def read_car_annotations(path: Path, file_field: str, folder: str = "") -> list[tuple[str, int]]:
-    annotations = read_mat(path).get("annotations", np.empty(0))
+    annotations, num_classes = read_mat(path).get("annotations", np.empty(0)), BENCHMARKS["cars"].num_classes
     for wanted in (file_field, "class"):
         if wanted not in (annotations.dtype.names or ()):
             raise ValueError(f"{path}: its `annotations` have no field {wanted!r}")
@@ -189,8 +353,8 @@ def read_car_annotations(path: Path, file_field: str, folder: str = "") -> list[
             file, class_id = str(row[file_field].item()), int(row["class"].item())
         except (AttributeError, TypeError, ValueError, OverflowError):
             raise ValueError(f"{path}: annotation {number} is malformed") from None
-        if not 1 <= class_id <= CARS_CLASSES:
-            raise ValueError(f"{path}: annotation {number} has class {class_id}, not 1 to {CARS_CLASSES}")
+        if not 1 <= class_id <= num_classes:
+            raise ValueError(f"{path}: annotation {number} has class {class_id}, not 1 to {num_classes}")
         pairs.append((inside_root(folder + file, path, number), class_id))
     return pairs
 
@@ -265,7 +429,7 @@ def read_kaggle_cars(root: Path) -> Listing:
 def read_sop(root: Path) -> Listing:
     """root/Ebay_train.txt and Ebay_test.txt: a header, then `image_id class_id super_class_id path`."""
     header = "image_id class_id super_class_id path"
-    splits = {}
+    splits, num_classes = {}, BENCHMARKS["SOP"].num_classes
     for split in ("train", "test"):
         list_file = root / f"Ebay_{split}.txt"
         lines = read_lines(list_file, "SOP")
@@ -279,8 +443,8 @@ def read_sop(root: Path) -> Listing:
             if len(columns) != 4 or not all(is_number(column) for column in columns[:3]):
                 raise bad_line(list_file, number, repr(header), line)
             class_id = int(columns[1])
-            if not 1 <= class_id <= SOP_CLASSES:
-                raise bad_line(list_file, number, f"a class_id from 1 to {SOP_CLASSES}", line)
+            if not 1 <= class_id <= num_classes:
+                raise bad_line(list_file, number, f"a class_id from 1 to {num_classes}", line)
             splits[split].append((inside_root(columns[3], list_file, number), class_id))
     return Listing(root, splits, str(root / "Ebay_*.txt"))
 
@@ -310,6 +474,11 @@ def read_inshop(root: Path) -> Listing:
     return Listing(root, splits, str(list_file), notes=notes)
 
 
+SPLIT_NAMES = ("train", "test", "query", "gallery")
+# Which of them belong together in a folder of one's own; without train it can be scored, but not trained on.
+SPLITS = (("train", "query", "gallery"), ("train", "test"), ("query", "gallery"), ("test",))
+
+
 def read_folder(root: Path) -> Listing:
     """Your own images, under any names:
 
@@ -317,43 +486,87 @@ def read_folder(root: Path) -> Listing:
     DIR/train/<class>/..., DIR/query/..., DIR/gallery/...   the queries search in the gallery
     DIR/<class>/...                                         split by class, the first in sorted order train
     FILE.csv, or a DIR with one and no class folders        see read_csv
+
+    train, test, query and gallery may be written in any letter case. test alone, or query and gallery, can be scored.
+
+    All files below a class folder, however deep, whose suffix is that of a format Pillow opens (jpg, png, webp, tiff,
+    gif, bmp and more, in any letter case) are images of the class. Files without a suffix or with another one are
+    skipped and counted, as are broken links, pipes and folders that cannot be read. When an image is decoded only its
+    content counts, not its suffix: a PNG named .jpg is fine. A CSV file may name images with any suffix or none.
+
+    Raises ValueError for a folder in none of these layouts, FileNotFoundError if there is none.
     """
     if root.is_file():
         return read_csv(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not there; --data-root names your folder of images or .csv file")
     folders = class_folders(root)
+    refuse_benchmarks(root, folders)
     lists = sorted(path for path in root.glob("*.csv") if path.is_file() and not path.name.startswith("."))
     if len(folders) < 2 and len(lists) == 1:  # a single folder holds what the list names
         return read_csv(lists[0])
+    notes = [f"{path} is not read, the folders next to it are; --data-root {path} reads it" for path in lists]
+    parts = split_folders(root, folders)
+    if parts:
+        notes += [f"{root / name} is not used" for name in folders if name not in parts.values()]
+        splits = {split: read_class_folders(root, name, notes) for split, name in parts.items()}
+        return Listing(root, splits, notes=notes, own=True)
     if len(folders) < 2:
+        inner = class_folders(root / folders[0]) if folders else []
+        advice = f"; is it --data-root {root / folders[0]}, which holds {len(inner)} folders?" if len(inner) > 1 else ""
         raise ValueError(
             f"{root}: it has {len(folders)} folders and {len(lists)} .csv files; needed are the folders "
-            "train and test, or train, query and gallery, or one per class, or one .csv file"
+            f"train and test, or train, query and gallery, or one per class, or one .csv file{advice}"
         )
-    notes = [f"{path} is not read, the folders beside it are; --data-root {path} reads it" for path in lists]
-    for parts in (("train", "query", "gallery"), ("train", "test")):
-        if set(parts) <= set(folders):
-            notes += [f"{root / name} is not used" for name in folders if name not in parts]
-            return Listing(root, {part: read_class_folders(root, part, notes) for part in parts}, notes=notes)
-    if "train" in folders:
-        raise ValueError(f"{root}: beside train there must be test, or query and gallery")
-    return Listing(root, {"all": read_class_folders(root, "", notes)}, notes=notes)
+    return Listing(root, {"all": read_class_folders(root, "", notes)}, notes=notes, own=True)
+
+
+def refuse_benchmarks(root: Path, folders: list[str]) -> None:
+    """Raises ValueError where the benchmarks themselves would be taken for classes."""
+    names = {facts.home.lower(): name for name, facts in BENCHMARKS.items()}
+    found = [folder for folder in folders if folder.lower() in names and class_folders(root / folder)]
+    if found:
+        raise ValueError(
+            f"{root}: it holds benchmarks ({', '.join(found)}), not classes; give --dataset "
+            f"{names[found[0].lower()]}, or for pictures of your own --data-root {root / 'FOLDER'}, their folder"
+        )
+
+
+def split_folders(root: Path, folders: list[str]) -> dict[str, str]:
+    """{split: folder}, empty if no folder is named like a split. Raises ValueError for splits that lack others."""
+    found: dict[str, str] = {}
+    for name in folders:
+        if name.lower() in SPLIT_NAMES and found.setdefault(name.lower(), name) != name:
+            raise ValueError(f"{root}: {found[name.lower()]} and {name} are the same split; merge them into one folder")
+    for parts in SPLITS:
+        if set(parts) <= set(found):
+            return {part: found[part] for part in parts}
+    if found:
+        lacking = {"train": "test, or query and gallery", "query": "gallery", "gallery": "query"}
+        first = next(name for name in lacking if name in found)
+        raise ValueError(
+            f"{root}: beside {found[first]} there must be {lacking[first]}; needed are train and test, or train, query "
+            f"and gallery (if {found[first]} is a class, rename it)"
+        )
+    return {}
 
 
 def read_csv(list_file: Path) -> Listing:
-    """Columns path, label and split (train and test, or train, query and gallery); without a column split the
-    classes are split, the first in alphabetical order train. Paths are relative to the file's folder."""
+    """Columns path, label and split (train, test, query or gallery, together as in read_folder); without a column
+    split the classes are split, the first in alphabetical order train. Paths are relative to the file's folder.
+
+    Raises ValueError with the line that is wrong.
+    """
     rows = csv.reader(io.StringIO("\n".join(read_lines(list_file, "folder"))))
-    splits = {}
+    splits: dict[str, list] = {}
     try:
         columns = [name.strip().lower() for name in next(rows, [])]
         if sorted(columns) not in (["label", "path"], ["label", "path", "split"]):
             raise bad_line(list_file, 1, "the columns path,label,split", ",".join(columns))
         for row in filter(None, rows):
             values = dict(zip(columns, (value.strip() for value in row), strict=False))
-            split = values.get("split", "all")
-            known = split in ("train", "test", "query", "gallery") or "split" not in columns
+            split = values.get("split", "all").lower()
+            known = split in SPLIT_NAMES or "split" not in columns
             if len(row) != len(columns) or not values["label"] or not known:
                 raise bad_line(
                     list_file,
@@ -365,9 +578,9 @@ def read_csv(list_file: Path) -> Listing:
             splits.setdefault(split, []).append((path, values["label"]))
     except csv.Error as error:
         raise ValueError(f"{list_file}, line {rows.line_num}: {error}") from None
-    for parts in (("all",), ("train", "test"), ("train", "query", "gallery")):
+    for parts in (("all",), *SPLITS):
         if set(splits) == set(parts):
-            return Listing(list_file.parent, {part: splits[part] for part in parts}, str(list_file))
+            return Listing(list_file.parent, {part: splits[part] for part in parts}, str(list_file), own=True)
     raise ValueError(
         f"{list_file}: the splits in it are {', '.join(splits) or 'none'}; needed are train and test, "
         "or train, query and gallery"
@@ -377,27 +590,53 @@ def read_csv(list_file: Path) -> Listing:
 # ---------------------------------------------------------------- a listing, its splits, what is wrong with it
 
 
-def read_listing(name: str, data_root: Path) -> Listing:
-    """The listing of one benchmark; whether listed files are there is not looked at."""
-    data_root = Path(data_root)
+def find_home(name: str, data_root: Path) -> Path:
+    """The folder of a benchmark, which need not be there yet; those that are drawn are drawn now."""
     if name == "glyphs":
-        return read_cub(ensure_glyphs(data_root))
+        return ensure_glyphs(Path(data_root))
+    return Path(data_root) / BENCHMARKS[name].home
+
+
+def read_listing(name: str, data_root: Path) -> Listing:
+    """The listing of one data set; whether listed files are there is not looked at."""
     if name == "folder":
-        return read_folder(data_root)
-    read_whole_cub = functools.partial(read_cub, num_classes=CUB_CLASSES)
-    readers = {"cub": read_whole_cub, "cars": read_cars, "SOP": read_sop, "Inshop": read_inshop}
-    if name not in readers:
-        raise ValueError(f"{name!r} is no dataset; there are {', '.join([*readers, 'glyphs', 'folder'])}")
-    listing = readers[name](data_root / HOMES[name])
-    listing.last_train_class = LAST_TRAIN_CLASS.get(name)
+        return read_folder(Path(data_root))
+    readers = {"cars": read_cars, "SOP": read_sop, "Inshop": read_inshop}
+    if name not in BENCHMARKS:
+        raise ValueError(f"{name!r} is no dataset; there are {', '.join(DATASETS)}")
+    home = find_home(name, data_root)
+    listing = readers[name](home) if name in readers else read_cub(home, name)
+    listing.last_train_class = BENCHMARKS[name].last_train_class
+    return listing
+
+
+def read_splits(name: str, data_root: Path, train_classes: float | None = None, share_given: bool = True) -> Listing:
+    """The listing of one data set, its classes divided into train and test unless it has a split of its own.
+
+    train_classes is the share of the classes that trains, None for half of them. Where it has nothing to divide it is
+    refused, or with share_given=False, for a share that comes from a checkpoint, ignored.
+
+    Raises ValueError or FileNotFoundError with one line that names the thing, the place and the way out.
+    """
+    if train_classes is not None and not 0 < train_classes < 1:
+        raise ValueError(f"--train-classes is {train_classes}, it must lie between 0 and 1")
+    listing = read_listing(name, data_root)
+    if name != "folder" or "all" not in listing.splits:
+        if share_given and train_classes not in (None, 0.5):
+            raise ValueError(
+                f"--train-classes {train_classes}: {listing.root} has a split of its own; leave the flag out"
+            )
+        train_classes = None
+    if "all" in listing.splits:
+        split_by_class(listing, train_classes or 0.5)
     return listing
 
 
 def split_by_class(listing: Listing, train_classes: float) -> None:
     """Turns the split `all` into train and test.
 
-    The published boundary divides the classes, so that one that is missing moves no other over it; where all classes
-    lie on one side of it, or none is published, the first ones in sorted order train, the share train_classes of them.
+    The published boundary divides the classes, so that a missing class moves no other across it. Where all classes
+    lie on one side of it, or none is published, the first ones in sorted order train: train_classes is their share.
     """
     pairs = listing.splits.pop("all")
     classes = sorted({class_id for _, class_id in pairs})
@@ -423,8 +662,8 @@ def count(pairs: list[tuple[str, int | str]]) -> tuple[int, int]:
 def compare_counts(name: str, listing: Listing) -> list[str]:
     """Lines about counts that differ from the published ones, none if they agree."""
     found = {split: count(pairs) for split, pairs in listing.splits.items()}
-    published = PUBLISHED.get(name, found)
-    if found == published:
+    published = BENCHMARKS[name].published if name in BENCHMARKS else {}
+    if not published or found == published:
         return []
     parts = [
         f"{split} {found[split][0]:,} images of {found[split][1]:,} classes "
@@ -458,23 +697,66 @@ def missing_files(listing: Listing) -> list[str]:
     return missing
 
 
-def check_splits(listing: Listing) -> None:
-    """Raises ValueError for an empty split, a class in train and test, an image listed twice."""
+def split_problems(listing: Listing, training: bool = True) -> list[str]:
+    """Lines about what makes the splits useless for training, or else for scoring; none if all is well."""
     source = listing.source or listing.root
-    for split, pairs in listing.splits.items():
-        if not pairs:
-            raise ValueError(f"{source}: no image in the split {split!r}")
-    train = {class_id for _, class_id in listing.splits["train"]}
+    problems = []
+    if training and "train" not in listing.splits:
+        problems.append(
+            f"{source}: there is no split 'train', so it can be scored (evaluate.py) but not trained on; "
+            "add the training classes as train"
+        )
+    needed = [split for split in listing.splits if training or split != "train"]
+    problems += [f"{source}: no image in the split {split!r}" for split in needed if not listing.splits[split]]
+    train = {class_id for _, class_id in listing.splits.get("train", ())}
     for split, pairs in listing.splits.items():
         shared = train & {class_id for _, class_id in pairs} if split != "train" else set()
         if shared:
-            raise ValueError(
-                f"{source}: train and {split} share {len(shared)} classes, as {min(shared)!r}; "
+            problems.append(
+                f"{source}: train and {split} share {len(shared):,} classes, as {min(shared)!r}; "
                 "retrieval is tested on unseen classes: put each class into one of the two"
             )
-    seen = set()
-    for pairs in listing.splits.values():
+    return problems + repeated_files(listing)
+
+
+def repeated_files(listing: Listing) -> list[str]:
+    """A line if a file is listed twice, under one spelling of its path or two (./a.jpg), none if all differ.
+
+    The user's own pictures are also compared by their numbers in the file system, through links of any kind. That
+    looks at every file (60,000 take 0.7 seconds on a local disk); the published lists are trusted. Copies are fine.
+    """
+    seen: dict[object, tuple[str, str]] = {}
+    repeats = []
+    for split, pairs in listing.splits.items():
         for path, _ in pairs:
-            if path in seen:
-                raise ValueError(f"{source}: {path} is listed twice")
-            seen.add(path)
+            identity = file_id(f"{listing.root}/{path}") if listing.own else None
+            key = identity or posixpath.normpath(path)
+            if key in seen:
+                repeats.append((*seen[key], path, split))
+            seen[key] = path, split
+    if not repeats:
+        return []
+    path, split, other, other_split = repeats[0]
+    where = f"in {split}" if split == other_split else f"in {split} and {other_split}"
+    what = f"{path} is listed twice" if path == other else f"{path} and {other} are the same file, listed twice"
+    more = f" (and {len(repeats) - 1:,} more)" if len(repeats) > 1 else ""
+    return [f"{listing.source or listing.root}: {what}, {where}{more}; keep one of the two"]
+
+
+def look_at_test_split(listing: Listing) -> tuple[list[str], list[str]]:
+    """(notes, problems): lines about images that cannot count in the figures, and about figures that say nothing."""
+    queries = listing.splits.get("query", listing.splits.get("test", []))
+    searched = Counter(class_id for _, class_id in listing.splits.get("gallery", queries))
+    at_least, where = (1, " in the gallery") if "gallery" in listing.splits else (2, "")
+    lonely = sum(searched[class_id] < at_least for _, class_id in queries)
+    notes, problems = [], []
+    if len(searched.keys() | {class_id for _, class_id in queries}) == 1:
+        problems.append(f"{listing.root}: only one class to test on, figures say nothing; is it the right folder?")
+    if lonely and lonely == len(queries):
+        problems.append(f"{listing.root}: none of the {lonely:,} queries has another image of its class{where}")
+    elif lonely:
+        notes.append(
+            f"{listing.root}: {lonely:,} of {len(queries):,} queries have no other image of their class{where}; "
+            "they are left out of the figures"
+        )
+    return notes, problems

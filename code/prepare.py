@@ -1,12 +1,13 @@
 """Check, download and look at the benchmarks.
 
 python code/prepare.py check cub --decode          # is it complete, is it the right edition?
-python code/prepare.py download cub                # fetch it (cub, SOP), or say where to get it
+python code/prepare.py download cub                # fetch it (cub, SOP), or say how to get it
 python code/prepare.py show cub --output cub.png   # look at it before training
 """
 
 import argparse
 import contextlib
+import functools
 import http.client
 import os
 import re
@@ -23,73 +24,38 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from dataset import UnreadableImage, available_cores, load_benchmark, read_rgb
-from flags import CODE, DATASETS, one_line, run_script
-from glyphs import ensure_glyphs, load_font
+from flags import CODE, one_line, real, run_script
+from glyphs import load_font
 from layouts import (
-    HOMES,
-    PUBLISHED,
+    BENCHMARKS,
+    DATASETS,
+    Archive,
     Listing,
-    check_splits,
     compare_counts,
     count,
+    dataset_name,
+    find_home,
+    look_at_test_split,
     missing_files,
-    read_listing,
-    split_by_class,
+    read_splits,
+    split_problems,
 )
 from PIL import Image, ImageDraw, ImageOps
 from torchvision.datasets.utils import calculate_md5
 from tqdm import tqdm
 
-
-@dataclass(frozen=True)
-class Archive:
-    url: str
-    md5: str
-
-    @property
-    def file_name(self) -> str:
-        return self.url.rpartition("/")[2]
-
-
-ARCHIVES = {
-    "cub": Archive(
-        "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78"
-    ),
-    "SOP": Archive(
-        "http://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip", "7f73d41a2f44250d4779881525aea32e"
-    ),
-}
-
-BY_HAND = {
-    "cars": """Cars-196 is not downloaded: its own pages are gone. Any one of these under {home} is found:
-  1. car_ims.tgz (md5 d5c8f0aa497503f355e17dc7886c3f14), unpacked to car_ims/,
-     and cars_annos.mat (md5 b407c6086d669747186bd1d764ff9dbc)
-  2. cars_train/ and cars_test/, car_devkit.tgz (md5 c3b158d763b6e2245038c8ad08e45376), unpacked to devkit/,
-     and cars_test_annos_withlabels.mat (md5 b0a2b23655a3edd16d84508592a98d10);
-     the cars_test_annos.mat of the devkit has no labels
-  3. "stanford-car-dataset-by-classes-folder" on Kaggle (user jutrera), unpacked:
-     names.csv, anno_train.csv, anno_test.csv and car_data/""",
-    "Inshop": """In-Shop Clothes is not downloaded: it is given out to those who agree to its terms, on the
-pages of DeepFashion (The Chinese University of Hong Kong), as "In-shop Clothes Retrieval Benchmark".
-Under {home} go
-  1. Img/img.zip, unpacked to Img/img/ (img_highres.zip is not what results are reported on)
-  2. Eval/list_eval_partition.txt""",
-}
-
-
 # ---------------------------------------------------------------- check
 
 
-def try_decode(path: str) -> str | None:
+def try_decode(path: str, own: bool) -> str | None:
     """What is wrong with the image, if anything."""
     try:
-        read_rgb(path)
+        read_rgb(path, own)
     except UnreadableImage as error:
         return str(error)
     return None
@@ -98,38 +64,36 @@ def try_decode(path: str) -> str | None:
 def decode_all(listing: Listing) -> list[str]:
     """Decodes every image of the listing on all cores; a line for each that fails."""
     paths = [os.path.join(listing.root, path) for pairs in listing.splits.values() for path, _ in pairs]
-    # Ctrl-C reaches the whole process group; a worker that it ends would leave the pool waiting for ever.
+    # Ctrl-C reaches the whole process group; if it ended a worker, the pool would wait for ever.
     ignore_interrupts = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
     with ProcessPoolExecutor(available_cores(), **ignore_interrupts) as pool:
-        results = pool.map(try_decode, paths, chunksize=16)
+        results = pool.map(functools.partial(try_decode, own=listing.own), paths, chunksize=16)
         return [result for result in tqdm(results, "decoding", len(paths), unit="image", disable=None) if result]
 
 
 def print_counts(name: str, listing: Listing) -> None:
     print(f"{'split':<10}{'images':>10}{'classes':>10}{'published images':>20}{'classes':>10}")
+    published_counts = BENCHMARKS[name].published if name in BENCHMARKS else {}
     for split, pairs in listing.splits.items():
-        published = PUBLISHED.get(name, {}).get(split, ("-", "-"))
+        published = published_counts.get(split, ("-", "-"))
         cells = [f"{n:,}" if isinstance(n, int) else n for n in (*count(pairs), *published)]
         print(f"{split:<10}{cells[0]:>10}{cells[1]:>10}{cells[2]:>20}{cells[3]:>10}")
 
 
-def check(name: str, data_root: Path, decode: bool = False) -> bool:
+def check(name: str, data_root: Path, decode: bool = False, train_classes: float | None = None) -> bool:
     """Prints a table of the counts and a line for each thing that is off; True if nothing is.
+
+    Whatever training would refuse is off. train_classes: as in load_benchmark.
 
     Raises ValueError or OSError if the lists cannot be read at all.
     """
-    listing = read_listing(name, data_root)
-    if "all" in listing.splits:
-        split_by_class(listing, 0.5)
+    listing = read_splits(name, data_root, train_classes)
     print(f"{name} in {listing.root}")
     print_counts(name, listing)
-    for note in listing.notes:
+    notes, problems = look_at_test_split(listing)
+    for note in listing.notes + notes:
         print(f"note: {note}")
-    problems = compare_counts(name, listing)
-    try:
-        check_splits(listing)
-    except ValueError as error:
-        problems.append(str(error))
+    problems = compare_counts(name, listing) + split_problems(listing) + problems
     missing = missing_files(listing)
     problems += [f"{listing.root / path}: the file is not there" for path in missing[:5]]
     if len(missing) > 5:
@@ -147,15 +111,15 @@ def check(name: str, data_root: Path, decode: bool = False) -> bool:
 
 
 def fetch(url: str, part: Path, bar: tqdm) -> bool:
-    """Appends to `part` what is missing of it, asking the server for the rest only; True if it is whole then.
+    """Appends the missing rest of a file to `part`, asking the server only for that; True if it is now complete.
 
-    Raises OSError if the server refuses; a cut line is no error but gives False.
+    Raises OSError if the server refuses; a broken connection is no error but returns False.
     """
     start = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-", "User-Agent": "Mozilla/5.0"})
     try:
         with contextlib.closing(urllib.request.urlopen(request, timeout=30)) as answer:
-            if answer.status != 206:  # the server sends everything from the beginning
+            if answer.status != 206:  # the server sends everything from the start
                 start = 0
             length = answer.headers.get("Content-Length")
             total = start + int(length) if length else None
@@ -166,7 +130,7 @@ def fetch(url: str, part: Path, bar: tqdm) -> bool:
                     bar.update(len(chunk))
             return total is None or part.stat().st_size == total
     except urllib.error.HTTPError as error:
-        if error.code == 416 and start:  # nothing is left to send; the md5 will tell whether it is right
+        if error.code == 416 and start:  # nothing is left to send; the md5 tells whether it is right
             return True
         raise OSError(f"{url}: the server says {error.code} {error.reason}") from None
     except urllib.error.URLError as error:
@@ -176,10 +140,10 @@ def fetch(url: str, part: Path, bar: tqdm) -> bool:
 
 
 def fetch_archive(archive: Archive, url: str, data_root: Path, attempts: int = 5, pause: float = 2) -> Path:
-    """The archive under data_root, downloaded unless it is there, and its md5 right.
+    """The archive under data_root, downloaded unless it is there, with the right md5.
 
-    Goes on where an earlier call stopped, and after a cut line until `attempts` in a row, `pause` seconds and
-    more apart, brought nothing. Raises OSError, or ValueError if the md5 is wrong.
+    Continues where an earlier call stopped. Tries again when the connection breaks, until `attempts` in a row, `pause`
+    seconds or more apart, have brought nothing. Raises OSError, or ValueError if the md5 is wrong.
     """
     whole = data_root / archive.file_name
     if not whole.exists():
@@ -199,7 +163,7 @@ def fetch_archive(archive: Archive, url: str, data_root: Path, attempts: int = 5
         found = calculate_md5(part)
         if found != archive.md5:
             part.unlink()
-            raise ValueError(f"{url}: the md5 of what it gave is {found}, not {archive.md5}; it was deleted")
+            raise ValueError(f"{url}: the file has the md5 {found}, not {archive.md5}; it was deleted")
         os.replace(part, whole)
     elif calculate_md5(whole) != archive.md5:
         raise ValueError(f"{whole}: its md5 is not {archive.md5}; remove the file to download it again")
@@ -223,9 +187,9 @@ def archive_members(archive: Path, file: BinaryIO) -> Iterator[tuple[str, Binary
 
 
 def extract(archive: Path, home: Path) -> None:
-    """Unpacks the folder named like `home` from the archive to `home`, which appears whole or not at all.
+    """Unpacks the archive's folder named like `home` to `home`, which appears whole or not at all.
 
-    Raises ValueError for a broken archive, one without that folder, or one with a path outside of it.
+    Raises ValueError if the archive is broken, lacks that folder, or holds a path that leads out of it.
     """
     with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=home.parent) as scratch:
         try:
@@ -248,24 +212,29 @@ def extract(archive: Path, home: Path) -> None:
 
 
 def download(name: str, data_root: Path, url: str | None = None) -> None:
-    """Fetches and unpacks a benchmark, or says where to get it and where to put it.
+    """Fetches and unpacks a benchmark, or says how to get it and where to put it; draws those that are drawn.
 
-    Raises ValueError or OSError with one line.
+    Raises ValueError or OSError with one line, which also names other places where the download failed.
     """
-    if name == "glyphs":
-        print(f"glyphs: {ensure_glyphs(data_root)}")
+    if name not in BENCHMARKS:
+        raise ValueError(f"{name!r} cannot be downloaded; there are {', '.join(BENCHMARKS)}")
+    facts, home = BENCHMARKS[name], find_home(name, data_root)
+    if facts.by_hand:
+        print(f"{facts.by_hand.format(home=home)}\n{facts.mirrors}")
         return
-    if name not in HOMES:
-        raise ValueError(f"{name!r} cannot be downloaded; there are {', '.join(HOMES)} and glyphs")
-    home = Path(data_root) / HOMES[name]
-    if name in BY_HAND:
-        print(BY_HAND[name].format(home=home))
+    if not facts.archive:
+        print(f"{name}: {home}")
         return
     if home.exists():
-        print(f"{home} is there already; `python code/prepare.py check {name}` looks whether it is complete")
+        print(f"{home} is there already; `python code/prepare.py check {name}` says whether it is complete")
         return
     home.parent.mkdir(parents=True, exist_ok=True)
-    archive = fetch_archive(ARCHIVES[name], url or ARCHIVES[name].url, home.parent)
+    try:
+        archive = fetch_archive(facts.archive, url or facts.archive.url, home.parent)
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno:  # the disk's trouble, not the server's
+            raise
+        raise type(error)(f"{error}. {facts.mirrors}") from None
     extract(archive, home)
     print(f"{home} is ready; {archive} is not needed any more")
 
@@ -299,19 +268,19 @@ def draw_split(title: str, images, num_classes: int, images_per_class: int) -> I
             path = os.path.join(images.root, images.paths[members[i]])
             corner = MARGIN + column * (THUMBNAIL + MARGIN), top + CAPTION
             try:
-                sheet.paste(ImageOps.pad(read_rgb(path), (THUMBNAIL, THUMBNAIL), color="lightgrey"), corner)
+                sheet.paste(ImageOps.pad(read_rgb(path, images.own), (THUMBNAIL, THUMBNAIL), color="lightgrey"), corner)
             except UnreadableImage:
                 draw.text(corner, "unreadable", "red", load_font(12))
     return sheet
 
 
-def show(name: str, data_root: Path, output: Path, num_classes: int = 8, images_per_class: int = 6) -> None:
-    """Writes a contact sheet (PNG): some classes of each split, some images of each class."""
-    benchmark = load_benchmark(name, data_root)
-    parts = {"train": benchmark.train, "test" if benchmark.gallery is None else "query": benchmark.query}
-    if benchmark.gallery is not None:
-        parts["gallery"] = benchmark.gallery
-    columns = [draw_split(f"{name} {part}", images, num_classes, images_per_class) for part, images in parts.items()]
+def show(name: str, data_root: Path, output: Path, train_classes: float | None = None) -> None:
+    """Writes a contact sheet (PNG): 8 classes of each split, 6 images of each class. train_classes: as in
+    load_benchmark."""
+    benchmark = load_benchmark(name, data_root, train_classes, training=False)
+    test = "test" if benchmark.gallery is None else "query"
+    parts = {"train": benchmark.train, test: benchmark.query, "gallery": benchmark.gallery}
+    columns = [draw_split(f"{name} {part}", images, 8, 6) for part, images in parts.items() if images is not None]
     width = sum(column.width for column in columns) + 16 * (len(columns) - 1)
     sheet = Image.new("RGB", (width, max(column.height for column in columns)), "white")
     left = 0
@@ -325,25 +294,34 @@ def show(name: str, data_root: Path, output: Path, num_classes: int = 8, images_
 # ---------------------------------------------------------------- command line
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="prepare.py", allow_abbrev=False, description="Check, download and look at the benchmarks."
-    )
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"prepare.py: error: {message} ({self.prog} --help lists what there is)\n")
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="prepare.py", allow_abbrev=False, description="Check, download and look at the benchmarks.")
     commands = parser.add_subparsers(dest="command", required=True)
     for command, text in (
         ("check", "compare what is on disk with what was published; exit status 1 if off"),
-        ("download", "fetch cub or SOP; say where to get cars and Inshop"),
+        ("download", "fetch cub or SOP; say how to get cars and Inshop"),
         ("show", "draw a contact sheet of some classes of each split"),
     ):
         sub = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
-        sub.add_argument("name", metavar="NAME", help=f"one of {', '.join(DATASETS)}")
+        sub.add_argument("name", metavar="NAME", help=f"one of {', '.join(DATASETS)}, in any letter case")
         sub.add_argument(
             "--data-root",
             type=Path,
             default=CODE.parent / "data",
             metavar="DIR",
-            help="where the datasets lie; for folder, it or its .csv (default %(default)s)",
+            help="folder that holds the benchmarks; for folder, your folder or .csv file (default %(default)s)",
         )
+        if command in ("check", "show"):
+            sub.add_argument(
+                "--train-classes",
+                type=real(0, 1, positive=True),
+                help="share of the sorted classes that trains when a folder has no split of its own (default 0.5)",
+            )
         if command == "check":
             sub.add_argument("--decode", action="store_true", help="also decode every image, on all cores")
         if command == "download":
@@ -355,13 +333,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
+    name = dataset_name(args.name)
     if args.command == "check":
-        if not check(args.name, args.data_root, args.decode):
+        if not check(name, args.data_root, args.decode, args.train_classes):
             sys.exit(1)
     elif args.command == "download":
-        download(args.name, args.data_root, args.url)
+        download(name, args.data_root, args.url)
     else:
-        show(args.name, args.data_root, args.output or Path(f"{args.name}.png"))
+        show(name, args.data_root, args.output or Path(f"{name}.png"), args.train_classes)
 
 
 if __name__ == "__main__":

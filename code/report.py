@@ -25,14 +25,10 @@ import jinja2
 import layouts
 import pandas as pd
 import pictures
+from run import run_folders
 
 LOGS = flags.CODE.parent / "logs"
 TEMPLATE = flags.CODE / "report_template.html"
-# Flags that do not change an experiment, by destination: runs that differ only in these are averaged.
-SAME_EXPERIMENT = {"seed"} | set(
-    "run_num resume overwrite log_dir data_root nb_workers gpu_id search_memory skip_bad_images remark wandb".split()
-)
-
 # Figures in percent, ± where it was published; all with HIST's whole loss in 512 dimensions.
 PUBLISHED_SIZE = 512
 PUBLISHED_FIGURES = {
@@ -151,12 +147,6 @@ def main():
 
 
 # ---------------------------------------------------------------- reading
-
-
-def run_folders(folder: Path) -> list[Path]:
-    """The run_N of a folder in order of N."""
-    numbers = {path: re.fullmatch(r"run_([0-9]+)", path.name) for path in folder.glob("run_*") if path.is_dir()}
-    return sorted((path for path in numbers if numbers[path]), key=lambda path: (int(numbers[path][1]), path))
 
 
 def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
@@ -405,7 +395,7 @@ class Section:
 
 def experiment(run: Run) -> dict:
     """What makes two runs the same but for chance: flags by destination, and the data."""
-    made = {name: value for name, value in run.flags.items() if name not in SAME_EXPERIMENT}
+    made = {name: value for name, value in run.flags.items() if name not in flags.BOOKKEEPING | {"seed"}}
     if run.flags["dataset"] == "folder" and run.data == "unknown":  # then its folder's name has to do
         made["data_root"] = Path(str(run.flags["data_root"])).name
     return made | {"data": run.data}
@@ -467,7 +457,7 @@ def other_counts(run: Run) -> str:
 
 def published_counts(dataset: str) -> dict[str, tuple[int, int]]:
     """(images, classes) of a benchmark's splits; without a gallery its test split is the query."""
-    splits = layouts.PUBLISHED.get(dataset, {})
+    splits = layouts.BENCHMARKS[dataset].published if dataset in layouts.BENCHMARKS else {}
     return {"query" if split == "test" else split: tuple(counts) for split, counts in splits.items()}
 
 

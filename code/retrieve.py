@@ -78,16 +78,20 @@ def main():
 def list_images(path: Path, option: str) -> dataset.ImageList:
     """One image, or all below a folder, without classes."""
     if path.is_file() and option == "--query":
-        root, paths = path.parent, [path.name]
-    elif path.is_dir():
-        found, _ = layouts.find_images(path, ".")
-        root, paths = path, [name.removeprefix("./") for name in found]
-    else:
+        return own_pictures(path.parent, [path.name])
+    if not path.is_dir():
         wanted = "image or folder" if option == "--query" else "folder"
         raise FileNotFoundError(f"{option} {path}: {'is no' if path.exists() else 'there is no such'} {wanted}")
-    if not paths:
+    found, skipped = layouts.find_images(path, ".")
+    if skipped:
+        print(f"note: {layouts.describe_skipped(path, skipped)}", file=sys.stderr)
+    if not found:
         raise ValueError(f"{option} {path}: the folder holds no image")
-    return dataset.ImageList(root, paths, np.zeros(len(paths), np.int64), [""])
+    return own_pictures(path, [name.removeprefix("./") for name in found])
+
+
+def own_pictures(root: Path, paths: list[str]) -> dataset.ImageList:
+    return dataset.ImageList(root, paths, np.zeros(len(paths), np.int64), [""], own=True)
 
 
 def embed(network, images, device, args, description) -> inference.Embedded:
@@ -101,7 +105,7 @@ def embed(network, images, device, args, description) -> inference.Embedded:
 def why_not(images, row) -> str:
     """Why an image could not be decoded."""
     try:
-        dataset.read_rgb(str(images.root / images.paths[row]))
+        dataset.read_rgb(str(images.root / images.paths[row]), own=True)
     except dataset.UnreadableImage as error:
         return str(error)
     return f"{images.root / images.paths[row]}: could not be decoded"
@@ -129,7 +133,7 @@ def embed_gallery(network, images, states, cache: Path, device, args) -> inferen
     unsaved = 0
     for start in range(0, len(todo), PART):
         rows = todo[start : start + PART]
-        part = dataset.ImageList(images.root, [images.paths[row] for row in rows], np.zeros(len(rows), np.int64), [""])
+        part = own_pictures(images.root, [images.paths[row] for row in rows])
         count = f" {start // PART + 1}/{-(-len(todo) // PART)}" if len(todo) > PART else ""
         done = embed(network, part, device, args, f"embed gallery{count}")
         done_rows = rows[done.rows.numpy()]

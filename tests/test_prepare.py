@@ -1,9 +1,13 @@
 """check, download (against a local server that misbehaves) and show."""
 
+import dataclasses
+import errno
 import hashlib
 import http.server
 import io
+import os
 import re
+import shutil
 import tarfile
 import threading
 import zipfile
@@ -20,34 +24,25 @@ from PIL import Image
 # ---------------------------------------------------------------- check
 
 
-def publish(monkeypatch, name, root):
-    """Makes the counts of a tiny tree the published ones."""
-    listing = layouts.read_listing(name, root)
-    if "all" in listing.splits:
-        layouts.split_by_class(listing, 0.5)
-    counts = {split: layouts.count(pairs) for split, pairs in listing.splits.items()}
-    monkeypatch.setitem(layouts.PUBLISHED, name, counts)
-
-
 @pytest.mark.parametrize(
     "name, make",
     [("cub", trees.make_cub), ("cars", trees.make_cars), ("SOP", trees.make_sop), ("Inshop", trees.make_inshop)],
 )
 def test_check_is_content_with_what_was_published(tmp_path, monkeypatch, capsys, name, make):
     make(tmp_path, classes=4, images=4, size=8)
-    publish(monkeypatch, name, tmp_path)
+    published = trees.publish(monkeypatch, name, tmp_path)
     assert prepare.check(name, tmp_path, decode=True)
     out = capsys.readouterr().out
     assert "nothing is off" in out and "off:" not in out
     splits = ("train", "query", "gallery") if name == "Inshop" else ("train", "test")
     for split in splits:
-        images, classes = layouts.PUBLISHED[name][split]
+        images, classes = published[split]
         assert re.search(rf"^{split} +{images} +{classes} +{images} +{classes}$", out, re.MULTILINE)
 
 
 def test_check_finds_all_that_is_off_at_once(tmp_path, monkeypatch, capsys):
     home = trees.make_sop(tmp_path, classes=4, images=8, size=8)
-    publish(monkeypatch, "SOP", tmp_path)
+    trees.publish(monkeypatch, "SOP", tmp_path)
     for i in range(7):
         (home / f"cabinet_final/111000000004_{i}.JPG").unlink()
     (home / "bicycle_final/111000000001_5.JPG").write_text("not an image")
@@ -64,7 +59,7 @@ def test_check_finds_all_that_is_off_at_once(tmp_path, monkeypatch, capsys):
 def test_check_knows_the_2010_edition(tmp_path, monkeypatch, capsys):
     trees.make_cub(tmp_path, classes=4, images=3, size=8)
     pairs = [(f"{i}.jpg", 1 + i % 200) for i in range(6033)]
-    monkeypatch.setattr(prepare, "read_listing", lambda *_: layouts.Listing(tmp_path, {"all": pairs}))
+    monkeypatch.setattr(layouts, "read_listing", lambda *_: layouts.Listing(tmp_path, {"all": pairs}))
     assert not prepare.check("cub", tmp_path)
     assert "2010 edition" in capsys.readouterr().out
 
@@ -78,6 +73,105 @@ def test_check_command(tmp_path, call, script):
     trees.make_folder(tmp_path / "own", "train+test", 4, 3, 8)
     status, out, err = call("prepare.py", "check", "folder", "--data-root", tmp_path / "own")
     assert status == 0 and "folder: nothing is off" in out and err == ""
+
+
+REFUSED = {
+    "no train": lambda root: shutil.rmtree(root / "train"),
+    "train alone": lambda root: shutil.rmtree(root / "test"),
+    "empty class": lambda root: (root / "train" / "empty").mkdir(),
+    "empty split": lambda root: [shutil.rmtree(path) for path in (root / "test").iterdir()],
+    "shared class": lambda root: shutil.copytree(root / "train" / "thing_1", root / "test" / "thing_1"),
+    "same file": lambda root: os.link(root / "train/thing_1/0.png", root / "test/thing_3/9.png"),
+    "benchmark": lambda root: trees.make_cub(root, 2, 1, 8),
+    "no folder": lambda root: shutil.rmtree(root),
+    "one class": lambda root: [shutil.rmtree(root / name) for name in ("train", "test/thing_3")],
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_check_refuses_what_training_refuses(tmp_path, call, case):
+    root = trees.make_folder(tmp_path / "own", "train+test", 4, 2, 8)
+    REFUSED[case](root)
+    with pytest.raises((ValueError, OSError)) as caught:
+        dataset.load_benchmark("folder", root)
+    status, out, err = call("prepare.py", "check", "folder", "--data-root", root)
+    assert status == 1 and str(caught.value) in out + err and "nothing is off" not in out
+
+
+def test_check_says_all_that_is_wrong_with_the_splits_at_once(tmp_path, call):
+    root = trees.make_folder(tmp_path, "train+test", 4, 2, 8)
+    shutil.copytree(root / "train" / "thing_1", root / "test" / "thing_1")
+    os.link(root / "train/thing_1/0.png", root / "test/thing_3/9.png")
+    _, out, _ = call("prepare.py", "check", "folder", "--data-root", root)
+    assert out.count("off: ") == 2 and "share 1 classes" in out and "are the same file" in out
+
+
+def test_check_says_what_training_warns_of(tmp_path, call):
+    root = trees.make_folder(tmp_path, "train+test", 6, 2, 8)
+    (root / "test/thing_4/0.png").unlink()
+    (root / "test/thing_4/gone.png").symlink_to("nowhere")
+    for name in ("cat", "dog"):
+        trees.save(root / "train" / "animals" / name / "0.png", 9, 0, 8)
+    status, out, _ = call("prepare.py", "check", "folder", "--data-root", root)
+    warnings = dataset.load_benchmark("folder", root).warnings
+    assert len(warnings) == 3 and status == 0
+    assert [line.removeprefix("note: ") for line in out.splitlines() if line.startswith("note: ")] == list(warnings)
+    for name in ("thing_4", "thing_5"):
+        shutil.rmtree(root / "test" / name)
+    status, out, _ = call("prepare.py", "check", "folder", "--data-root", root)
+    assert status == 1 and "off: " + f"{root}: only one class to test on, figures say nothing" in out
+
+
+def test_check_and_show_take_the_share_of_training_classes(tmp_path, call):
+    trees.make_folder(tmp_path / "own", "classes", 8, 2, 8)
+    words = ["folder", "--data-root", tmp_path / "own", "--train-classes"]
+    status, out, _ = call("prepare.py", "check", *words, "0.75")
+    assert status == 0 and re.search(r"^train +12 +6 ", out, re.MULTILINE)
+    assert re.search(r"^train +8 +4 ", call("prepare.py", "check", *words[:3]).out, re.MULTILINE)
+    heights = []
+    for share in ("0.5", "0.75"):
+        assert call("prepare.py", "show", *words, share, "--output", tmp_path / "sheet.png").code == 0
+        heights.append(Image.open(tmp_path / "sheet.png").height)
+    assert heights[0] < heights[1]  # four rows, six rows
+
+
+@pytest.mark.parametrize("command", ["check", "show"])
+@pytest.mark.parametrize("share", ["0", "1", "-1", "nan", "half"])
+def test_a_share_that_makes_no_sense(tmp_path, refused, command, share):
+    trees.make_folder(tmp_path, "classes", 4, 2, 8)
+    words = [command, "folder", "--data-root", tmp_path, f"--train-classes={share}"]
+    refused("prepare.py", *words, match="argument --train-classes: must be a number above 0 and below 1")
+
+
+def test_a_share_where_there_is_a_split(tmp_path, refused):
+    trees.make_folder(tmp_path, "train+test", 4, 2, 8)
+    for command in ("check", "show"):
+        words = [command, "folder", "--data-root", tmp_path, "--train-classes", "0.7"]
+        refused("prepare.py", *words, match="--train-classes 0.7: .* has a split of its own; leave the flag out")
+
+
+def test_names_in_any_letter_case(tmp_path, call):
+    trees.make_sop(tmp_path, 4, 4, 8)
+    trees.make_cub(tmp_path, 4, 4, 8)
+    assert "SOP in " in call("prepare.py", "check", "sop", "--data-root", tmp_path).out
+    assert "cub in " in call("prepare.py", "check", "CUB", "--data-root", tmp_path).out
+    assert "In-Shop Clothes" in call("prepare.py", "download", "inshop", "--data-root", tmp_path).out
+
+
+def test_what_can_only_be_scored_is_drawn(tmp_path, call):
+    trees.make_folder(tmp_path, "train+query+gallery", 4, 4, 8)
+    shutil.rmtree(tmp_path / "train")
+    words = ["show", "folder", "--data-root", tmp_path, "--output", tmp_path / "sheet.png"]
+    assert call("prepare.py", *words).code == 0
+    width = Image.open(tmp_path / "sheet.png").width
+    assert width == 2 * (6 * (prepare.THUMBNAIL + prepare.MARGIN) + prepare.MARGIN) + 16
+
+
+def test_decoding_takes_own_pictures_as_they_are(tmp_path, call):
+    trees.make_folder(tmp_path, "train+test", 4, 2, 8)
+    Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(tmp_path / "test/thing_3/0.tif")
+    status, out, _ = call("prepare.py", "check", "folder", "--data-root", tmp_path, "--decode")
+    assert status == 1 and out.count("off: ") == 1 and "0.tif: cannot be decoded (no pixel has a finite value)" in out
 
 
 # ---------------------------------------------------------------- download
@@ -152,15 +246,20 @@ def zip_of(tmp_path):
     return buffer.getvalue()
 
 
+def serve(monkeypatch, server, name, file_name, content):
+    """Makes these bytes the archive of a benchmark, with the right md5."""
+    server.content = content
+    archive = layouts.Archive(f"http://x/{file_name}", hashlib.md5(content).hexdigest())
+    monkeypatch.setitem(layouts.BENCHMARKS, name, dataclasses.replace(layouts.BENCHMARKS[name], archive=archive))
+
+
 @pytest.fixture
 def fetch_cub(tmp_path, server, monkeypatch):
     """Serves an archive as CUB's, the md5 being right, and downloads it to tmp_path/data."""
     monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
 
     def run(content):
-        server.content = content
-        md5 = hashlib.md5(content).hexdigest()
-        monkeypatch.setitem(prepare.ARCHIVES, "cub", prepare.Archive("http://x/CUB_200_2011.tgz", md5))
+        serve(monkeypatch, server, "cub", "CUB_200_2011.tgz", content)
         prepare.download("cub", tmp_path / "data", server.url)
         return tmp_path / "data"
 
@@ -185,9 +284,7 @@ def test_download_and_unpack(tmp_path, server, fetch_cub, capsys):
 
 
 def test_download_zip(tmp_path, server, monkeypatch):
-    server.content = zip_of(tmp_path)
-    md5 = hashlib.md5(server.content).hexdigest()
-    monkeypatch.setitem(prepare.ARCHIVES, "SOP", prepare.Archive("http://x/Stanford_Online_Products.zip", md5))
+    serve(monkeypatch, server, "SOP", "Stanford_Online_Products.zip", zip_of(tmp_path))
     prepare.download("SOP", tmp_path, server.url)
     assert len(dataset.load_benchmark("SOP", tmp_path).train) == 6
 
@@ -311,10 +408,39 @@ def test_download_says_where_to_get_what_it_may_not_fetch(tmp_path, call):
         prepare.download("folder", tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name, right, trap",
+    [
+        ("cub", "bentrevett/caltech-ucsd-birds-200-2011 on Hugging Face (revision 1ef09e02)", "CUB-200 of 2010"),
+        ("SOP", "nyris/stanford-online-products-v1 on Hugging Face (revision 24a1b9b8)", "JamieSJS"),
+        ("cars", "tanganke/stanford_cars on Hugging Face (revision 9abf6cf7)", "torchvision"),
+        ("Inshop", "img/img.zip", "Marqo/deepfashion-inshop"),
+    ],
+)
+def test_mirrors_are_named_where_a_benchmark_cannot_be_fetched(tmp_path, server, call, name, right, trap):
+    server.status = 503
+    status, out, err = call("prepare.py", "download", name, "--data-root", tmp_path, "--url", server.url)
+    assert status == int(name in ("cub", "SOP")) and err.count("\n") == status
+    said = out + err
+    assert right.lower() in said.lower() and trap in said and "As an independent audit found" in said
+    assert not status or "the server says 503" in err
+
+
+def test_a_full_disk_is_not_the_servers_fault(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "x.part")
+
+    monkeypatch.setattr(prepare, "fetch_archive", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        prepare.download("cub", tmp_path)
+    assert "audit" not in str(caught.value)
+
+
 def test_published_md5s():
-    assert {name: archive.file_name for name, archive in prepare.ARCHIVES.items()} == {
-        "cub": "CUB_200_2011.tgz",
-        "SOP": "Stanford_Online_Products.zip",
+    archives = {name: facts.archive for name, facts in layouts.BENCHMARKS.items() if facts.archive}
+    assert {name: (archive.file_name, archive.md5) for name, archive in archives.items()} == {
+        "cub": ("CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78"),
+        "SOP": ("Stanford_Online_Products.zip", "7f73d41a2f44250d4779881525aea32e"),
     }
 
 
@@ -340,8 +466,8 @@ def test_show_command(tmp_path, call, script):
     (tmp_path / "CUB_200_2011/images/001.Bird_1/Bird_1_0000.jpg").write_text("not an image")
     status, out, err = call("prepare.py", "show", "cub", "--data-root", tmp_path, "--output", tmp_path / "sheet.png")
     assert status == 0 and Image.open(tmp_path / "sheet.png").width > 1000
-    status, out, err = script("prepare.py", "show", "CUB", "--data-root", tmp_path)
-    assert status == 1 and err.startswith("prepare.py: error: 'CUB' is no dataset") and err.count("\n") == 1
+    status, out, err = script("prepare.py", "show", "birds", "--data-root", tmp_path)
+    assert status == 1 and err.startswith("prepare.py: error: 'birds' is no dataset") and err.count("\n") == 1
 
 
 def test_spread():
