@@ -1,14 +1,14 @@
-"""Pictures of a run, each a function from plain values to a PNG file that appears whole or not at all.
+"""Pictures of a run: each function draws plain values into a PNG file, which appears whole or not at all.
 
-Figures are drawn off screen without matplotlib's pyplot: nothing is shared between calls, no window is needed.
+Figures are drawn off screen without matplotlib's pyplot: nothing is shared between calls, and no window is needed.
 """
 
-import contextlib
-import os
-import warnings
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import checkpoint
+import metrics
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -21,6 +21,9 @@ GREEN, RED, GREY = "#1a7f37", "#cf222e", "#d0d0d0"
 THUMBNAIL = 128  # pixels of the longer side of a picture among the neighbours
 MOST_NAMES = 32  # class names beside an incidence matrix; of more classes every second, third, … is named
 FEWEST_FOR_TSNE = 30  # t-SNE of fewer points shows nothing that PCA does not
+
+
+# ---------------------------------------------------------------- the course of a run
 
 
 def curves(history: Sequence[dict], path: Path) -> None:
@@ -91,6 +94,43 @@ def _plot(axes, history: Sequence[dict], name: str, scale: float, **look) -> Non
     marker = "o" if len(history) <= 30 else None
     values = [scale * row[name] for row in rows]
     axes.plot([row["epoch"] for row in rows], values, marker=marker, markersize=3.5, **look)
+
+
+# ---------------------------------------------------------------- a search
+
+
+def search(
+    folder: Path,
+    per_query: dict[str, np.ndarray],
+    query,
+    query_images,
+    gallery,
+    gallery_images,
+) -> None:
+    """neighbours.png and embedding.png of one search in folder.
+
+    Args:
+        per_query: {'R@1': (Q,), …}, how well each query went.
+        query, gallery: inference.Embedded; gallery None where the queries search among themselves.
+        query_images, gallery_images: the dataset.ImageList each was made of.
+    """
+    recalls = [values for name, values in per_query.items() if name.startswith("R@")]
+    worst, others = choose_queries(np.mean(recalls, axis=0), 4, 4, seed=0)
+    chosen = np.concatenate([worst, others])
+    targets, images = (query, query_images) if gallery is None else (gallery, gallery_images)
+    itself = query.rows.new_tensor(chosen) if gallery is None else None
+    found, similarities = metrics.nearest(query.embeddings[chosen], targets.embeddings, 8, itself)
+    labels = query.labels[chosen]
+    names = [query_images.class_names[label] for label in labels]
+    neighbours(
+        [query_images.root / query_images.paths[query.rows[q]] for q in chosen],
+        [[images.root / images.paths[targets.rows[n]] for n in row] for row in found],
+        (targets.labels[found] == labels[:, None]).tolist(),
+        similarities.tolist(),
+        [f"{'worst' if n < len(worst) else 'random'} query: {name}" for n, name in enumerate(names)],
+        folder / "neighbours.png",
+    )
+    embedding_map(query.embeddings.numpy(), query.labels.numpy(), query_images.class_names, folder / "embedding.png")
 
 
 def choose_queries(scores: np.ndarray, count_worst: int, count_random: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -209,34 +249,7 @@ def read_thumbnail(file: Path | str, side: int = THUMBNAIL) -> np.ndarray | None
         return None
 
 
-def search(
-    folder: Path, per_query: dict[str, np.ndarray], query, query_images, gallery, gallery_images, nearest
-) -> None:
-    """neighbours.png and embedding.png of one search in folder.
-
-    Args:
-        per_query: {'R@1': (Q,), …}, how well each query went.
-        query, gallery: inference.Embedded; gallery None where the queries search among themselves.
-        query_images, gallery_images: the dataset.ImageList each was made of.
-        nearest: metrics.nearest.
-    """
-    recalls = [values for name, values in per_query.items() if name.startswith("R@")]
-    worst, others = choose_queries(np.mean(recalls, axis=0), 4, 4, seed=0)
-    chosen = np.concatenate([worst, others])
-    targets, images = (query, query_images) if gallery is None else (gallery, gallery_images)
-    itself = query.rows.new_tensor(chosen) if gallery is None else None
-    found, similarities = nearest(query.embeddings[chosen], targets.embeddings, 8, itself)
-    labels = query.labels[chosen]
-    names = query_images.class_names
-    neighbours(
-        [query_images.root / query_images.paths[query.rows[q]] for q in chosen],
-        [[images.root / images.paths[targets.rows[n]] for n in row] for row in found],
-        (targets.labels[found] == labels[:, None]).tolist(),
-        similarities.tolist(),
-        [f"{'worst' if n < len(worst) else 'random'} query: {names[label]}" for n, label in enumerate(labels.tolist())],
-        folder / "neighbours.png",
-    )
-    embedding_map(query.embeddings.numpy(), query.labels.numpy(), names, folder / "embedding.png")
+# ---------------------------------------------------------------- a batch
 
 
 def hypergraph(H: np.ndarray, labels: np.ndarray, class_names: Sequence[str], path: Path) -> None:
@@ -271,6 +284,9 @@ def hypergraph(H: np.ndarray, labels: np.ndarray, class_names: Sequence[str], pa
     axes.set_ylabel(f"{len(labels)} samples, grouped by class{thinned}")
     axes.set_title("Incidence matrix of one batch")
     _save(figure, path)
+
+
+# ---------------------------------------------------------------- embeddings on a plane
 
 
 def embedding_map(
@@ -359,10 +375,19 @@ def _project(X: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, str, li
 
 def _principal_components(X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """X (n, D) -> its first two principal components (n, 2), and the shares of the variance that they hold (2,)."""
-    U, S, _ = np.linalg.svd(X - X.mean(axis=0), full_matrices=False)
-    S = np.pad(S, (0, max(0, 2 - len(S))))  # a single point or dimension has no second one
-    U = np.pad(U, ((0, 0), (0, max(0, 2 - U.shape[1]))))
-    return U[:, :2] * S[:2], S[:2] ** 2 / max((S**2).sum(), 1e-30)
+    from sklearn.decomposition import PCA  # slow to import
+
+    with np.errstate(all="ignore"):  # points that are all equal have no variance to share
+        pca = PCA(min(2, *X.shape), svd_solver="full").fit(X)
+        plane, shares = pca.transform(X), np.nan_to_num(pca.explained_variance_ratio_)
+    missing = 2 - len(shares)  # a single point or dimension has no second one
+    return np.pad(plane, ((0, 0), (0, missing))), np.pad(shares, (0, missing))
+
+
+def _save(figure: Figure, path: Path) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", metadata={"Software": None})
+    checkpoint.write(lambda file: file.write(content.getbuffer()), path)
 
 
 def _short(text: str, length: int) -> str:
@@ -372,17 +397,3 @@ def _short(text: str, length: int) -> str:
         tail = (length - 1) // 2  # names often differ at their ends only
         text = text[: length - 1 - tail] + "…" + text[-tail:]
     return text.replace("$", r"\$")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    """Write a PNG under a temporary name in the same folder, then rename it: nobody ever sees half a picture."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph")  # a class name in a script that the font lacks
-            figure.savefig(temporary, format="png", metadata={"Software": None})
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()

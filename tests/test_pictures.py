@@ -67,6 +67,14 @@ def test_curves_of_other_histories_differ_and_of_the_same_do_not(tmp_path):
     assert a == b != c
 
 
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, instead of files."""
+    drawn = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: drawn.append(figure))
+    return drawn
+
+
 def test_chosen_queries_are_the_worst_and_random_others():
     scores = np.linspace(0, 1, 50)
     scores[[3, 4]] = np.nan
@@ -135,6 +143,10 @@ def test_neighbours_of_different_number(tmp_path, images):
         pictures.neighbours(images[:1], [images[:2]], [[True]], [[0.9, 0.1]], ["query"], path)
     with pytest.raises(ValueError, match="no query"):
         pictures.neighbours([], [], [], [], [], path)
+
+
+INTERNATIONAL = ["鸟类", "鳥類", "日本語の猫", "고양이", "عصفور", "🐶", "हिन्दी", "ไทย", "Ä $5 $x_{"]
+INTERNATIONAL += ["\ud800", "\U00020000", "a\nb\x07"]
 
 
 def incidence(labels, seed=0):
@@ -211,14 +223,13 @@ def test_embedding_map_takes_whole_classes(most, expected):
     assert set(labels[points]) == set(chosen) and len(set(points)) == len(points)
 
 
-def test_principal_components_are_those_of_scikit_learn():
-    from sklearn.decomposition import PCA
-
+def test_principal_components():
     X = np.random.default_rng(0).normal(size=(40, 6))
     plane, shares = pictures._principal_components(X)
-    reference = PCA(2).fit(X)
-    assert np.allclose(np.abs(plane), np.abs(reference.transform(X)))
-    assert np.allclose(shares, reference.explained_variance_ratio_)
+    values, vectors = np.linalg.eigh(np.cov(X.T))
+    assert np.allclose(np.abs(plane), np.abs((X - X.mean(axis=0)) @ vectors[:, [-1, -2]]))
+    assert np.allclose(shares, values[[-1, -2]] / values.sum())
+    assert np.array_equal(plane, pictures._principal_components(X)[0])
 
 
 @pytest.mark.parametrize("shape", [(1, 8), (1, 1), (40, 1), (2, 8)])
