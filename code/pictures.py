@@ -3,24 +3,131 @@
 Figures are drawn off screen without matplotlib's pyplot: nothing is shared between calls, and no window is needed.
 """
 
+import bisect
+import functools
+import importlib.util
 import io
+import itertools
+import os
+import re
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import checkpoint
+import matplotlib
 import metrics
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, fontManager
+from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 DPI = 100
 GREEN, RED, GREY = "#1a7f37", "#cf222e", "#d0d0d0"
+# Seven colours that colour-blind readers tell apart (Okabe and Ito, "Color Universal Design", 2008), all but yellow.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")
 THUMBNAIL = 128  # pixels of the longer side of a picture among the neighbours
 MOST_NAMES = 32  # class names beside an incidence matrix; of more classes every second, third, … is named
+NAME_LENGTH = 28  # characters of a class name in a plot
+CAPTION_LENGTH = 18  # characters of a file name as wide as a picture among the neighbours
 FEWEST_FOR_TSNE = 30  # t-SNE of fewer points shows nothing that PCA does not
+
+MARKS = {True: "✓ ", False: "✗ ", None: ""}
+FRAMES = {
+    True: dict(color=GREEN, linewidth=4),
+    False: dict(color=RED, linewidth=3, linestyle=(0, (2.5, 1.5))),
+    None: dict(color="#57606a", linewidth=1),
+    "query": dict(color="black", linewidth=1.5),
+}
+
+FONTS = ["DejaVu Sans"]
+if zhplot := importlib.util.find_spec("zhplot"):  # only its font is used, for Chinese and Japanese names
+    for file in Path(zhplot.origin).parent.glob("fonts/NotoSansSC-Regular.ttf"):
+        fontManager.addfont(file)
+        FONTS.append("Noto Sans SC")
+matplotlib.rcParams["font.family"] = FONTS
+
+
+# ---------------------------------------------------------------- names
+
+
+def short_names(names: Sequence[str], length: int = NAME_LENGTH) -> list[str]:
+    """The names of one picture on one line each, at most `length` columns wide and still different where they were.
+
+    Numbers in front go if the names differ without them. A name that is too long loses the words that it shares with
+    most others, then its middle; if that makes names equal, they begin where they differ.
+    """
+    full = [legible(name).replace("_", " ") for name in names]
+    bare = [re.sub(r"^\d+[.\-\s]+(?=\S)", "", name) for name in full]
+    if all(a != b for a, b in zip(full, bare, strict=True)) and len(set(bare)) == len(set(full)):
+        full = bare
+    counts = Counter(word for name in set(full) for word in set(name.split()))
+    short = {name: _drop_shared_words(name, counts, length) for name in full}
+    for text, alike in Counter(short.values()).items():
+        if alike > 1:
+            equal = [name for name, shown in short.items() if shown == text]
+            same = max(1, len(os.path.commonprefix(equal)) - 3)
+            short |= {name: cut(f"…{name[same:]}", length) for name in equal}
+    return [short[name] for name in full]
+
+
+def _drop_shared_words(name: str, counts: Counter, length: int) -> str:
+    """LATIN CAPITAL LETTER A WITH MACRON -> LATIN CAPITAL…A WITH MACRON, the words that most names share first."""
+    words = name.split()
+    shared = sorted({word for word in words if counts[word] > 1}, key=lambda word: (-counts[word], words.index(word)))
+    while _columns(name) > length and shared:
+        drop = shared.pop(0)
+        words = ["…" if word == drop else word for word in words]
+        name = re.sub(r" ?…[… ]*", "…", " ".join(words))
+    return cut(name, length)
+
+
+def cut(text: str, length: int) -> str:
+    """A text at most `length` columns wide: what is too long loses its middle, as names often differ at their ends."""
+    if _columns(text) <= length:
+        return text
+    head, tail = _fitting(text, length // 2), _fitting(text[::-1], (length - 1) // 2)
+    return f"{text[:head]}…{text[len(text) - tail :]}"
+
+
+def _fitting(text: str, length: int) -> int:
+    """How many characters from the start of a text are at most `length` columns wide."""
+    return bisect.bisect(list(itertools.accumulate(map(_columns, text))), length)
+
+
+def _columns(text: str) -> int:
+    """Width of a text in Latin characters: Chinese ones are as wide as two."""
+    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
+
+
+def legible(text: str) -> str:
+    """A text on one line; characters that the fonts lack are spelled out, 고양이 as goyangi and a dog as (dog face)."""
+    text = " ".join(str(text).encode("utf-8", "replace").decode().split())
+    return "".join(character if ord(character) in _drawable() else _spell(character) for character in text)
+
+
+@functools.cache
+def _drawable() -> frozenset[int]:
+    """Code points that the fonts have a glyph for."""
+    return frozenset().union(*(FT2Font(findfont(FontProperties(family))).get_charmap() for family in FONTS))
+
+
+def _spell(character: str) -> str:
+    """Letters by the last word of their Unicode name, which is their sound; others by the whole name or number."""
+    name = unicodedata.name(character, "").lower()
+    if not name or "ideograph" in name:
+        return f"U+{ord(character):04X} "
+    return name.split()[-1] if unicodedata.category(character)[0] in "LMN" else f"({name})"
+
+
+def _plain(text: str) -> str:
+    """For matplotlib: a dollar sign stays one and begins no formula."""
+    return text.replace("$", r"\$")
 
 
 # ---------------------------------------------------------------- the course of a run
@@ -121,7 +228,7 @@ def search(
     itself = query.rows.new_tensor(chosen) if gallery is None else None
     found, similarities = metrics.nearest(query.embeddings[chosen], targets.embeddings, 8, itself)
     labels = query.labels[chosen]
-    names = [query_images.class_names[label] for label in labels]
+    names = short_names([query_images.class_names[label] for label in labels], 80)
     neighbours(
         [query_images.root / query_images.paths[query.rows[q]] for q in chosen],
         [[images.root / images.paths[targets.rows[n]] for n in row] for row in found],

@@ -145,8 +145,37 @@ def test_neighbours_of_different_number(tmp_path, images):
         pictures.neighbours([], [], [], [], [], path)
 
 
+def test_short_names_keep_what_tells_them_apart():
+    names = ["017.LATIN_CAPITAL_LETTER_A_WITH_MACRON", "018.LATIN_CAPITAL_LETTER_A_WITH_BREVE", "019.LATIN_LETTER_B"]
+    assert pictures.short_names(names, 24) == ["…CAPITAL…A WITH MACRON", "…CAPITAL…A WITH BREVE", "LATIN LETTER B"]
+    assert pictures.short_names(names, 60)[0] == "LATIN CAPITAL LETTER A WITH MACRON"
+    assert pictures.short_names(["1.cat", "2.cat"]) == ["1.cat", "2.cat"]  # only their numbers differ
+    assert pictures.short_names(["1.cat", "cat 2"]) == ["1.cat", "cat 2"]
+    assert pictures.short_names(["007", "008"]) == ["007", "008"]
+    assert pictures.short_names(["same", "same", ""]) == ["same", "same", ""]
+    assert pictures.short_names([]) == []
+
+
+@pytest.mark.parametrize("count", [2, 12, 2000])
+@pytest.mark.parametrize("pattern", ["{:05d}", "{:05d}.bird", "a_bird_from_" * 9 + "{}", "{}" + "x" * 99,
+                                     "x" * 99 + "{}" + "x" * 99, "猫" * 30 + "{}" + "猫" * 30])  # fmt: skip
+def test_short_names_fit_and_differ(count, pattern):
+    short = pictures.short_names([pattern.format(number) for number in range(count)])
+    assert len(set(short)) == count
+    assert max(pictures._columns(name) for name in short) <= pictures.NAME_LENGTH
+
+
 INTERNATIONAL = ["鸟类", "鳥類", "日本語の猫", "고양이", "عصفور", "🐶", "हिन्दी", "ไทย", "Ä $5 $x_{"]
 INTERNATIONAL += ["\ud800", "\U00020000", "a\nb\x07"]
+
+
+def test_names_in_other_scripts_are_drawn_or_spelled_out():
+    drawn = ["鸟类", "鳥類", "日本語の猫", "عصفور", "Ä $5 $x_{"]
+    assert [pictures.legible(name) for name in drawn] == drawn
+    assert pictures.legible("고양이 🐶") == "goyangi (dog face)"
+    for name in INTERNATIONAL:
+        text = pictures.legible(name)
+        assert text and {ord(character) for character in text} <= pictures._drawable()
 
 
 def incidence(labels, seed=0):
