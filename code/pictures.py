@@ -24,10 +24,11 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager
 from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-DPI = 100
+DPI = 150
 GREEN, RED, GREY = "#1a7f37", "#cf222e", "#d0d0d0"
 # Seven colours that colour-blind readers tell apart (Okabe and Ito, "Color Universal Design", 2008), all but yellow.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")
@@ -133,39 +134,68 @@ def _plain(text: str) -> str:
 # ---------------------------------------------------------------- the course of a run
 
 
-def curves(history: Sequence[dict], path: Path) -> None:
+def curves(history: Sequence[dict], path: Path, title: str = "", chance: float | None = None) -> None:
     """Loss, with HIST its two terms, and R@K in percent, over the epochs of a run.
 
-    history: rows as train.py keeps them, from the first on: 'phase' (untrained, warm-up or train), 'epoch', in all but
-    the untrained one 'loss', with HIST 'dist_loss', 'ce_loss', and R@K as fractions: 'R@1', …, with held-out classes
-    'val R@1'.
+    Args:
+        history: rows as train.py keeps them, from the first on: 'phase' (untrained, warm-up or train), 'epoch', in all
+            but the untrained one 'loss', with HIST 'dist_loss', 'ce_loss' and perhaps 'incidence' (off-diagonal mean
+            of H) and 'variance' (mean variance of the classes), which get axes of their own; and R@K as fractions:
+            'R@1', …, with held-out classes 'val R@1'.
+        title: which run this is.
+        chance: cross-entropy of guessing, the logarithm of the number of training classes.
     """
-    figure = Figure(figsize=(9, 7), dpi=DPI, layout="constrained")
-    loss_axes, recall_axes = figure.subplots(2, 1, sharex=True)
-    _draw_losses(loss_axes, history)
-    _draw_recalls(recall_axes, history)
-    epochs = [row["epoch"] for row in history] or [0]
-    recall_axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
-    recall_axes.set_xlabel("epoch")
-    recall_axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    hypergraph_rows = any("incidence" in row or "variance" in row for row in history)
+    heights = (1, 1, 0.5) if hypergraph_rows else (1, 1)
+    figure = Figure(figsize=(7.4, 2.7 * sum(heights)), dpi=DPI, layout="constrained")
+    all_axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    _draw_losses(all_axes[0], history, chance)
+    _draw_recalls(all_axes[1], history)
+    if hypergraph_rows:
+        _draw_classes(all_axes[2], history)
     warm = [row["epoch"] for row in history if row["phase"] == "warm-up"]
-    for axes in (loss_axes, recall_axes):
+    for axes in all_axes:
         if warm:
-            axes.axvspan(min(warm) - 0.5, max(warm) + 0.5, color="#eeeeee", zorder=0, label="warm-up")
+            label = "warm-up" if axes is all_axes[0] else None
+            axes.axvspan(min(warm) - 0.5, max(warm) + 0.5, color="#eeeeee", zorder=0, label=label)
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False)
+        beside = 1.0 if axes.get_ylabel() != "mean of H" else 1.08
+        handles, labels = axes.get_legend_handles_labels()
+        axes.legend(handles, labels, loc="upper left", bbox_to_anchor=(beside, 1.04), frameon=False, fontsize=9)
+    _name_epochs(all_axes[-1], history)
+    figure.suptitle(_plain(cut(legible(title), 90)), fontsize=11)
     _save(figure, path)
 
 
-def _draw_losses(axes, history: Sequence[dict]) -> None:
+def _name_epochs(axes, history: Sequence[dict]) -> None:
+    """Ticks at some epochs of training, and words, one line lower, at what came before."""
+    epochs = [row["epoch"] for row in history] or [0]
+    locator = MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
+    ticks = {int(t): f"{t:.0f}" for t in locator.tick_values(0, max(epochs)) if 1 <= t <= max(epochs)}
+    untrained = [row["epoch"] for row in history if row["phase"] == "untrained"]
+    warm = [row["epoch"] for row in history if row["phase"] == "warm-up"]
+    ticks |= {epoch: "\nuntrained" for epoch in untrained}
+    if warm:
+        ticks[(min(warm) + max(warm)) / 2] = "\nwarm-up"
+    axes.set_xticks(list(ticks), list(ticks.values()))
+    if warm:  # the two words are apart however close the epochs are
+        for label in axes.get_xticklabels():
+            label.set_ha({"\nuntrained": "right", "\nwarm-up": "left"}.get(label.get_text(), "center"))
+    axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
+    axes.set_xlabel("epoch")
+
+
+def _draw_losses(axes, history: Sequence[dict], chance: float | None) -> None:
     two_terms = any("ce_loss" in row for row in history)
-    lines = [("loss", r"loss = $L_D$ + $\lambda_s$ $L_{CE}$" if two_terms else "loss", "black", 2)]
+    lines = [("loss", r"$L_D$ + $\lambda_s$ $L_{CE}$" if two_terms else "loss", "black", 2)]
     if two_terms:
         lines.append(("dist_loss", "distribution loss $L_D$", "#0969da", 1.5))
         lines.append(("ce_loss", "cross-entropy $L_{CE}$", "#bc4c00", 1.5))
     for name, label, color, linewidth in lines:
         _plot(axes, history, name, 1, label=label, color=color, linewidth=linewidth)
-    axes.set_ylabel("mean over the epoch (nats)" if two_terms else "mean over the epoch")
+    if two_terms and chance is not None:
+        axes.axhline(chance, color="#bc4c00", linewidth=1, linestyle="--", label="chance: ln C")
+    axes.set_ylabel("loss (nats)" if two_terms else "loss")
     axes.set_ylim(bottom=0)
     if not any("loss" in row for row in history):
         axes.set_ylim(0, 1)
@@ -176,12 +206,14 @@ def _draw_recalls(axes, history: Sequence[dict]) -> None:
     names = list(dict.fromkeys(name for row in history for name in row if name.startswith("R@")))
     shades = colormaps["viridis"](np.linspace(0, 0.85, len(names)))
     for name, shade in reversed(list(zip(names, shades, strict=True))):  # in the legend as they lie above each other
-        _plot(axes, history, name, 100, label=name, color=shade, linewidth=2 if name == names[0] else 1.2)
+        linewidth = 2 if name == names[0] else 1.2
+        _plot(axes, history, name, 100, label=name, color=shade, linewidth=linewidth, clip_on=False)
     if any("val R@1" in row for row in history):
-        _plot(axes, history, "val R@1", 100, label="R@1 of held-out\nclasses", color=RED, linestyle="--")
+        look = {"color": RED, "linestyle": "--", "clip_on": False}
+        _plot(axes, history, "val R@1", 100, label="R@1 of held-out\nclasses", **look)
     untrained = [(row["epoch"], 100 * row[name]) for row in history if row["phase"] == "untrained" for name in names]
     if untrained:
-        hollow = {"s": 45, "marker": "s", "facecolors": "none", "edgecolors": "grey", "zorder": 3}
+        hollow = {"s": 45, "marker": "s", "facecolors": "none", "edgecolors": "grey", "zorder": 3, "clip_on": False}
         axes.scatter(*zip(*untrained, strict=True), label="untrained", **hollow)
     trained = [row for row in history if row["phase"] == "train" and "R@1" in row]
     if trained:
@@ -190,9 +222,21 @@ def _draw_recalls(axes, history: Sequence[dict]) -> None:
         star = {"s": 200, "marker": "*", "color": "#bf8700", "zorder": 5, "clip_on": False}
         axes.scatter(best["epoch"], 100 * best["R@1"], label=f"best epoch {best['epoch']}", **star)
         axes.set_title(f"R@1 {100 * best['R@1']:.2f} % in epoch {best['epoch']}, the best by {chosen_by}", fontsize=10)
-    axes.set_ylabel("R@K of the test classes (%)")
-    axes.set_ylim(0, 101)  # a line at 100 stays whole
-    axes.set_yticks(range(0, 101, 10))
+    axes.set_ylabel("R@K, test (%)")
+    axes.set_ylim(0, 102)  # a line at 100 stays whole
+    axes.set_yticks(range(0, 101, 20))
+
+
+def _draw_classes(axes, history: Sequence[dict]) -> None:
+    """How far samples belong to other classes' hyperedges, and how wide the classes are, each on its own scale."""
+    right = axes.twinx()
+    variance = dict(color=COLOURS[1], linestyle="--")
+    _plot(axes, history, "incidence", 1, label="membership in other\nclasses' hyperedges", color=COLOURS[0])
+    _plot(right, history, "variance", 1, **variance)
+    axes.plot([], [], label="mean class variance\n(scale on the right)", **variance)
+    axes.set_ylabel("mean of H", color=COLOURS[0])
+    axes.set_ylim(0, 1)
+    right.tick_params(axis="y", colors=COLOURS[1])
 
 
 def _plot(axes, history: Sequence[dict], name: str, scale: float, **look) -> None:
@@ -369,27 +413,28 @@ def hypergraph(H: np.ndarray, labels: np.ndarray, class_names: Sequence[str], pa
     classes, sizes = np.unique(labels, return_counts=True)
     if H.shape != (len(labels), len(classes)) or not len(labels):
         raise ValueError(f"hypergraph: H must be {(len(labels), len(classes))} for these labels, got {H.shape}")
-    figure = Figure(figsize=(11, 9.5), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(7.4, 6), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(
         H[np.argsort(labels, kind="stable")], vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest"
     )
-    figure.colorbar(image, label="membership H (1: the sample's own class, else exp(−α d²))", shrink=0.6, pad=0.02)
+    figure.colorbar(image, label="membership H (own class: 1, else exp(−α d²))", pad=0.02)
 
     every = -(-len(classes) // MOST_NAMES)
     named = np.arange(0, len(classes), every)
-    names = [_short(class_names[classes[column]], 30) for column in named]
+    names = short_names([class_names[label] for label in classes[named]])
     ends = np.cumsum(sizes)  # of the rows of each class
-    size = 8 if len(named) <= 20 else 7
-    axes.set_xticks(named, names, rotation=90, fontsize=size)
-    axes.set_yticks((ends - (sizes + 1) / 2)[named], names, fontsize=size)
+    axes.set_yticks((ends - (sizes + 1) / 2)[named], [_plain(name) for name in names], fontsize=8)
+    axes.set_xticks([])
     if len(classes) <= 2 * MOST_NAMES:  # of more, the lines would hide what they divide
         axes.hlines(ends[:-1] - 0.5, -0.5, len(classes) - 0.5, color="white", linewidth=0.6)
         axes.vlines(np.arange(len(classes) - 1) + 0.5, -0.5, len(labels) - 0.5, color="white", linewidth=0.6)
-    thinned = "" if every == 1 else f"; one class of {every} is named"
-    axes.set_xlabel(f"hyperedges: {len(classes)} classes in the batch")
+    thinned = "" if every == 1 else f", one class in {every} named"
+    axes.set_xlabel(f"hyperedges of the {len(classes)} classes, in the same order")
     axes.set_ylabel(f"{len(labels)} samples, grouped by class{thinned}")
-    axes.set_title("Incidence matrix of one batch")
+    others = H[labels[:, None] != classes]
+    mean = f"\nmembership in other classes' hyperedges: {others.mean():.3f} on average" if others.size else ""
+    axes.set_title(f"Incidence matrix H of one batch{mean}", fontsize=11)
     _save(figure, path)
 
 
@@ -428,26 +473,43 @@ def embedding_map(
     X /= np.linalg.norm(X, axis=1, keepdims=True).clip(min=1e-12)
 
     plane, method_name, axis_names = _project(X, method, seed)
-    columns = -(-len(chosen) // 24)
-    figure = Figure(figsize=(9 + 2.3 * columns, 8), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(7.4, 6.4), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    for number, label in enumerate(chosen):
-        mine = labels[points] == label
-        axes.scatter(
-            *plane[mine].T,
-            s=np.clip(4000 / len(points), 14, 60),
-            marker="os^Dv"[number // 10 % 5],
-            color=colormaps["tab10"](number % 10),
-            alpha=0.8,
-            linewidths=0,
-            label=_short(class_names[label], 30),
-        )
+    members = [labels[points] == label for label in chosen]
+    size = np.clip(12000 / len(points), 10, 60)
+    for number, mine in enumerate(members):
+        look = dict(marker="os^Dv"[number // len(COLOURS) % 5], color=COLOURS[number % len(COLOURS)])
+        axes.scatter(*plane[mine].T, s=size, alpha=0.8, edgecolors="white", linewidths=0.4, **look)
     axes.set(xlabel=axis_names[0], ylabel=axis_names[1], xticks=[], yticks=[])
     axes.set_aspect("equal", adjustable="datalim")
     of_how_many = f"{len(points):,} of {len(labels):,} images, {len(chosen):,} of {len(classes):,} classes"
-    axes.set_title(f"{method_name} of {of_how_many}")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.01), frameon=False, fontsize=8, ncols=columns, markerscale=1.3)
+    axes.set_title(f"{method_name} of {of_how_many}", fontsize=11)
+    names = short_names([class_names[label] for label in chosen])
+    _name_clusters(figure, axes, [plane[mine] for mine in members], names)
     _save(figure, path)
+
+
+def _name_clusters(figure: Figure, axes, clusters: Sequence[np.ndarray], names: Sequence[str]) -> None:
+    """A name above the middle of each cluster (n, 2); where another name is, farther up or down and with a line."""
+    figure.draw_without_rendering()  # lays the figure out, so that the extents of texts are known
+    axes.autoscale(False)
+    frame, outline, taken = axes.get_window_extent(), [withStroke(linewidth=2, foreground="white")], []
+    for cluster, name in zip(clusters, names, strict=True):
+        middle, above = np.median(cluster, axis=0), np.quantile(cluster[:, 1], 0.75)
+        look = dict(ha="center", va="center", fontsize=8, path_effects=outline, zorder=4, in_layout=False)
+        text = axes.text(middle[0], above, _plain(name), **look)
+        box = text.get_window_extent()
+        aside = max(0, frame.x0 + 4 - box.x0) - max(0, box.x1 + 4 - frame.x1)
+        for offset in box.height * (1.2 + 0.6 * np.array(sorted(range(-30, 31), key=abs))):
+            moved = box.translated(aside, offset)
+            inside = frame.y0 < moved.y0 and moved.y1 < frame.y1
+            if inside and not any(moved.overlaps(other) for other in taken):
+                break
+        taken.append(moved)
+        center = (moved.x0 + moved.x1) / 2, (moved.y0 + moved.y1) / 2
+        text.set_position(axes.transData.inverted().transform(center))
+        if abs(offset) > 2 * box.height:
+            axes.plot(*zip(middle, text.get_position(), strict=True), color="#4d4d4d", linewidth=0.7, zorder=3)
 
 
 def _choose_points(labels, classes, sizes, seed, max_points, max_classes) -> tuple[np.ndarray, np.ndarray]:

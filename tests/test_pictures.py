@@ -46,7 +46,7 @@ def test_curves(tmp_path, trained, warm):
     path = tmp_path / "curves.png"
     pictures.curves(history(trained, warm), path)
     pixels = read(path)
-    assert pixels.shape == (700, 900, 3)
+    assert pixels.shape == (810, 1110, 3)
     assert share(pixels, "#0969da") > 1e-4 and share(pixels, "#bc4c00") > 1e-4  # both terms, in the plot or its legend
     assert share(pixels, "#bf8700") > 2e-4  # the star on the best epoch
     assert (share(pixels, "#eeeeee", 0) > 1e-3) == (warm > 0)
@@ -73,6 +73,63 @@ def figures(monkeypatch):
     drawn = []
     monkeypatch.setattr(pictures, "_save", lambda figure, path: drawn.append(figure))
     return drawn
+
+
+@pytest.mark.parametrize(
+    "trained, warm, expected",
+    [
+        (12, 0, {0: "untrained", 2: "2", 12: "12"}),
+        (12, 1, {-1: "untrained", 0: "warm-up", 2: "2", 12: "12"}),
+        (60, 3, {-3: "untrained", -1: "warm-up", 10: "10", 60: "60"}),
+        (0, 2, {-2: "untrained", -0.5: "warm-up"}),
+        (1, 0, {0: "untrained", 1: "1"}),
+    ],
+)
+def test_curves_name_what_came_before_the_first_epoch(figures, trained, warm, expected):
+    pictures.curves(history(trained, warm), "c.png")
+    axes = figures[0].axes[-1]
+    ticks = {place: label.get_text().strip() for place, label in zip(axes.get_xticks(), axes.get_xticklabels())}  # noqa: B905
+    assert ticks.items() >= expected.items() and min(ticks) == -warm
+    figures[0].canvas.draw()
+    boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_curves_say_which_run_and_what_chance_is(figures):
+    pictures.curves(history(3), "c.png", title="glyphs/run_1 $x_{", chance=4.6)
+    figures[0].canvas.draw()
+    assert figures[0].get_suptitle() == r"glyphs/run_1 \$x_{"
+    line = figures[0].axes[0].lines[-1]
+    assert line.get_label() == "chance: ln C" and line.get_linestyle() == "--" and set(line.get_ydata()) == {4.6}
+    other = [{name: row[name] for name in row if name not in ("dist_loss", "ce_loss")} for row in history(3)]
+    pictures.curves(other, "c.png", chance=4.6)  # of another loss it says nothing
+    assert len(figures[1].axes[0].lines) == 1
+
+
+def test_curves_at_100_percent_are_not_cut(figures):
+    rows = [{"phase": "train", "epoch": epoch, "R@1": 1.0, "val R@1": 1.0} for epoch in (1, 2)]
+    pictures.curves(rows, "c.png")
+    axes = figures[0].axes[1]
+    lines = [line for line in axes.lines if len(line.get_ydata())]
+    assert len(lines) == 2 and not any(line.get_clip_on() for line in lines)
+    assert axes.get_ylim()[1] > 100
+
+
+@pytest.mark.parametrize("names", [("incidence", "variance"), ("incidence",), ("variance",)])
+def test_curves_of_the_hypergraph_are_there_if_the_rows_have_them(figures, names):
+    rows = history(4)
+    pictures.curves(rows, "c.png")
+    assert len(figures[0].axes) == 2
+    for row in rows[2:]:  # a resumed run: its first rows are older
+        row |= {"incidence": 0.4, "variance": 1.25}
+        for name in {"incidence", "variance"} - set(names):
+            del row[name]
+    pictures.curves(rows, "c.png")
+    left, right = figures[1].axes[2:]
+    figures[1].canvas.draw()
+    values = [value for axes in (left, right) for line in axes.lines for value in line.get_ydata()]
+    assert set(values) == {{"incidence": 0.4, "variance": 1.25}[name] for name in names}
+    assert "membership in other\nclasses' hyperedges" in [text.get_text() for text in left.get_legend().get_texts()]
 
 
 def test_chosen_queries_are_the_worst_and_random_others():
@@ -192,7 +249,7 @@ def test_hypergraph(tmp_path, batch, classes):
     names = [f"{c:05d}.A_rather_long_name_of_a_class_$" for c in range(classes)]
     pictures.hypergraph(incidence(labels), labels, names, tmp_path / "h.png")
     pixels = read(tmp_path / "h.png")
-    assert pixels.shape == (950, 1100, 3)
+    assert pixels.shape == (900, 1110, 3)
     assert share(pixels, "#fde725") > 0.0005  # membership 1
     assert share(pixels, "#ffffff", 0) < 0.8
 
@@ -209,6 +266,23 @@ def test_hypergraph_groups_the_samples_by_class(tmp_path):
     assert not (tmp_path / "wrong.png").exists()
 
 
+def test_hypergraph_says_how_far_samples_belong_to_other_classes(figures):
+    labels = np.array([3, 1, 1])
+    pictures.hypergraph(np.array([[0.5, 1], [1, 0.25], [1, 0.75]]), labels, list("abcd"), "h.png")
+    pictures.hypergraph(np.ones((2, 1)), np.array([1, 1]), list("abcd"), "h.png")
+    assert "other classes' hyperedges: 0.500 on average" in figures[0].axes[0].get_title()
+    assert "average" not in figures[1].axes[0].get_title()  # there is no other class
+
+
+def test_colour_bar_has_no_bands(tmp_path):
+    pictures.hypergraph(np.ones((2, 1)), np.array([0, 0]), ["one"], tmp_path / "h.png")
+    pixels = read(tmp_path / "h.png")
+    columns = [np.unique(pixels[:, x], axis=0) for x in range(pixels.shape[1] // 2, pixels.shape[1])]
+    bar = max(range(len(columns)), key=lambda x: len(columns[x])) + pixels.shape[1] // 2
+    assert len(np.unique(pixels[:, bar], axis=0)) >= 250  # all shades of viridis
+    assert np.abs(np.diff(pixels[90:840, bar], axis=0)).max() < 12
+
+
 def clusters(classes, per_class, dimensions=16):
     random = np.random.default_rng(0)
     labels = np.repeat(np.arange(classes), per_class)
@@ -222,17 +296,16 @@ def test_embedding_map(tmp_path, classes, per_class):
     embeddings, labels, names = clusters(classes, per_class)
     pictures.embedding_map(embeddings, labels, names, tmp_path / "map.png", max_points=150)
     pixels = read(tmp_path / "map.png")
-    assert pixels.shape == (800, 1130, 3)
+    assert pixels.shape == (960, 1110, 3)
     assert 0.001 < (pixels.max(axis=2) - pixels.min(axis=2) > 60).mean() < 0.2  # coloured points
 
 
-def test_embedding_map_says_of_how_many_and_by_which_method(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(pictures, "_save", lambda figure, path: figures.append(figure.axes[0]))
+def test_embedding_map_says_of_how_many_and_by_which_method(tmp_path, figures):
     embeddings, labels, names = clusters(300, 4)
     for method in ("tsne", "pca"):
         pictures.embedding_map(embeddings, labels, names, tmp_path / "map.png", method, max_classes=8)
     pictures.embedding_map(embeddings[:8], labels[:8], names, tmp_path / "map.png")
+    figures = [figure.axes[0] for figure in figures]
     titles = [axes.get_title() for axes in figures]
     assert titles == [
         "t-SNE of 32 of 1,200 images, 8 of 300 classes",
@@ -240,7 +313,21 @@ def test_embedding_map_says_of_how_many_and_by_which_method(tmp_path, monkeypatc
         "PCA of 8 of 8 images, 2 of 2 classes",
     ]
     assert "of the variance" in figures[1].get_xlabel()
-    assert len(figures[0].get_legend().get_texts()) == 8
+    assert len(figures[0].texts) == 8
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_embedding_map_names_clusters_without_overlap(figures, together):
+    embeddings, labels, _ = clusters(20, 10)
+    embeddings = np.ones_like(embeddings) if together else embeddings
+    names = [f"{n:03d}.a_rather_long_name_of_class_{n}" for n in range(20)]
+    pictures.embedding_map(embeddings, labels, names, "map.png")
+    figures[0].canvas.draw()
+    texts, frame = figures[0].axes[0].texts, figures[0].axes[0].get_window_extent()
+    boxes = [text.get_window_extent() for text in texts]
+    assert len({text.get_text() for text in texts}) == 20
+    assert all(frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1 for box in boxes)
+    assert not any(a.padded(-1).overlaps(b.padded(-1)) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
 @pytest.mark.parametrize("most, expected", [(2000, (20, 400)), (50, (2, 40)), (15, (1, 15))])
@@ -265,7 +352,7 @@ def test_principal_components():
 def test_embedding_map_of_hardly_anything(tmp_path, shape):
     embeddings = np.ones(shape, np.float32)  # all on one point
     pictures.embedding_map(embeddings, np.arange(len(embeddings)) % 2, ["a", "b"], tmp_path / "map.png")
-    assert share(read(tmp_path / "map.png"), "#1f77b4", 60) > 1e-5
+    assert share(read(tmp_path / "map.png"), pictures.COLOURS[min(shape[0], 2) - 1], 60) > 1e-5
 
 
 def test_embedding_map_refuses(tmp_path):
