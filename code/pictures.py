@@ -26,7 +26,7 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
+from PIL import Image, ImageOps
 
 DPI = 150
 GREEN, RED, GREY = "#1a7f37", "#cf222e", "#d0d0d0"
@@ -257,6 +257,7 @@ def search(
     query_images,
     gallery,
     gallery_images,
+    own: bool = False,
 ) -> None:
     """neighbours.png and embedding.png of one search in folder.
 
@@ -264,6 +265,7 @@ def search(
         per_query: {'R@1': (Q,), …}, how well each query went.
         query, gallery: inference.Embedded; gallery None where the queries search among themselves.
         query_images, gallery_images: the dataset.ImageList each was made of.
+        own: they are the user's own pictures, which are turned as their EXIF orientation says.
     """
     recalls = [values for name, values in per_query.items() if name.startswith("R@")]
     worst, others = choose_queries(np.mean(recalls, axis=0), 4, 4, seed=0)
@@ -280,12 +282,13 @@ def search(
         similarities.tolist(),
         [f"{'worst' if n < len(worst) else 'random'} query: {name}" for n, name in enumerate(names)],
         folder / "neighbours.png",
+        own=own,
     )
     embedding_map(query.embeddings.numpy(), query.labels.numpy(), query_images.class_names, folder / "embedding.png")
 
 
 def choose_queries(scores: np.ndarray, count_worst: int, count_random: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Queries worth a look: (indices of the worst, worst first; indices of random others), each in no other.
+    """Queries worth a look: (indices of the worst, worst first; indices of random others), none in both.
 
     scores (Q,): how well each query went, more is better, NaN for queries that do not count. The seed decides between
     equal scores and draws the random ones; the same arguments give the same choice. There may be fewer than asked for.
@@ -302,10 +305,12 @@ def neighbours(
     query_paths: Sequence[Path | str],
     neighbour_paths: Sequence[Sequence[Path | str]],
     neighbour_right: Sequence[Sequence[bool]] | None,
-    values: Sequence[Sequence[float]],
+    similarities: Sequence[Sequence[float]],
     titles: Sequence[str],
     path: Path,
-    value_name: str = "cosine similarity",
+    *,
+    captions: Sequence[Sequence[str]] | None = None,
+    own: bool = False,
 ) -> None:
     """One row per query: the image, then its nearest ones, the right ones in a green frame, the others in red dashes.
 
@@ -313,68 +318,68 @@ def neighbours(
         query_paths: Q image files.
         neighbour_paths: for each query the files of its nearest images, nearest first; as many as there are.
         neighbour_right: whether each of these is of the query's class; None where classes are not known.
-        values: how similar or far each is, written below it.
+        similarities: cosine similarity of each to the query, written below it.
         titles: a line of text above each row.
-        value_name: what the values are.
+        captions: a name for each nearest image, written below its similarity.
+        own: they are the user's own pictures, which are turned as their EXIF orientation says.
 
     An image that cannot be read becomes a grey square that says so. Raises ValueError where the lengths differ.
     """
     right = [[None] * len(row) for row in neighbour_paths] if neighbour_right is None else neighbour_right
-    parts = (query_paths, neighbour_paths, right, values, titles)
-    if len({len(part) for part in parts}) != 1 or any(
-        not len(a) == len(b) == len(c) for a, b, c in zip(*parts[1:4], strict=True)
-    ):
-        raise ValueError("neighbours: paths, right and values need the same shape, and one title per query")
+    below = [[""] * len(row) for row in neighbour_paths] if captions is None else captions
+    rows = (neighbour_paths, right, similarities, below)
+    parts = (query_paths, titles, *rows)
+    if len(set(map(len, parts))) != 1 or any(len(set(map(len, row))) != 1 for row in zip(*rows, strict=True)):
+        raise ValueError("neighbours: all rows need the same shape, and each query a title")
     if not len(query_paths):
         raise ValueError("neighbours: there is no query to draw")
 
-    # Everything stands in one coordinate system whose unit is the side of a picture.
-    step, first, row_height = 1.08, 1.3, 1.62
-    width = max(6.5, first + step * max(len(row) for row in neighbour_paths))
-    height = row_height * len(query_paths) + 0.55
-    inches = 1.25
-    figure = Figure(figsize=((width + 0.08) * inches, height * inches), dpi=DPI)
+    # Everything stands in one coordinate system whose unit, an inch, is the side of a picture.
+    step, first, row_height = 1.08, 1.3, 1.66 if captions is None else 1.78
+    width = max(7.2, first + step * max(len(row) for row in neighbour_paths))
+    height = row_height * len(query_paths) + 0.5
+    figure = Figure(figsize=(width + 0.08, height), dpi=125)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(-0.08, width), ylim=(height, 0))
     axes.set_axis_off()
-    looks = {
-        True: dict(color=GREEN, linewidth=4),
-        False: dict(color=RED, linewidth=3, linestyle=(0, (2.5, 1.5))),
-        None: dict(color="#57606a", linewidth=1),
-    }
-    legend = [("query", 0.0, dict(color="black", linewidth=1.5))]
-    if neighbour_right is None:
-        legend.append(("nearest images", first, looks[None]))
-    else:
-        legend += [("✓ same class", first, looks[True]), ("✗ another class", first + 1.5, looks[False])]
-    for text, x, look in legend:
-        axes.add_patch(Rectangle((x, 0.12), 0.17, 0.17, fill=False, **look))
-        axes.text(x + 0.26, 0.21, text, va="center", fontsize=10)
-    axes.text(first + 3.2, 0.21, f"below: {value_name}", va="center", fontsize=10)
-
-    marks = {True: "✓ ", False: "✗ ", None: ""}
-    for number, (query, found, is_right, shown, title) in enumerate(zip(*parts, strict=True)):
+    _draw_frame_legend(axes, first, known=neighbour_right is not None)
+    digits = _digits(similarities)
+    for number, (query, title, *found) in enumerate(zip(*parts, strict=True)):
         top = 0.5 + number * row_height
-        axes.text(0, top + 0.11, _short(title, int(width * 13)), va="center", fontsize=10, weight="bold")
-        _draw_image(axes, query, 0.0, top + 0.25, dict(color="black", linewidth=1.5))
-        for place, (file, known, value) in enumerate(zip(found, is_right, shown, strict=True)):
-            x, known = first + place * step, None if known is None else bool(known)
-            _draw_image(axes, file, x, top + 0.25, looks[known])
-            axes.text(
-                x + 0.5,
-                top + 1.37,
-                f"{marks[known]}{value:.4f}",
-                ha="center",
-                va="center",
-                fontsize=10,
-                color=looks[known]["color"],
-            )
+        axes.text(0, top + 0.11, _plain(cut(legible(title), int(width * 11))), va="center", fontsize=11)
+        _draw_image(axes, query, 0.0, top + 0.26, FRAMES["query"], own)
+        for place, (file, is_right, similarity, caption) in enumerate(zip(*found, strict=True)):
+            x, known = first + place * step, None if is_right is None else bool(is_right)
+            _draw_image(axes, file, x, top + 0.26, FRAMES[known], own)
+            text = dict(ha="center", va="center", color=FRAMES[known]["color"])
+            axes.text(x + 0.5, top + 1.39, f"{MARKS[known]}{similarity:.{digits}f}", fontsize=10, **text)
+            caption = _plain(cut(legible(caption), CAPTION_LENGTH))
+            axes.text(x + 0.5, top + 1.54, caption, fontsize=6.5, family=["DejaVu Sans Mono", *FONTS], **text)
     _save(figure, path)
 
 
-def _draw_image(axes, file: Path | str, x: float, y: float, frame: dict) -> None:
+def _draw_frame_legend(axes, first: float, known: bool) -> None:
+    """What the frames and numbers mean, above the rows; first is where the nearest images begin."""
+    legend = [("query", 0.0, FRAMES["query"])]
+    if known:
+        legend += [("✓ same class", first, FRAMES[True]), ("✗ another class", first + 1.7, FRAMES[False])]
+    else:
+        legend.append(("nearest images", first, FRAMES[None]))
+    for text, x, look in legend:
+        axes.add_patch(Rectangle((x, 0.12), 0.17, 0.17, fill=False, **look))
+        axes.text(x + 0.28, 0.21, text, va="center", fontsize=10)
+    axes.text(first + 3.7, 0.21, "number: cosine similarity", va="center", fontsize=10)
+
+
+def _digits(rows: Sequence[Sequence[float]]) -> int:
+    """Decimals that tell neighbouring values apart: at least 3, at most the 7 that float32 has."""
+    pairs = [(a, b) for row in rows for a, b in itertools.pairwise(row) if a != b]
+    return next((n for n in range(3, 7) if all(f"{a:.{n}f}" != f"{b:.{n}f}" for a, b in pairs)), 7)
+
+
+def _draw_image(axes, file: Path | str, x: float, y: float, frame: dict, own: bool) -> None:
     """The image in the unit square whose upper left corner is (x, y), in its proportions, and a frame around it."""
-    pixels = read_thumbnail(file)
+    pixels = read_thumbnail(file, own=own)
     if pixels is None:
         axes.add_patch(Rectangle((x, y), 1, 1, color=GREY))
         axes.text(x + 0.5, y + 0.5, "cannot\nbe read", ha="center", va="center", fontsize=9)
@@ -386,18 +391,28 @@ def _draw_image(axes, file: Path | str, x: float, y: float, frame: dict) -> None
     axes.add_patch(Rectangle((x, y), 1, 1, fill=False, zorder=3, **frame))
 
 
-def read_thumbnail(file: Path | str, side: int = THUMBNAIL) -> np.ndarray | None:
-    """(H, W, 3) bytes, the longer side at most that many pixels; None if the file holds no image."""
+def read_thumbnail(file: Path | str, side: int = THUMBNAIL, own: bool = False) -> np.ndarray | None:
+    """(H, W, 3) bytes, the longer side at most that many pixels; None if the file holds no image.
+
+    own: the user's own picture, which is turned as its EXIF orientation says.
+    """
     try:
-        with Image.open(file) as image:
-            image.draft("RGB", (2 * side, 2 * side))  # large JPEGs: decode no more than needed
-            if image.mode.startswith("I"):  # 16 bit: Pillow would clip to 255 instead of scaling
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-            image = image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
+        image = _decode(file, side, own)
         image.thumbnail((side, side))
         return np.asarray(image)
     except Exception:  # what Pillow raises depends on where the file is broken
         return None
+
+
+def _decode(file: Path | str, side: int, own: bool) -> Image.Image:
+    """RGB, not much smaller than side."""
+    with Image.open(file) as image:
+        image.draft("RGB", (2 * side, 2 * side))  # large JPEGs: decode no more than needed
+        if own:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bit: Pillow would clip to 255 instead of scaling
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+        return image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
 
 
 # ---------------------------------------------------------------- a batch
@@ -535,7 +550,7 @@ def _project(X: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, str, li
     from threadpoolctl import threadpool_limits
 
     start = (plane / spread * 1e-4).astype(np.float32)
-    # Its threads wait for each other in busy loops: beside loaders at work, one thread alone is several times faster.
+    # Its threads wait for each other in busy loops: beside loaders at work, a single thread is several times faster.
     with threadpool_limits(1):
         perplexity = min(30, (len(X) - 1) / 3)
         plane = TSNE(perplexity=perplexity, init=start, random_state=seed).fit_transform(X.astype(np.float32))
@@ -557,12 +572,3 @@ def _save(figure: Figure, path: Path) -> None:
     content = io.BytesIO()
     figure.savefig(content, format="png", metadata={"Software": None})
     checkpoint.write(lambda file: file.write(content.getbuffer()), path)
-
-
-def _short(text: str, length: int) -> str:
-    """A name on one line, shortened in its middle; a dollar sign stays one and begins no formula."""
-    text = " ".join(str(text).encode("utf-8", "replace").decode().split())
-    if len(text) > length:
-        tail = (length - 1) // 2  # names often differ at their ends only
-        text = text[: length - 1 - tail] + "…" + text[-tail:]
-    return text.replace("$", r"\$")

@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 
+import inference
 import numpy as np
 import pictures
 import pytest
+import torch
 from PIL import Image
 from trees import picture
 
@@ -202,6 +204,54 @@ def test_neighbours_of_different_number(tmp_path, images):
         pictures.neighbours([], [], [], [], [], path)
 
 
+def shown(figure):
+    """What is written in a figure."""
+    return [text.get_text() for text in figure.axes[0].texts]
+
+
+def test_neighbours_tell_saturated_similarities_apart(figures, images):
+    for row in ([0.9, 0.8, 0.8], [0.99999, 0.99998], [0.9999999, 0.9999998], [1.0, 1 - 1e-12], [0.5]):
+        pictures.neighbours(images[:1], [images[: len(row)]], None, [row], ["query"], "n.png")
+    values = [[text for text in shown(figure) if text[:2] in ("0.", "1.")] for figure in figures]
+    assert values[:3] == [["0.900", "0.800", "0.800"], ["0.99999", "0.99998"], ["0.9999999", "0.9999998"]]
+    assert values[3:] == [["1.0000000", "1.0000000"], ["0.500"]]
+
+
+def test_neighbours_captions_do_not_overlap(figures, images):
+    captions = ["W" * 60 + ".jpg", "猫" * 40 + ".jpg", "short $.png", "عصفور" * 9]
+    pictures.neighbours(images[:1], [images[:4]], None, [[0.5] * 4], ["query"], "n.png", captions=[captions])
+    figures[0].canvas.draw()
+    texts = [text for text in figures[0].axes[0].texts if text.get_fontsize() == 6.5]
+    assert len(texts) == 4 and all("…" in text.get_text() for text in texts[:2])
+    assert texts[0].get_text().endswith("W.jpg") and texts[2].get_text() == r"short \$.png"
+    boxes = [text.get_window_extent() for text in texts]
+    assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:]))  # noqa: B905
+    with pytest.raises(ValueError, match="same shape"):
+        pictures.neighbours(images[:1], [images[:2]], None, [[0.5, 0.5]], ["query"], "n.png", captions=[["one"]])
+
+
+def test_only_own_pictures_are_turned(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: turn by 90 degrees
+    Image.new("RGB", (60, 20), "red").save(tmp_path / "turned.jpg", exif=exif)
+    assert pictures.read_thumbnail(tmp_path / "turned.jpg").shape == (20, 60, 3)
+    assert pictures.read_thumbnail(tmp_path / "turned.jpg", own=True).shape == (60, 20, 3)
+
+
+@pytest.mark.parametrize("gallery", [False, True])
+def test_search_draws_the_nearest_of_each_query(tmp_path, images, gallery):
+    class Images:
+        root, paths, class_names = images[0].parent, [path.name for path in images] * 5, ["001.one", "002.two"]
+
+    labels = torch.arange(45) % 2
+    embeddings = torch.nn.functional.one_hot(labels, 8) + 0.1 * torch.rand(45, 8)
+    query = inference.Embedded(embeddings, labels, torch.arange(45))
+    others = (query, Images) if gallery else (None, None)
+    pictures.search(tmp_path, {"R@1": np.linspace(0, 1, 45)}, query, Images, *others)
+    assert share(read(tmp_path / "neighbours.png"), pictures.GREEN) > 0.002
+    assert read(tmp_path / "embedding.png").shape == (960, 1110, 3)
+
+
 def test_short_names_keep_what_tells_them_apart():
     names = ["017.LATIN_CAPITAL_LETTER_A_WITH_MACRON", "018.LATIN_CAPITAL_LETTER_A_WITH_BREVE", "019.LATIN_LETTER_B"]
     assert pictures.short_names(names, 24) == ["…CAPITAL…A WITH MACRON", "…CAPITAL…A WITH BREVE", "LATIN LETTER B"]
@@ -233,6 +283,25 @@ def test_names_in_other_scripts_are_drawn_or_spelled_out():
     for name in INTERNATIONAL:
         text = pictures.legible(name)
         assert text and {ord(character) for character in text} <= pictures._drawable()
+
+
+def test_no_name_sets_off_a_warning(tmp_path, images):
+    code = f"""if True:
+        import numpy as np, pictures
+        names, rows = {INTERNATIONAL!r}, [[{str(images[0])!r}] * 12]
+        pictures.hypergraph(np.eye(12), np.arange(12), names, "h.png")
+        X = np.repeat(np.eye(12), 4, axis=0) + np.random.default_rng(0).normal(size=(48, 12)) / 9
+        pictures.embedding_map(X, np.arange(48) // 4, names, "e.png")
+        pictures.embedding_map(np.ones((1, 1)), [0], names, "one.png")
+        pictures.neighbours(rows[0], rows * 12, None, [[0.5] * 12] * 12, names, "n.png", captions=[names] * 12)
+        pictures.curves([], "c.png", title=" ".join(names))
+    """
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(pictures.__file__), "PYTHONWARNINGS": "always"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, timeout=120, capture_output=True)
+    said = [
+        line for line in done.stderr.decode().splitlines() if "lyph" in line or "font" in line or "pictures" in line
+    ]
+    assert done.returncode == 0 and said == [], done.stderr.decode()
 
 
 def incidence(labels, seed=0):
