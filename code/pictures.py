@@ -1,61 +1,201 @@
-"""Pictures of a run, each a function from plain values to a PNG file that appears whole or not at all.
+"""Pictures of a run: each function draws plain values into a PNG file, which appears whole or not at all.
 
-Figures are drawn off screen without matplotlib's pyplot: nothing is shared between calls, no window is needed.
+Figures are drawn off screen without matplotlib's pyplot: nothing is shared between calls, and no window is needed.
 """
 
-import contextlib
+import bisect
+import functools
+import importlib.util
+import io
+import itertools
 import os
-import warnings
+import re
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import checkpoint
+import matplotlib
+import metrics
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, fontManager
+from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
+from PIL import Image, ImageOps
 
-DPI = 100
+DPI = 150
 GREEN, RED, GREY = "#1a7f37", "#cf222e", "#d0d0d0"
+# Seven colours that colour-blind readers tell apart (Okabe and Ito, "Color Universal Design", 2008), all but yellow.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")
 THUMBNAIL = 128  # pixels of the longer side of a picture among the neighbours
 MOST_NAMES = 32  # class names beside an incidence matrix; of more classes every second, third, … is named
+NAME_LENGTH = 28  # characters of a class name in a plot
+CAPTION_LENGTH = 18  # characters of a file name as wide as a picture among the neighbours
 FEWEST_FOR_TSNE = 30  # t-SNE of fewer points shows nothing that PCA does not
 
+MARKS = {True: "✓ ", False: "✗ ", None: ""}
+FRAMES = {
+    True: dict(color=GREEN, linewidth=4),
+    False: dict(color=RED, linewidth=3, linestyle=(0, (2.5, 1.5))),
+    None: dict(color="#57606a", linewidth=1),
+    "query": dict(color="black", linewidth=1.5),
+}
 
-def curves(history: Sequence[dict], path: Path) -> None:
+FONTS = ["DejaVu Sans"]
+if zhplot := importlib.util.find_spec("zhplot"):  # only its font is used, for Chinese and Japanese names
+    for file in Path(zhplot.origin).parent.glob("fonts/NotoSansSC-Regular.ttf"):
+        fontManager.addfont(file)
+        FONTS.append("Noto Sans SC")
+matplotlib.rcParams["font.family"] = FONTS
+
+
+# ---------------------------------------------------------------- names
+
+
+def short_names(names: Sequence[str], length: int = NAME_LENGTH) -> list[str]:
+    """The names of one picture on one line each, at most `length` columns wide and still different where they were.
+
+    Numbers in front go if the names differ without them. A name that is too long loses the words that it shares with
+    most others, then its middle; if that makes names equal, they begin where they differ.
+    """
+    full = [legible(name).replace("_", " ") for name in names]
+    bare = [re.sub(r"^\d+[.\-\s]+(?=\S)", "", name) for name in full]
+    if all(a != b for a, b in zip(full, bare, strict=True)) and len(set(bare)) == len(set(full)):
+        full = bare
+    counts = Counter(word for name in set(full) for word in set(name.split()))
+    short = {name: _drop_shared_words(name, counts, length) for name in full}
+    for text, alike in Counter(short.values()).items():
+        if alike > 1:
+            equal = [name for name, shown in short.items() if shown == text]
+            same = max(1, len(os.path.commonprefix(equal)) - 3)
+            short |= {name: cut(f"…{name[same:]}", length) for name in equal}
+    return [short[name] for name in full]
+
+
+def _drop_shared_words(name: str, counts: Counter, length: int) -> str:
+    """LATIN CAPITAL LETTER A WITH MACRON -> LATIN CAPITAL…A WITH MACRON, the words that most names share first."""
+    words = name.split()
+    shared = sorted({word for word in words if counts[word] > 1}, key=lambda word: (-counts[word], words.index(word)))
+    while _columns(name) > length and shared:
+        drop = shared.pop(0)
+        words = ["…" if word == drop else word for word in words]
+        name = re.sub(r" ?…[… ]*", "…", " ".join(words))
+    return cut(name, length)
+
+
+def cut(text: str, length: int) -> str:
+    """A text at most `length` columns wide: what is too long loses its middle, as names often differ at their ends."""
+    if _columns(text) <= length:
+        return text
+    head, tail = _fitting(text, length // 2), _fitting(text[::-1], (length - 1) // 2)
+    return f"{text[:head]}…{text[len(text) - tail :]}"
+
+
+def _fitting(text: str, length: int) -> int:
+    """How many characters from the start of a text are at most `length` columns wide."""
+    return bisect.bisect(list(itertools.accumulate(map(_columns, text))), length)
+
+
+def _columns(text: str) -> int:
+    """Width of a text in Latin characters: Chinese ones are as wide as two."""
+    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
+
+
+def legible(text: str) -> str:
+    """A text on one line; characters that the fonts lack are spelled out, 고양이 as goyangi and a dog as (dog face)."""
+    text = " ".join(str(text).encode("utf-8", "replace").decode().split())
+    return "".join(character if ord(character) in _drawable() else _spell(character) for character in text)
+
+
+@functools.cache
+def _drawable() -> frozenset[int]:
+    """Code points that the fonts have a glyph for."""
+    return frozenset().union(*(FT2Font(findfont(FontProperties(family))).get_charmap() for family in FONTS))
+
+
+def _spell(character: str) -> str:
+    """Letters by the last word of their Unicode name, which is their sound; others by the whole name or number."""
+    name = unicodedata.name(character, "").lower()
+    if not name or "ideograph" in name:
+        return f"U+{ord(character):04X} "
+    return name.split()[-1] if unicodedata.category(character)[0] in "LMN" else f"({name})"
+
+
+def _plain(text: str) -> str:
+    """For matplotlib: a dollar sign stays one and begins no formula."""
+    return text.replace("$", r"\$")
+
+
+# ---------------------------------------------------------------- the course of a run
+
+
+def curves(history: Sequence[dict], path: Path, title: str = "", chance: float | None = None) -> None:
     """Loss, with HIST its two terms, and R@K in percent, over the epochs of a run.
 
-    history: rows as train.py keeps them, from the first on: 'phase' (untrained, warm-up or train), 'epoch', in all but
-    the untrained one 'loss', with HIST 'dist_loss', 'ce_loss', and R@K as fractions: 'R@1', …, with held-out classes
-    'val R@1'.
+    Args:
+        history: rows as train.py keeps them, from the first on: 'phase' (untrained, warm-up or train), 'epoch', in all
+            but the untrained one 'loss', with HIST 'dist_loss', 'ce_loss' and perhaps 'incidence' (off-diagonal mean
+            of H) and 'variance' (mean variance of the classes), which get axes of their own; and R@K as fractions:
+            'R@1', …, with held-out classes 'val R@1'.
+        title: which run this is.
+        chance: cross-entropy of guessing, the logarithm of the number of training classes.
     """
-    figure = Figure(figsize=(9, 7), dpi=DPI, layout="constrained")
-    loss_axes, recall_axes = figure.subplots(2, 1, sharex=True)
-    _draw_losses(loss_axes, history)
-    _draw_recalls(recall_axes, history)
-    epochs = [row["epoch"] for row in history] or [0]
-    recall_axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
-    recall_axes.set_xlabel("epoch")
-    recall_axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    hypergraph_rows = any("incidence" in row or "variance" in row for row in history)
+    heights = (1, 1, 0.5) if hypergraph_rows else (1, 1)
+    figure = Figure(figsize=(7.4, 2.7 * sum(heights)), dpi=DPI, layout="constrained")
+    all_axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    _draw_losses(all_axes[0], history, chance)
+    _draw_recalls(all_axes[1], history)
+    if hypergraph_rows:
+        _draw_classes(all_axes[2], history)
     warm = [row["epoch"] for row in history if row["phase"] == "warm-up"]
-    for axes in (loss_axes, recall_axes):
+    for axes in all_axes:
         if warm:
-            axes.axvspan(min(warm) - 0.5, max(warm) + 0.5, color="#eeeeee", zorder=0, label="warm-up")
+            label = "warm-up" if axes is all_axes[0] else None
+            axes.axvspan(min(warm) - 0.5, max(warm) + 0.5, color="#eeeeee", zorder=0, label=label)
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False)
+        beside = 1.0 if axes.get_ylabel() != "mean of H" else 1.08
+        handles, labels = axes.get_legend_handles_labels()
+        axes.legend(handles, labels, loc="upper left", bbox_to_anchor=(beside, 1.04), frameon=False, fontsize=9)
+    _name_epochs(all_axes[-1], history)
+    figure.suptitle(_plain(cut(legible(title), 90)), fontsize=11)
     _save(figure, path)
 
 
-def _draw_losses(axes, history: Sequence[dict]) -> None:
+def _name_epochs(axes, history: Sequence[dict]) -> None:
+    """Ticks at some epochs of training, and words, one line lower, at what came before."""
+    epochs = [row["epoch"] for row in history] or [0]
+    locator = MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
+    ticks = {int(t): f"{t:.0f}" for t in locator.tick_values(0, max(epochs)) if 1 <= t <= max(epochs)}
+    untrained = [row["epoch"] for row in history if row["phase"] == "untrained"]
+    warm = [row["epoch"] for row in history if row["phase"] == "warm-up"]
+    ticks |= {epoch: "\nuntrained" for epoch in untrained}
+    if warm:
+        ticks[(min(warm) + max(warm)) / 2] = "\nwarm-up"
+    axes.set_xticks(list(ticks), list(ticks.values()))
+    if warm:  # the two words are apart however close the epochs are
+        for label in axes.get_xticklabels():
+            label.set_ha({"\nuntrained": "right", "\nwarm-up": "left"}.get(label.get_text(), "center"))
+    axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
+    axes.set_xlabel("epoch")
+
+
+def _draw_losses(axes, history: Sequence[dict], chance: float | None) -> None:
     two_terms = any("ce_loss" in row for row in history)
-    lines = [("loss", r"loss = $L_D$ + $\lambda_s$ $L_{CE}$" if two_terms else "loss", "black", 2)]
+    lines = [("loss", r"$L_D$ + $\lambda_s$ $L_{CE}$" if two_terms else "loss", "black", 2)]
     if two_terms:
         lines.append(("dist_loss", "distribution loss $L_D$", "#0969da", 1.5))
         lines.append(("ce_loss", "cross-entropy $L_{CE}$", "#bc4c00", 1.5))
     for name, label, color, linewidth in lines:
         _plot(axes, history, name, 1, label=label, color=color, linewidth=linewidth)
-    axes.set_ylabel("mean over the epoch (nats)" if two_terms else "mean over the epoch")
+    if two_terms and chance is not None:
+        axes.axhline(chance, color="#bc4c00", linewidth=1, linestyle="--", label="chance: ln C")
+    axes.set_ylabel("loss (nats)" if two_terms else "loss")
     axes.set_ylim(bottom=0)
     if not any("loss" in row for row in history):
         axes.set_ylim(0, 1)
@@ -66,12 +206,14 @@ def _draw_recalls(axes, history: Sequence[dict]) -> None:
     names = list(dict.fromkeys(name for row in history for name in row if name.startswith("R@")))
     shades = colormaps["viridis"](np.linspace(0, 0.85, len(names)))
     for name, shade in reversed(list(zip(names, shades, strict=True))):  # in the legend as they lie above each other
-        _plot(axes, history, name, 100, label=name, color=shade, linewidth=2 if name == names[0] else 1.2)
+        linewidth = 2 if name == names[0] else 1.2
+        _plot(axes, history, name, 100, label=name, color=shade, linewidth=linewidth, clip_on=False)
     if any("val R@1" in row for row in history):
-        _plot(axes, history, "val R@1", 100, label="R@1 of held-out\nclasses", color=RED, linestyle="--")
+        look = {"color": RED, "linestyle": "--", "clip_on": False}
+        _plot(axes, history, "val R@1", 100, label="R@1 of held-out\nclasses", **look)
     untrained = [(row["epoch"], 100 * row[name]) for row in history if row["phase"] == "untrained" for name in names]
     if untrained:
-        hollow = {"s": 45, "marker": "s", "facecolors": "none", "edgecolors": "grey", "zorder": 3}
+        hollow = {"s": 45, "marker": "s", "facecolors": "none", "edgecolors": "grey", "zorder": 3, "clip_on": False}
         axes.scatter(*zip(*untrained, strict=True), label="untrained", **hollow)
     trained = [row for row in history if row["phase"] == "train" and "R@1" in row]
     if trained:
@@ -80,9 +222,21 @@ def _draw_recalls(axes, history: Sequence[dict]) -> None:
         star = {"s": 200, "marker": "*", "color": "#bf8700", "zorder": 5, "clip_on": False}
         axes.scatter(best["epoch"], 100 * best["R@1"], label=f"best epoch {best['epoch']}", **star)
         axes.set_title(f"R@1 {100 * best['R@1']:.2f} % in epoch {best['epoch']}, the best by {chosen_by}", fontsize=10)
-    axes.set_ylabel("R@K of the test classes (%)")
-    axes.set_ylim(0, 101)  # a line at 100 stays whole
-    axes.set_yticks(range(0, 101, 10))
+    axes.set_ylabel("R@K, test (%)")
+    axes.set_ylim(0, 102)  # a line at 100 stays whole
+    axes.set_yticks(range(0, 101, 20))
+
+
+def _draw_classes(axes, history: Sequence[dict]) -> None:
+    """How far samples belong to other classes' hyperedges, and how wide the classes are, each on its own scale."""
+    right = axes.twinx()
+    variance = dict(color=COLOURS[1], linestyle="--")
+    _plot(axes, history, "incidence", 1, label="membership in other\nclasses' hyperedges", color=COLOURS[0])
+    _plot(right, history, "variance", 1, **variance)
+    axes.plot([], [], label="mean class variance\n(scale on the right)", **variance)
+    axes.set_ylabel("mean of H", color=COLOURS[0])
+    axes.set_ylim(0, 1)
+    right.tick_params(axis="y", colors=COLOURS[1])
 
 
 def _plot(axes, history: Sequence[dict], name: str, scale: float, **look) -> None:
@@ -93,8 +247,48 @@ def _plot(axes, history: Sequence[dict], name: str, scale: float, **look) -> Non
     axes.plot([row["epoch"] for row in rows], values, marker=marker, markersize=3.5, **look)
 
 
+# ---------------------------------------------------------------- a search
+
+
+def search(
+    folder: Path,
+    per_query: dict[str, np.ndarray],
+    query,
+    query_images,
+    gallery,
+    gallery_images,
+    own: bool = False,
+) -> None:
+    """neighbours.png and embedding.png of one search in folder.
+
+    Args:
+        per_query: {'R@1': (Q,), …}, how well each query went.
+        query, gallery: inference.Embedded; gallery None where the queries search among themselves.
+        query_images, gallery_images: the dataset.ImageList each was made of.
+        own: they are the user's own pictures, which are turned as their EXIF orientation says.
+    """
+    recalls = [values for name, values in per_query.items() if name.startswith("R@")]
+    worst, others = choose_queries(np.mean(recalls, axis=0), 4, 4, seed=0)
+    chosen = np.concatenate([worst, others])
+    targets, images = (query, query_images) if gallery is None else (gallery, gallery_images)
+    itself = query.rows.new_tensor(chosen) if gallery is None else None
+    found, similarities = metrics.nearest(query.embeddings[chosen], targets.embeddings, 8, itself)
+    labels = query.labels[chosen]
+    names = short_names([query_images.class_names[label] for label in labels], 80)
+    neighbours(
+        [query_images.root / query_images.paths[query.rows[q]] for q in chosen],
+        [[images.root / images.paths[targets.rows[n]] for n in row] for row in found],
+        (targets.labels[found] == labels[:, None]).tolist(),
+        similarities.tolist(),
+        [f"{'worst' if n < len(worst) else 'random'} query: {name}" for n, name in enumerate(names)],
+        folder / "neighbours.png",
+        own=own,
+    )
+    embedding_map(query.embeddings.numpy(), query.labels.numpy(), query_images.class_names, folder / "embedding.png")
+
+
 def choose_queries(scores: np.ndarray, count_worst: int, count_random: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Queries worth a look: (indices of the worst, worst first; indices of random others), each in no other.
+    """Queries worth a look: (indices of the worst, worst first; indices of random others), none in both.
 
     scores (Q,): how well each query went, more is better, NaN for queries that do not count. The seed decides between
     equal scores and draws the random ones; the same arguments give the same choice. There may be fewer than asked for.
@@ -111,10 +305,12 @@ def neighbours(
     query_paths: Sequence[Path | str],
     neighbour_paths: Sequence[Sequence[Path | str]],
     neighbour_right: Sequence[Sequence[bool]] | None,
-    values: Sequence[Sequence[float]],
+    similarities: Sequence[Sequence[float]],
     titles: Sequence[str],
     path: Path,
-    value_name: str = "cosine similarity",
+    *,
+    captions: Sequence[Sequence[str]] | None = None,
+    own: bool = False,
 ) -> None:
     """One row per query: the image, then its nearest ones, the right ones in a green frame, the others in red dashes.
 
@@ -122,68 +318,68 @@ def neighbours(
         query_paths: Q image files.
         neighbour_paths: for each query the files of its nearest images, nearest first; as many as there are.
         neighbour_right: whether each of these is of the query's class; None where classes are not known.
-        values: how similar or far each is, written below it.
+        similarities: cosine similarity of each to the query, written below it.
         titles: a line of text above each row.
-        value_name: what the values are.
+        captions: a name for each nearest image, written below its similarity.
+        own: they are the user's own pictures, which are turned as their EXIF orientation says.
 
     An image that cannot be read becomes a grey square that says so. Raises ValueError where the lengths differ.
     """
     right = [[None] * len(row) for row in neighbour_paths] if neighbour_right is None else neighbour_right
-    parts = (query_paths, neighbour_paths, right, values, titles)
-    if len({len(part) for part in parts}) != 1 or any(
-        not len(a) == len(b) == len(c) for a, b, c in zip(*parts[1:4], strict=True)
-    ):
-        raise ValueError("neighbours: paths, right and values need the same shape, and one title per query")
+    below = [[""] * len(row) for row in neighbour_paths] if captions is None else captions
+    rows = (neighbour_paths, right, similarities, below)
+    parts = (query_paths, titles, *rows)
+    if len(set(map(len, parts))) != 1 or any(len(set(map(len, row))) != 1 for row in zip(*rows, strict=True)):
+        raise ValueError("neighbours: all rows need the same shape, and each query a title")
     if not len(query_paths):
         raise ValueError("neighbours: there is no query to draw")
 
-    # Everything stands in one coordinate system whose unit is the side of a picture.
-    step, first, row_height = 1.08, 1.3, 1.62
-    width = max(6.5, first + step * max(len(row) for row in neighbour_paths))
-    height = row_height * len(query_paths) + 0.55
-    inches = 1.25
-    figure = Figure(figsize=((width + 0.08) * inches, height * inches), dpi=DPI)
+    # Everything stands in one coordinate system whose unit, an inch, is the side of a picture.
+    step, first, row_height = 1.08, 1.3, 1.66 if captions is None else 1.78
+    width = max(7.2, first + step * max(len(row) for row in neighbour_paths))
+    height = row_height * len(query_paths) + 0.5
+    figure = Figure(figsize=(width + 0.08, height), dpi=125)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(-0.08, width), ylim=(height, 0))
     axes.set_axis_off()
-    looks = {
-        True: dict(color=GREEN, linewidth=4),
-        False: dict(color=RED, linewidth=3, linestyle=(0, (2.5, 1.5))),
-        None: dict(color="#57606a", linewidth=1),
-    }
-    legend = [("query", 0.0, dict(color="black", linewidth=1.5))]
-    if neighbour_right is None:
-        legend.append(("nearest images", first, looks[None]))
-    else:
-        legend += [("✓ same class", first, looks[True]), ("✗ another class", first + 1.5, looks[False])]
-    for text, x, look in legend:
-        axes.add_patch(Rectangle((x, 0.12), 0.17, 0.17, fill=False, **look))
-        axes.text(x + 0.26, 0.21, text, va="center", fontsize=10)
-    axes.text(first + 3.2, 0.21, f"below: {value_name}", va="center", fontsize=10)
-
-    marks = {True: "✓ ", False: "✗ ", None: ""}
-    for number, (query, found, is_right, shown, title) in enumerate(zip(*parts, strict=True)):
+    _draw_frame_legend(axes, first, known=neighbour_right is not None)
+    digits = _digits(similarities)
+    for number, (query, title, *found) in enumerate(zip(*parts, strict=True)):
         top = 0.5 + number * row_height
-        axes.text(0, top + 0.11, _short(title, int(width * 13)), va="center", fontsize=10, weight="bold")
-        _draw_image(axes, query, 0.0, top + 0.25, dict(color="black", linewidth=1.5))
-        for place, (file, known, value) in enumerate(zip(found, is_right, shown, strict=True)):
-            x, known = first + place * step, None if known is None else bool(known)
-            _draw_image(axes, file, x, top + 0.25, looks[known])
-            axes.text(
-                x + 0.5,
-                top + 1.37,
-                f"{marks[known]}{value:.4f}",
-                ha="center",
-                va="center",
-                fontsize=10,
-                color=looks[known]["color"],
-            )
+        axes.text(0, top + 0.11, _plain(cut(legible(title), int(width * 11))), va="center", fontsize=11)
+        _draw_image(axes, query, 0.0, top + 0.26, FRAMES["query"], own)
+        for place, (file, is_right, similarity, caption) in enumerate(zip(*found, strict=True)):
+            x, known = first + place * step, None if is_right is None else bool(is_right)
+            _draw_image(axes, file, x, top + 0.26, FRAMES[known], own)
+            text = dict(ha="center", va="center", color=FRAMES[known]["color"])
+            axes.text(x + 0.5, top + 1.39, f"{MARKS[known]}{similarity:.{digits}f}", fontsize=10, **text)
+            caption = _plain(cut(legible(caption), CAPTION_LENGTH))
+            axes.text(x + 0.5, top + 1.54, caption, fontsize=6.5, family=["DejaVu Sans Mono", *FONTS], **text)
     _save(figure, path)
 
 
-def _draw_image(axes, file: Path | str, x: float, y: float, frame: dict) -> None:
+def _draw_frame_legend(axes, first: float, known: bool) -> None:
+    """What the frames and numbers mean, above the rows; first is where the nearest images begin."""
+    legend = [("query", 0.0, FRAMES["query"])]
+    if known:
+        legend += [("✓ same class", first, FRAMES[True]), ("✗ another class", first + 1.7, FRAMES[False])]
+    else:
+        legend.append(("nearest images", first, FRAMES[None]))
+    for text, x, look in legend:
+        axes.add_patch(Rectangle((x, 0.12), 0.17, 0.17, fill=False, **look))
+        axes.text(x + 0.28, 0.21, text, va="center", fontsize=10)
+    axes.text(first + 3.7, 0.21, "number: cosine similarity", va="center", fontsize=10)
+
+
+def _digits(rows: Sequence[Sequence[float]]) -> int:
+    """Decimals that tell neighbouring values apart: at least 3, at most the 7 that float32 has."""
+    pairs = [(a, b) for row in rows for a, b in itertools.pairwise(row) if a != b]
+    return next((n for n in range(3, 7) if all(f"{a:.{n}f}" != f"{b:.{n}f}" for a, b in pairs)), 7)
+
+
+def _draw_image(axes, file: Path | str, x: float, y: float, frame: dict, own: bool) -> None:
     """The image in the unit square whose upper left corner is (x, y), in its proportions, and a frame around it."""
-    pixels = read_thumbnail(file)
+    pixels = read_thumbnail(file, own=own)
     if pixels is None:
         axes.add_patch(Rectangle((x, y), 1, 1, color=GREY))
         axes.text(x + 0.5, y + 0.5, "cannot\nbe read", ha="center", va="center", fontsize=9)
@@ -195,48 +391,31 @@ def _draw_image(axes, file: Path | str, x: float, y: float, frame: dict) -> None
     axes.add_patch(Rectangle((x, y), 1, 1, fill=False, zorder=3, **frame))
 
 
-def read_thumbnail(file: Path | str, side: int = THUMBNAIL) -> np.ndarray | None:
-    """(H, W, 3) bytes, the longer side at most that many pixels; None if the file holds no image."""
+def read_thumbnail(file: Path | str, side: int = THUMBNAIL, own: bool = False) -> np.ndarray | None:
+    """(H, W, 3) bytes, the longer side at most that many pixels; None if the file holds no image.
+
+    own: the user's own picture, which is turned as its EXIF orientation says.
+    """
     try:
-        with Image.open(file) as image:
-            image.draft("RGB", (2 * side, 2 * side))  # large JPEGs: decode no more than needed
-            if image.mode.startswith("I"):  # 16 bit: Pillow would clip to 255 instead of scaling
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-            image = image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
+        image = _decode(file, side, own)
         image.thumbnail((side, side))
         return np.asarray(image)
     except Exception:  # what Pillow raises depends on where the file is broken
         return None
 
 
-def search(
-    folder: Path, per_query: dict[str, np.ndarray], query, query_images, gallery, gallery_images, nearest
-) -> None:
-    """neighbours.png and embedding.png of one search in folder.
+def _decode(file: Path | str, side: int, own: bool) -> Image.Image:
+    """RGB, not much smaller than side."""
+    with Image.open(file) as image:
+        image.draft("RGB", (2 * side, 2 * side))  # large JPEGs: decode no more than needed
+        if own:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bit: Pillow would clip to 255 instead of scaling
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+        return image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
 
-    Args:
-        per_query: {'R@1': (Q,), …}, how well each query went.
-        query, gallery: inference.Embedded; gallery None where the queries search among themselves.
-        query_images, gallery_images: the dataset.ImageList each was made of.
-        nearest: metrics.nearest.
-    """
-    recalls = [values for name, values in per_query.items() if name.startswith("R@")]
-    worst, others = choose_queries(np.mean(recalls, axis=0), 4, 4, seed=0)
-    chosen = np.concatenate([worst, others])
-    targets, images = (query, query_images) if gallery is None else (gallery, gallery_images)
-    itself = query.rows.new_tensor(chosen) if gallery is None else None
-    found, similarities = nearest(query.embeddings[chosen], targets.embeddings, 8, itself)
-    labels = query.labels[chosen]
-    names = query_images.class_names
-    neighbours(
-        [query_images.root / query_images.paths[query.rows[q]] for q in chosen],
-        [[images.root / images.paths[targets.rows[n]] for n in row] for row in found],
-        (targets.labels[found] == labels[:, None]).tolist(),
-        similarities.tolist(),
-        [f"{'worst' if n < len(worst) else 'random'} query: {names[label]}" for n, label in enumerate(labels.tolist())],
-        folder / "neighbours.png",
-    )
-    embedding_map(query.embeddings.numpy(), query.labels.numpy(), names, folder / "embedding.png")
+
+# ---------------------------------------------------------------- a batch
 
 
 def hypergraph(H: np.ndarray, labels: np.ndarray, class_names: Sequence[str], path: Path) -> None:
@@ -249,28 +428,32 @@ def hypergraph(H: np.ndarray, labels: np.ndarray, class_names: Sequence[str], pa
     classes, sizes = np.unique(labels, return_counts=True)
     if H.shape != (len(labels), len(classes)) or not len(labels):
         raise ValueError(f"hypergraph: H must be {(len(labels), len(classes))} for these labels, got {H.shape}")
-    figure = Figure(figsize=(11, 9.5), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(7.4, 6), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(
         H[np.argsort(labels, kind="stable")], vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest"
     )
-    figure.colorbar(image, label="membership H (1: the sample's own class, else exp(−α d²))", shrink=0.6, pad=0.02)
+    figure.colorbar(image, label="membership H (own class: 1, else exp(−α d²))", pad=0.02)
 
     every = -(-len(classes) // MOST_NAMES)
     named = np.arange(0, len(classes), every)
-    names = [_short(class_names[classes[column]], 30) for column in named]
+    names = short_names([class_names[label] for label in classes[named]])
     ends = np.cumsum(sizes)  # of the rows of each class
-    size = 8 if len(named) <= 20 else 7
-    axes.set_xticks(named, names, rotation=90, fontsize=size)
-    axes.set_yticks((ends - (sizes + 1) / 2)[named], names, fontsize=size)
+    axes.set_yticks((ends - (sizes + 1) / 2)[named], [_plain(name) for name in names], fontsize=8)
+    axes.set_xticks([])
     if len(classes) <= 2 * MOST_NAMES:  # of more, the lines would hide what they divide
         axes.hlines(ends[:-1] - 0.5, -0.5, len(classes) - 0.5, color="white", linewidth=0.6)
         axes.vlines(np.arange(len(classes) - 1) + 0.5, -0.5, len(labels) - 0.5, color="white", linewidth=0.6)
-    thinned = "" if every == 1 else f"; one class of {every} is named"
-    axes.set_xlabel(f"hyperedges: {len(classes)} classes in the batch")
+    thinned = "" if every == 1 else f", one class in {every} named"
+    axes.set_xlabel(f"hyperedges of the {len(classes)} classes, in the same order")
     axes.set_ylabel(f"{len(labels)} samples, grouped by class{thinned}")
-    axes.set_title("Incidence matrix of one batch")
+    others = H[labels[:, None] != classes]
+    mean = f"\nmembership in other classes' hyperedges: {others.mean():.3f} on average" if others.size else ""
+    axes.set_title(f"Incidence matrix H of one batch{mean}", fontsize=11)
     _save(figure, path)
+
+
+# ---------------------------------------------------------------- embeddings on a plane
 
 
 def embedding_map(
@@ -305,26 +488,43 @@ def embedding_map(
     X /= np.linalg.norm(X, axis=1, keepdims=True).clip(min=1e-12)
 
     plane, method_name, axis_names = _project(X, method, seed)
-    columns = -(-len(chosen) // 24)
-    figure = Figure(figsize=(9 + 2.3 * columns, 8), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(7.4, 6.4), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    for number, label in enumerate(chosen):
-        mine = labels[points] == label
-        axes.scatter(
-            *plane[mine].T,
-            s=np.clip(4000 / len(points), 14, 60),
-            marker="os^Dv"[number // 10 % 5],
-            color=colormaps["tab10"](number % 10),
-            alpha=0.8,
-            linewidths=0,
-            label=_short(class_names[label], 30),
-        )
+    members = [labels[points] == label for label in chosen]
+    size = np.clip(12000 / len(points), 10, 60)
+    for number, mine in enumerate(members):
+        look = dict(marker="os^Dv"[number // len(COLOURS) % 5], color=COLOURS[number % len(COLOURS)])
+        axes.scatter(*plane[mine].T, s=size, alpha=0.8, edgecolors="white", linewidths=0.4, **look)
     axes.set(xlabel=axis_names[0], ylabel=axis_names[1], xticks=[], yticks=[])
     axes.set_aspect("equal", adjustable="datalim")
     of_how_many = f"{len(points):,} of {len(labels):,} images, {len(chosen):,} of {len(classes):,} classes"
-    axes.set_title(f"{method_name} of {of_how_many}")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.01), frameon=False, fontsize=8, ncols=columns, markerscale=1.3)
+    axes.set_title(f"{method_name} of {of_how_many}", fontsize=11)
+    names = short_names([class_names[label] for label in chosen])
+    _name_clusters(figure, axes, [plane[mine] for mine in members], names)
     _save(figure, path)
+
+
+def _name_clusters(figure: Figure, axes, clusters: Sequence[np.ndarray], names: Sequence[str]) -> None:
+    """A name above the middle of each cluster (n, 2); where another name is, farther up or down and with a line."""
+    figure.draw_without_rendering()  # lays the figure out, so that the extents of texts are known
+    axes.autoscale(False)
+    frame, outline, taken = axes.get_window_extent(), [withStroke(linewidth=2, foreground="white")], []
+    for cluster, name in zip(clusters, names, strict=True):
+        middle, above = np.median(cluster, axis=0), np.quantile(cluster[:, 1], 0.75)
+        look = dict(ha="center", va="center", fontsize=8, path_effects=outline, zorder=4, in_layout=False)
+        text = axes.text(middle[0], above, _plain(name), **look)
+        box = text.get_window_extent()
+        aside = max(0, frame.x0 + 4 - box.x0) - max(0, box.x1 + 4 - frame.x1)
+        for offset in box.height * (1.2 + 0.6 * np.array(sorted(range(-30, 31), key=abs))):
+            moved = box.translated(aside, offset)
+            inside = frame.y0 < moved.y0 and moved.y1 < frame.y1
+            if inside and not any(moved.overlaps(other) for other in taken):
+                break
+        taken.append(moved)
+        center = (moved.x0 + moved.x1) / 2, (moved.y0 + moved.y1) / 2
+        text.set_position(axes.transData.inverted().transform(center))
+        if abs(offset) > 2 * box.height:
+            axes.plot(*zip(middle, text.get_position(), strict=True), color="#4d4d4d", linewidth=0.7, zorder=3)
 
 
 def _choose_points(labels, classes, sizes, seed, max_points, max_classes) -> tuple[np.ndarray, np.ndarray]:
@@ -350,7 +550,7 @@ def _project(X: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, str, li
     from threadpoolctl import threadpool_limits
 
     start = (plane / spread * 1e-4).astype(np.float32)
-    # Its threads wait for each other in busy loops: beside loaders at work, one thread alone is several times faster.
+    # Its threads wait for each other in busy loops: beside loaders at work, a single thread is several times faster.
     with threadpool_limits(1):
         perplexity = min(30, (len(X) - 1) / 3)
         plane = TSNE(perplexity=perplexity, init=start, random_state=seed).fit_transform(X.astype(np.float32))
@@ -359,30 +559,16 @@ def _project(X: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, str, li
 
 def _principal_components(X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """X (n, D) -> its first two principal components (n, 2), and the shares of the variance that they hold (2,)."""
-    U, S, _ = np.linalg.svd(X - X.mean(axis=0), full_matrices=False)
-    S = np.pad(S, (0, max(0, 2 - len(S))))  # a single point or dimension has no second one
-    U = np.pad(U, ((0, 0), (0, max(0, 2 - U.shape[1]))))
-    return U[:, :2] * S[:2], S[:2] ** 2 / max((S**2).sum(), 1e-30)
+    from sklearn.decomposition import PCA  # slow to import
 
-
-def _short(text: str, length: int) -> str:
-    """A name on one line, shortened in its middle; a dollar sign stays one and begins no formula."""
-    text = " ".join(str(text).encode("utf-8", "replace").decode().split())
-    if len(text) > length:
-        tail = (length - 1) // 2  # names often differ at their ends only
-        text = text[: length - 1 - tail] + "…" + text[-tail:]
-    return text.replace("$", r"\$")
+    with np.errstate(all="ignore"):  # points that are all equal have no variance to share
+        pca = PCA(min(2, *X.shape), svd_solver="full").fit(X)
+        plane, shares = pca.transform(X), np.nan_to_num(pca.explained_variance_ratio_)
+    missing = 2 - len(shares)  # a single point or dimension has no second one
+    return np.pad(plane, ((0, 0), (0, missing))), np.pad(shares, (0, missing))
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Write a PNG under a temporary name in the same folder, then rename it: nobody ever sees half a picture."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph")  # a class name in a script that the font lacks
-            figure.savefig(temporary, format="png", metadata={"Software": None})
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+    content = io.BytesIO()
+    figure.savefig(content, format="png", metadata={"Software": None})
+    checkpoint.write(lambda file: file.write(content.getbuffer()), path)

@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 
+import inference
 import numpy as np
 import pictures
 import pytest
+import torch
 from PIL import Image
 from trees import picture
 
@@ -46,7 +48,7 @@ def test_curves(tmp_path, trained, warm):
     path = tmp_path / "curves.png"
     pictures.curves(history(trained, warm), path)
     pixels = read(path)
-    assert pixels.shape == (700, 900, 3)
+    assert pixels.shape == (810, 1110, 3)
     assert share(pixels, "#0969da") > 1e-4 and share(pixels, "#bc4c00") > 1e-4  # both terms, in the plot or its legend
     assert share(pixels, "#bf8700") > 2e-4  # the star on the best epoch
     assert (share(pixels, "#eeeeee", 0) > 1e-3) == (warm > 0)
@@ -65,6 +67,71 @@ def test_curves_of_other_histories_differ_and_of_the_same_do_not(tmp_path):
         pictures.curves(history(trained), tmp_path / f"{name}.png")
     a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
     assert a == b != c
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, instead of files."""
+    drawn = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: drawn.append(figure))
+    return drawn
+
+
+@pytest.mark.parametrize(
+    "trained, warm, expected",
+    [
+        (12, 0, {0: "untrained", 2: "2", 12: "12"}),
+        (12, 1, {-1: "untrained", 0: "warm-up", 2: "2", 12: "12"}),
+        (60, 3, {-3: "untrained", -1: "warm-up", 10: "10", 60: "60"}),
+        (0, 2, {-2: "untrained", -0.5: "warm-up"}),
+        (1, 0, {0: "untrained", 1: "1"}),
+    ],
+)
+def test_curves_name_what_came_before_the_first_epoch(figures, trained, warm, expected):
+    pictures.curves(history(trained, warm), "c.png")
+    axes = figures[0].axes[-1]
+    ticks = {place: label.get_text().strip() for place, label in zip(axes.get_xticks(), axes.get_xticklabels())}  # noqa: B905
+    assert ticks.items() >= expected.items() and min(ticks) == -warm
+    figures[0].canvas.draw()
+    boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_curves_say_which_run_and_what_chance_is(figures):
+    pictures.curves(history(3), "c.png", title="glyphs/run_1 $x_{", chance=4.6)
+    figures[0].canvas.draw()
+    assert figures[0].get_suptitle() == r"glyphs/run_1 \$x_{"
+    line = figures[0].axes[0].lines[-1]
+    assert line.get_label() == "chance: ln C" and line.get_linestyle() == "--" and set(line.get_ydata()) == {4.6}
+    other = [{name: row[name] for name in row if name not in ("dist_loss", "ce_loss")} for row in history(3)]
+    pictures.curves(other, "c.png", chance=4.6)  # of another loss it says nothing
+    assert len(figures[1].axes[0].lines) == 1
+
+
+def test_curves_at_100_percent_are_not_cut(figures):
+    rows = [{"phase": "train", "epoch": epoch, "R@1": 1.0, "val R@1": 1.0} for epoch in (1, 2)]
+    pictures.curves(rows, "c.png")
+    axes = figures[0].axes[1]
+    lines = [line for line in axes.lines if len(line.get_ydata())]
+    assert len(lines) == 2 and not any(line.get_clip_on() for line in lines)
+    assert axes.get_ylim()[1] > 100
+
+
+@pytest.mark.parametrize("names", [("incidence", "variance"), ("incidence",), ("variance",)])
+def test_curves_of_the_hypergraph_are_there_if_the_rows_have_them(figures, names):
+    rows = history(4)
+    pictures.curves(rows, "c.png")
+    assert len(figures[0].axes) == 2
+    for row in rows[2:]:  # a resumed run: its first rows are older
+        row |= {"incidence": 0.4, "variance": 1.25}
+        for name in {"incidence", "variance"} - set(names):
+            del row[name]
+    pictures.curves(rows, "c.png")
+    left, right = figures[1].axes[2:]
+    figures[1].canvas.draw()
+    values = [value for axes in (left, right) for line in axes.lines for value in line.get_ydata()]
+    assert set(values) == {{"incidence": 0.4, "variance": 1.25}[name] for name in names}
+    assert "membership in other\nclasses' hyperedges" in [text.get_text() for text in left.get_legend().get_texts()]
 
 
 def test_chosen_queries_are_the_worst_and_random_others():
@@ -137,6 +204,106 @@ def test_neighbours_of_different_number(tmp_path, images):
         pictures.neighbours([], [], [], [], [], path)
 
 
+def shown(figure):
+    """What is written in a figure."""
+    return [text.get_text() for text in figure.axes[0].texts]
+
+
+def test_neighbours_tell_saturated_similarities_apart(figures, images):
+    for row in ([0.9, 0.8, 0.8], [0.99999, 0.99998], [0.9999999, 0.9999998], [1.0, 1 - 1e-12], [0.5]):
+        pictures.neighbours(images[:1], [images[: len(row)]], None, [row], ["query"], "n.png")
+    values = [[text for text in shown(figure) if text[:2] in ("0.", "1.")] for figure in figures]
+    assert values[:3] == [["0.900", "0.800", "0.800"], ["0.99999", "0.99998"], ["0.9999999", "0.9999998"]]
+    assert values[3:] == [["1.0000000", "1.0000000"], ["0.500"]]
+
+
+def test_neighbours_captions_do_not_overlap(figures, images):
+    captions = ["W" * 60 + ".jpg", "猫" * 40 + ".jpg", "short $.png", "عصفور" * 9]
+    pictures.neighbours(images[:1], [images[:4]], None, [[0.5] * 4], ["query"], "n.png", captions=[captions])
+    figures[0].canvas.draw()
+    texts = [text for text in figures[0].axes[0].texts if text.get_fontsize() == 6.5]
+    assert len(texts) == 4 and all("…" in text.get_text() for text in texts[:2])
+    assert texts[0].get_text().endswith("W.jpg") and texts[2].get_text() == r"short \$.png"
+    boxes = [text.get_window_extent() for text in texts]
+    assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:]))  # noqa: B905
+    with pytest.raises(ValueError, match="same shape"):
+        pictures.neighbours(images[:1], [images[:2]], None, [[0.5, 0.5]], ["query"], "n.png", captions=[["one"]])
+
+
+def test_only_own_pictures_are_turned(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: turn by 90 degrees
+    Image.new("RGB", (60, 20), "red").save(tmp_path / "turned.jpg", exif=exif)
+    assert pictures.read_thumbnail(tmp_path / "turned.jpg").shape == (20, 60, 3)
+    assert pictures.read_thumbnail(tmp_path / "turned.jpg", own=True).shape == (60, 20, 3)
+
+
+@pytest.mark.parametrize("gallery", [False, True])
+def test_search_draws_the_nearest_of_each_query(tmp_path, images, gallery):
+    class Images:
+        root, paths, class_names = images[0].parent, [path.name for path in images] * 5, ["001.one", "002.two"]
+
+    labels = torch.arange(45) % 2
+    embeddings = torch.nn.functional.one_hot(labels, 8) + 0.1 * torch.rand(45, 8)
+    query = inference.Embedded(embeddings, labels, torch.arange(45))
+    others = (query, Images) if gallery else (None, None)
+    pictures.search(tmp_path, {"R@1": np.linspace(0, 1, 45)}, query, Images, *others)
+    assert share(read(tmp_path / "neighbours.png"), pictures.GREEN) > 0.002
+    assert read(tmp_path / "embedding.png").shape == (960, 1110, 3)
+
+
+def test_short_names_keep_what_tells_them_apart():
+    names = ["017.LATIN_CAPITAL_LETTER_A_WITH_MACRON", "018.LATIN_CAPITAL_LETTER_A_WITH_BREVE", "019.LATIN_LETTER_B"]
+    assert pictures.short_names(names, 24) == ["…CAPITAL…A WITH MACRON", "…CAPITAL…A WITH BREVE", "LATIN LETTER B"]
+    assert pictures.short_names(names, 60)[0] == "LATIN CAPITAL LETTER A WITH MACRON"
+    assert pictures.short_names(["1.cat", "2.cat"]) == ["1.cat", "2.cat"]  # only their numbers differ
+    assert pictures.short_names(["1.cat", "cat 2"]) == ["1.cat", "cat 2"]
+    assert pictures.short_names(["007", "008"]) == ["007", "008"]
+    assert pictures.short_names(["same", "same", ""]) == ["same", "same", ""]
+    assert pictures.short_names([]) == []
+
+
+@pytest.mark.parametrize("count", [2, 12, 2000])
+@pytest.mark.parametrize("pattern", ["{:05d}", "{:05d}.bird", "a_bird_from_" * 9 + "{}", "{}" + "x" * 99,
+                                     "x" * 99 + "{}" + "x" * 99, "猫" * 30 + "{}" + "猫" * 30])  # fmt: skip
+def test_short_names_fit_and_differ(count, pattern):
+    short = pictures.short_names([pattern.format(number) for number in range(count)])
+    assert len(set(short)) == count
+    assert max(pictures._columns(name) for name in short) <= pictures.NAME_LENGTH
+
+
+INTERNATIONAL = ["鸟类", "鳥類", "日本語の猫", "고양이", "عصفور", "🐶", "हिन्दी", "ไทย", "Ä $5 $x_{"]
+INTERNATIONAL += ["\ud800", "\U00020000", "a\nb\x07"]
+
+
+def test_names_in_other_scripts_are_drawn_or_spelled_out():
+    drawn = ["鸟类", "鳥類", "日本語の猫", "عصفور", "Ä $5 $x_{"]
+    assert [pictures.legible(name) for name in drawn] == drawn
+    assert pictures.legible("고양이 🐶") == "goyangi (dog face)"
+    for name in INTERNATIONAL:
+        text = pictures.legible(name)
+        assert text and {ord(character) for character in text} <= pictures._drawable()
+
+
+def test_no_name_sets_off_a_warning(tmp_path, images):
+    code = f"""if True:
+        import numpy as np, pictures
+        names, rows = {INTERNATIONAL!r}, [[{str(images[0])!r}] * 12]
+        pictures.hypergraph(np.eye(12), np.arange(12), names, "h.png")
+        X = np.repeat(np.eye(12), 4, axis=0) + np.random.default_rng(0).normal(size=(48, 12)) / 9
+        pictures.embedding_map(X, np.arange(48) // 4, names, "e.png")
+        pictures.embedding_map(np.ones((1, 1)), [0], names, "one.png")
+        pictures.neighbours(rows[0], rows * 12, None, [[0.5] * 12] * 12, names, "n.png", captions=[names] * 12)
+        pictures.curves([], "c.png", title=" ".join(names))
+    """
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(pictures.__file__), "PYTHONWARNINGS": "always"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, timeout=120, capture_output=True)
+    said = [
+        line for line in done.stderr.decode().splitlines() if "lyph" in line or "font" in line or "pictures" in line
+    ]
+    assert done.returncode == 0 and said == [], done.stderr.decode()
+
+
 def incidence(labels, seed=0):
     """A plausible H of a batch."""
     classes = np.unique(labels)
@@ -151,7 +318,7 @@ def test_hypergraph(tmp_path, batch, classes):
     names = [f"{c:05d}.A_rather_long_name_of_a_class_$" for c in range(classes)]
     pictures.hypergraph(incidence(labels), labels, names, tmp_path / "h.png")
     pixels = read(tmp_path / "h.png")
-    assert pixels.shape == (950, 1100, 3)
+    assert pixels.shape == (900, 1110, 3)
     assert share(pixels, "#fde725") > 0.0005  # membership 1
     assert share(pixels, "#ffffff", 0) < 0.8
 
@@ -168,6 +335,23 @@ def test_hypergraph_groups_the_samples_by_class(tmp_path):
     assert not (tmp_path / "wrong.png").exists()
 
 
+def test_hypergraph_says_how_far_samples_belong_to_other_classes(figures):
+    labels = np.array([3, 1, 1])
+    pictures.hypergraph(np.array([[0.5, 1], [1, 0.25], [1, 0.75]]), labels, list("abcd"), "h.png")
+    pictures.hypergraph(np.ones((2, 1)), np.array([1, 1]), list("abcd"), "h.png")
+    assert "other classes' hyperedges: 0.500 on average" in figures[0].axes[0].get_title()
+    assert "average" not in figures[1].axes[0].get_title()  # there is no other class
+
+
+def test_colour_bar_has_no_bands(tmp_path):
+    pictures.hypergraph(np.ones((2, 1)), np.array([0, 0]), ["one"], tmp_path / "h.png")
+    pixels = read(tmp_path / "h.png")
+    columns = [np.unique(pixels[:, x], axis=0) for x in range(pixels.shape[1] // 2, pixels.shape[1])]
+    bar = max(range(len(columns)), key=lambda x: len(columns[x])) + pixels.shape[1] // 2
+    assert len(np.unique(pixels[:, bar], axis=0)) >= 250  # all shades of viridis
+    assert np.abs(np.diff(pixels[90:840, bar], axis=0)).max() < 12
+
+
 def clusters(classes, per_class, dimensions=16):
     random = np.random.default_rng(0)
     labels = np.repeat(np.arange(classes), per_class)
@@ -181,17 +365,16 @@ def test_embedding_map(tmp_path, classes, per_class):
     embeddings, labels, names = clusters(classes, per_class)
     pictures.embedding_map(embeddings, labels, names, tmp_path / "map.png", max_points=150)
     pixels = read(tmp_path / "map.png")
-    assert pixels.shape == (800, 1130, 3)
+    assert pixels.shape == (960, 1110, 3)
     assert 0.001 < (pixels.max(axis=2) - pixels.min(axis=2) > 60).mean() < 0.2  # coloured points
 
 
-def test_embedding_map_says_of_how_many_and_by_which_method(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(pictures, "_save", lambda figure, path: figures.append(figure.axes[0]))
+def test_embedding_map_says_of_how_many_and_by_which_method(tmp_path, figures):
     embeddings, labels, names = clusters(300, 4)
     for method in ("tsne", "pca"):
         pictures.embedding_map(embeddings, labels, names, tmp_path / "map.png", method, max_classes=8)
     pictures.embedding_map(embeddings[:8], labels[:8], names, tmp_path / "map.png")
+    figures = [figure.axes[0] for figure in figures]
     titles = [axes.get_title() for axes in figures]
     assert titles == [
         "t-SNE of 32 of 1,200 images, 8 of 300 classes",
@@ -199,7 +382,21 @@ def test_embedding_map_says_of_how_many_and_by_which_method(tmp_path, monkeypatc
         "PCA of 8 of 8 images, 2 of 2 classes",
     ]
     assert "of the variance" in figures[1].get_xlabel()
-    assert len(figures[0].get_legend().get_texts()) == 8
+    assert len(figures[0].texts) == 8
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_embedding_map_names_clusters_without_overlap(figures, together):
+    embeddings, labels, _ = clusters(20, 10)
+    embeddings = np.ones_like(embeddings) if together else embeddings
+    names = [f"{n:03d}.a_rather_long_name_of_class_{n}" for n in range(20)]
+    pictures.embedding_map(embeddings, labels, names, "map.png")
+    figures[0].canvas.draw()
+    texts, frame = figures[0].axes[0].texts, figures[0].axes[0].get_window_extent()
+    boxes = [text.get_window_extent() for text in texts]
+    assert len({text.get_text() for text in texts}) == 20
+    assert all(frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1 for box in boxes)
+    assert not any(a.padded(-1).overlaps(b.padded(-1)) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
 @pytest.mark.parametrize("most, expected", [(2000, (20, 400)), (50, (2, 40)), (15, (1, 15))])
@@ -211,21 +408,20 @@ def test_embedding_map_takes_whole_classes(most, expected):
     assert set(labels[points]) == set(chosen) and len(set(points)) == len(points)
 
 
-def test_principal_components_are_those_of_scikit_learn():
-    from sklearn.decomposition import PCA
-
+def test_principal_components():
     X = np.random.default_rng(0).normal(size=(40, 6))
     plane, shares = pictures._principal_components(X)
-    reference = PCA(2).fit(X)
-    assert np.allclose(np.abs(plane), np.abs(reference.transform(X)))
-    assert np.allclose(shares, reference.explained_variance_ratio_)
+    values, vectors = np.linalg.eigh(np.cov(X.T))
+    assert np.allclose(np.abs(plane), np.abs((X - X.mean(axis=0)) @ vectors[:, [-1, -2]]))
+    assert np.allclose(shares, values[[-1, -2]] / values.sum())
+    assert np.array_equal(plane, pictures._principal_components(X)[0])
 
 
 @pytest.mark.parametrize("shape", [(1, 8), (1, 1), (40, 1), (2, 8)])
 def test_embedding_map_of_hardly_anything(tmp_path, shape):
     embeddings = np.ones(shape, np.float32)  # all on one point
     pictures.embedding_map(embeddings, np.arange(len(embeddings)) % 2, ["a", "b"], tmp_path / "map.png")
-    assert share(read(tmp_path / "map.png"), "#1f77b4", 60) > 1e-5
+    assert share(read(tmp_path / "map.png"), pictures.COLOURS[min(shape[0], 2) - 1], 60) > 1e-5
 
 
 def test_embedding_map_refuses(tmp_path):
