@@ -29,7 +29,8 @@ def read_packages(
 
     Raises OSError if a package cannot be fetched or read, ValueError if a file is not the published one.
     """
-    contents = {p: check(p, folder / p.file, "remove it: it is then fetched anew") for p in placed(packages, folder)}
+    remedy = "remove it, then it is fetched anew"
+    contents = {p: check(p, folder / p.file, remedy) for p in packages if (folder / p.file).exists()}
     missing = [package for package in packages if package not in contents]
     for package in tqdm(missing, "fetching packages", unit="package", disable=None if progress else True):
         with tempfile.TemporaryDirectory() as scratch:
@@ -41,10 +42,6 @@ def read_packages(
                 )
             contents[package] = check(package, Path(scratch) / package.file, f"put the published one into {folder}")
     return [contents[package] for package in packages]
-
-
-def placed(packages: Sequence[Package], folder: Path) -> list[Package]:
-    return [package for package in packages if (folder / package.file).exists()]
 
 
 def fetch(package: Package, scratch: Path, client: Sequence[str]) -> str | None:

@@ -8,10 +8,9 @@ from dataclasses import replace
 
 import net
 import pytest
+import timm
 import torch
 import weights
-
-timm = pytest.importorskip("timm")
 
 
 def make_wheel(change=lambda state: state):
