@@ -195,6 +195,7 @@ class HISTLoss(nn.Module):
         self.hgnn = HGNN(num_classes, embedding_size, hgnn_hidden).requires_grad_(ls != 0)
         self.dist_loss: Tensor | None = None
         self.ce_loss: Tensor | None = None
+        self._incidence: tuple[Tensor, Tensor] | None = None  # H (N, N) of the last call, and which are of one class
         self._label_range: tuple[Tensor, torch.cuda.Event] | None = None
 
     def forward(self, embeddings: Tensor, labels: Tensor, indices_tuple: None = None) -> Tensor:
@@ -223,10 +224,24 @@ class HISTLoss(nn.Module):
             # One column per sample instead of one per class present: a class with n images in the batch has n equal
             # hyperedges, each of weight 1/n. G is the same, and every shape is known without asking the device.
             H = self.cds2hg.incidence(distances, labels, labels)  # (N, N)
-            W = (labels[:, None] == labels[None, :]).sum(dim=0).to(H.dtype).reciprocal()  # (N,)
+            same = labels[:, None] == labels[None, :]  # (N, N)
+            W = same.sum(dim=0).to(H.dtype).reciprocal()  # (N,)
+            self._incidence = (H.detach(), same)
             ce_loss = F.cross_entropy(self.hgnn(X, H, W), labels)
             self.ce_loss = ce_loss.detach()
             return dist_loss + self.ls * ce_loss
+
+    @torch.no_grad()
+    def hypergraph_summary(self) -> dict[str, Tensor]:
+        """How the hypergraph of the last call looked, as scalars on the device.
+
+        'incidence': mean of H over pairs of a sample and a class that is not its own; near 1 all samples belong to all
+        hyperedges, and the HGNN averages over the whole batch. 'variance': mean of sigma^2, at least 1.
+        """
+        H, same = self._incidence
+        others = (~same).sum().clamp(min=1)
+        variance = self.cds2hg.log_vars.clamp(0, 6).exp().mean()
+        return {"incidence": H.masked_fill(same, 0).sum() / others, "variance": variance}
 
     def _check(self, embeddings: Tensor, labels: Tensor) -> None:
         if not isinstance(embeddings, Tensor) or not isinstance(labels, Tensor):
@@ -270,7 +285,7 @@ class HISTLoss(nn.Module):
 
     def __getstate__(self) -> dict:
         """Without the labels that are still to be looked at: an event cannot be copied or pickled."""
-        return super().__getstate__() | {"_label_range": None}
+        return super().__getstate__() | {"_label_range": None, "_incidence": None}
 
     def _raise_if_outside(self, lowest: int, highest: int, call: str) -> None:
         if lowest < 0 or highest >= self.num_classes:

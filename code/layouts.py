@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from emoji import ensure_emoji
 from glyphs import ensure_glyphs
 from PIL import Image
 
@@ -114,6 +115,12 @@ Put these under {home}:
         "images instead of 52,712, and no split.",
     ),
     "glyphs": Facts(home="glyphs", published={"train": (2000, 100), "test": (2000, 100)}),
+    "emoji": Facts(
+        home="emoji",
+        published={"train": (4706, 602), "test": (4686, 601)},
+        num_classes=1203,
+        last_train_class=602,
+    ),
 }
 DATASETS = (*BENCHMARKS, "folder")
 
@@ -308,7 +315,7 @@ def read_class_folders(root: Path, inside: str, notes: list[str]) -> list[tuple[
 
 
 def read_cub(root: Path, name: str) -> Listing:
-    """root/images/NNN.Name/*: the class id is the folder's number. The layout of glyphs, too."""
+    """root/images/NNN.Name/*: the class id is the folder's number. The layout of glyphs and emoji, too."""
     if not (root / "images").is_dir():
         raise not_there(name, root / "images")
     num_classes, numbers = BENCHMARKS[name].num_classes, {}
@@ -591,9 +598,11 @@ def read_csv(list_file: Path) -> Listing:
 
 
 def find_home(name: str, data_root: Path) -> Path:
-    """The folder of a benchmark, which need not be there yet; those that are drawn are drawn now."""
+    """The folder of a benchmark, which need not be there yet; glyphs are drawn now, emoji must have been downloaded."""
     if name == "glyphs":
         return ensure_glyphs(Path(data_root))
+    if name == "emoji":
+        return ensure_emoji(Path(data_root))
     return Path(data_root) / BENCHMARKS[name].home
 
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import checkpoint
+import dataset
 import matplotlib
 import metrics
 import numpy as np
@@ -26,7 +27,7 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageOps
+from PIL import Image
 
 DPI = 150
 GREEN, RED, GREY = "#1a7f37", "#cf222e", "#d0d0d0"
@@ -257,7 +258,6 @@ def search(
     query_images,
     gallery,
     gallery_images,
-    own: bool = False,
 ) -> None:
     """neighbours.png and embedding.png of one search in folder.
 
@@ -265,7 +265,6 @@ def search(
         per_query: {'R@1': (Q,), …}, how well each query went.
         query, gallery: inference.Embedded; gallery None where the queries search among themselves.
         query_images, gallery_images: the dataset.ImageList each was made of.
-        own: they are the user's own pictures, which are turned as their EXIF orientation says.
     """
     recalls = [values for name, values in per_query.items() if name.startswith("R@")]
     worst, others = choose_queries(np.mean(recalls, axis=0), 4, 4, seed=0)
@@ -282,7 +281,7 @@ def search(
         similarities.tolist(),
         [f"{'worst' if n < len(worst) else 'random'} query: {name}" for n, name in enumerate(names)],
         folder / "neighbours.png",
-        own=own,
+        own=query_images.own,
     )
     embedding_map(query.embeddings.numpy(), query.labels.numpy(), query_images.class_names, folder / "embedding.png")
 
@@ -408,11 +407,7 @@ def _decode(file: Path | str, side: int, own: bool) -> Image.Image:
     """RGB, not much smaller than side."""
     with Image.open(file) as image:
         image.draft("RGB", (2 * side, 2 * side))  # large JPEGs: decode no more than needed
-        if own:
-            image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bit: Pillow would clip to 255 instead of scaling
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-        return image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
+        return dataset.decode(image, own)
 
 
 # ---------------------------------------------------------------- a batch

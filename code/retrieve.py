@@ -233,6 +233,8 @@ def write(args, queries, galleries, neighbours, decoded, size):
         [[value for _, value in shown[row]] for row in drawn],
         [f"query: {queries.paths[row]}" for row in drawn],
         files[1],
+        captions=[[Path(galleries.paths[i]).name for i, _ in shown[row]] for row in drawn],
+        own=True,
     )
     checkpoint.write_text(page(args, queries, galleries, shown, decoded, size), files[2])
 
@@ -318,7 +320,7 @@ def page(args, queries, galleries, neighbours, decoded, size) -> str:
 
 def figure(args, path: Path, caption: str) -> str:
     """A picture that leads to its file when clicked."""
-    pixels = pictures.read_thumbnail(path, SIDE)
+    pixels = pictures.read_thumbnail(path, SIDE, own=True)
     image = "<span class='bad'>cannot be decoded</span>"
     if pixels is not None:
         data = io.BytesIO()

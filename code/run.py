@@ -15,6 +15,7 @@ import csv
 import fcntl
 import io
 import json
+import math
 import os
 import platform
 import shlex
@@ -401,7 +402,16 @@ class Run:
         self.drawing_seconds += time.monotonic() - begun
 
     def _curve_options(self) -> dict:
-        return {}
+        """Title, and the cross-entropy of guessing where there is an HGNN to compare with it."""
+        args = self.args
+        title = f"{args.dataset}/{self.folder.name}: {args.model}, {args.loss}, seed {args.seed}"
+        return {"title": title, "chance": self.chance()}
+
+    def chance(self) -> float | None:
+        """ln C, the HGNN's cross-entropy while it only guesses; None without an HGNN."""
+        if self.args.loss != "hist" or not self.args.ls:
+            return None
+        return math.log(len(self.data["train"]["classes"]))
 
     def _draw_hypergraph(self, train_loader, device) -> None:
         items = next(iter(train_loader.batch_sampler))
@@ -442,6 +452,12 @@ class Run:
         lines.append(f"untrained {' ':<8}{percent(recalls(untrained))}")
         if best and best["R@1"] < untrained["R@1"]:
             lines.append("       better than the best epoch: train longer (--epochs), or look at the learning rates")
+        lowest, chance = min((row["ce_loss"] for row in self.history if "ce_loss" in row), default=0), self.chance()
+        if chance and lowest > 0.95 * chance:
+            lines.append(
+                f"       the HGNN's cross-entropy never left chance ({lowest:.2f} of ln C = {chance:.2f}): the hypergraph "
+                "did nothing in this run; try a larger --alpha or a smaller --lr-ds"
+            )
         if num_bad:
             lines.append(f"{num_bad} training images could not be decoded and were replaced")
         lines.append(f"files  {os.path.relpath(self.folder)}")

