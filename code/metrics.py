@@ -68,18 +68,18 @@ def retrieval(
         device: where to compute; the embeddings are moved there.
 
     Raises:
-        ValueError: shapes that do not fit, NaN or Inf embeddings, K below 1, or no query with any positive.
+        ValueError: shapes that do not fit, complex embeddings, NaN or Inf in them, labels that are not integers,
+            K below 1, or no query with a positive.
     """
     one_set = gallery is None
     if any(k < 1 for k in ks):
         raise ValueError(f"R@K needs K of at least 1, got {min(ks)}")
-    Q, q_labels, q_order = _sorted_by_class(query, query_labels, device, "query")
+    Q, q_labels, q_order = _sorted_by_class(query, query_labels, "query", device)
     if one_set:
         G, g_labels = Q, q_labels
     else:
-        G, g_labels, _ = _sorted_by_class(gallery, gallery_labels, device, "gallery")
-        if G.shape[1] != Q.shape[1]:
-            raise ValueError(f"query embeddings have {Q.shape[1]} dimensions, gallery embeddings {G.shape[1]}")
+        G, g_labels, _ = _sorted_by_class(gallery, gallery_labels, "gallery", device)
+        _check_dimensions(Q, G)
     first = torch.searchsorted(g_labels, q_labels)
     num_positives = torch.searchsorted(g_labels, q_labels, right=True) - first - int(one_set)  # R of every query (N,)
     found = num_positives > 0
@@ -113,23 +113,48 @@ def retrieval(
     )
 
 
-def _sorted_by_class(embeddings: Tensor, labels: Tensor, device, what: str) -> tuple[Tensor, Tensor, Tensor]:
+def unit_vectors(embeddings: Tensor, what: str, device: torch.device | str = "cpu") -> Tensor:
+    """Embeddings (N, D) of any finite length, scaled to length 1, in float32, on the device; zeros stay zeros.
+
+    what: the name of these embeddings in the message of a ValueError: a wrong shape, complex numbers, NaN or Inf.
+    """
+    x = torch.as_tensor(embeddings).detach()
+    if x.ndim != 2:
+        raise ValueError(f"{what}: embeddings (N, D) expected, got {tuple(x.shape)}")
+    if x.numel() == 0:
+        raise ValueError(f"{what}: there are no embeddings, their shape is {tuple(x.shape)}")
+    if x.is_complex() or x.dtype == torch.bool:
+        raise ValueError(f"{what}: real numbers expected as embeddings, got {x.dtype}")
+    x = x.to(device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+    largest = torch.linalg.vector_norm(x, INF, dim=1, keepdim=True)
+    bad = int((~largest.isfinite()).sum())
+    if bad:
+        raise ValueError(f"{what}: {bad} of {len(x)} embeddings hold NaN or Inf")
+    # Squares of very large and very small numbers leave the range of floats. Division by a power of two, which brings
+    # the largest number of each row between 1 and 2, prevents that and rounds nothing.
+    power = largest / (2 * largest.frexp().mantissa)
+    x = (x / power.masked_fill(largest == 0, 1)).float()
+    return F.normalize(x, dim=1, out=x)
+
+
+def _check_dimensions(Q: Tensor, G: Tensor) -> None:
+    if G.shape[1] != Q.shape[1]:
+        raise ValueError(f"query embeddings have {Q.shape[1]} dimensions, gallery embeddings {G.shape[1]}")
+
+
+def _sorted_by_class(embeddings: Tensor, labels: Tensor, what: str, device) -> tuple[Tensor, Tensor, Tensor]:
     """Unit vectors and labels in order of class, and that order (on the CPU)."""
-    embeddings, labels = torch.as_tensor(embeddings).detach(), torch.as_tensor(labels)
-    if not labels.is_floating_point():
-        labels = labels.to(torch.int64)  # torch cannot sort or search all integer types
+    embeddings, labels = torch.as_tensor(embeddings), torch.as_tensor(labels)
     if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
         raise ValueError(
             f"{what}: embeddings (N, D) and labels (N,) expected, got {tuple(embeddings.shape)}, {tuple(labels.shape)}"
         )
-    if len(embeddings) == 0:
-        raise ValueError(f"{what}: there are no embeddings")
-    bad = len(embeddings) - int(torch.isfinite(embeddings).all(dim=1).sum())
-    if bad:
-        raise ValueError(f"{what}: {bad} of {len(embeddings)} embeddings hold NaN or Inf")
-    order = torch.argsort(labels.cpu(), stable=True)
-    vectors = embeddings[order.to(embeddings.device)].to(device, torch.float32)
-    return F.normalize(vectors, dim=1), labels.cpu()[order].to(device), order
+    vectors = unit_vectors(embeddings, what, device)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"{what}: integers expected as labels, got {labels.dtype}")
+    labels = labels.cpu().to(torch.int64)  # torch cannot sort or search all integer types
+    order = torch.argsort(labels, stable=True)
+    return vectors[order.to(device)], labels[order].to(device), order
 
 
 def _query_groups(num_positives: Tensor, memory_gib: float) -> list[slice]:
@@ -424,10 +449,11 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """The k nearest of gallery (N, D) for each of query (Q, D) by cosine -> indices and similarities (Q, k).
 
-    exclude (Q,): a row of the gallery that is not to be found by each query, such as itself. Exact; the similarities
-    are computed in chunks that keep to memory_gib. k is cut to what the gallery holds.
+    exclude (Q,): for each query a row of the gallery that it must not find, such as itself. Exact; the similarities are
+    computed in chunks that keep within memory_gib. k is cut to what the gallery holds. ValueError as from retrieval.
     """
-    query, gallery = (F.normalize(x.to(device, torch.float32), dim=1) for x in (query, gallery))
+    query, gallery = unit_vectors(query, "query", device), unit_vectors(gallery, "gallery", device)
+    _check_dimensions(query, gallery)
     k = min(k, len(gallery) - int(exclude is not None))
     rows = max(1, int(memory_gib * 2**30 / 8 / len(gallery)))
     values, indices = [], []
@@ -455,11 +481,12 @@ def nmi(
     """Normalised mutual information between the classes and a k-means clustering, k = number of classes.
 
     embeddings (N, D) are L2-normalised first. Lloyd's algorithm from k images chosen by the seed; a cluster that
-    runs empty restarts at the image farthest from its centre. Arithmetic mean normalisation, as scikit-learn's.
+    runs empty restarts at the image farthest from its centre. Normalised by the arithmetic mean of the entropies, as
+    in scikit-learn. ValueError as from retrieval.
     """
     from sklearn.metrics import normalized_mutual_info_score
 
-    X, classes, _ = _sorted_by_class(embeddings, labels, device, "nmi")
+    X, classes, _ = _sorted_by_class(embeddings, labels, "nmi", device)
     k = len(torch.unique(classes))
     start = torch.randperm(len(X), generator=torch.Generator().manual_seed(seed))[:k]
     centres = X[start.to(X.device)]
