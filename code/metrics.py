@@ -113,8 +113,8 @@ def unit_vectors(embeddings: Tensor, what: str, device: torch.device | str = "cp
     bad = int((~largest.isfinite()).sum())
     if bad:
         raise ValueError(f"{what}: {bad} of {len(x)} embeddings hold NaN or Inf")
-    # Squares of very large and very small numbers leave the range of floats. Division by a power of two, which brings
-    # the largest number of each row between 1 and 2, prevents that and rounds nothing.
+    # The squares of very large or small numbers overflow or vanish. So each row is divided by a power of two, which
+    # brings its largest number between 1 and 2 and rounds nothing.
     power = largest / (2 * largest.frexp().mantissa)
     x = (x / power.masked_fill(largest == 0, 1)).float()
     return F.normalize(x, dim=1, out=x)
@@ -144,7 +144,7 @@ def _hits(found: Found, k: int) -> Tensor:
     """Chance (n,) that a positive is among the k nearest: 0 or 1 but for ties; NaN without a positive."""
     best = found.positives.amax(dim=1, keepdim=True)
     tied_positives = (found.positives == best).sum(dim=1)
-    slots = (k - found.closer).clamp(min=0).double()  # places left among the k for the closest positive and its ties
+    slots = (k - found.closer).clamp(min=0).double()  # left among the k for the closest positive and its ties
     rivals, everything = found.tied.double(), (found.tied + tied_positives).double()
     # All slots go to tied rivals with probability C(rivals, slots) / C(everything, slots).
     slots = slots.minimum(everything)
@@ -168,21 +168,21 @@ def _precisions(found: Found, memory_gib: float) -> Tensor:
 
 
 def _precisions_of(R: Tensor, positives: Tensor, rivals: Tensor, tied_at_end: Tensor) -> Tensor:
-    """The same of some of the queries."""
+    """R-precision and MAP@R of some of the queries (2, n)."""
     W = rivals.shape[1]
     positives = positives.sort(dim=1, descending=True).values[:, :W]
     n_closer, n_tied = _closer_and_tied(rivals, positives)
     p_closer, p_tied = _closer_and_tied(positives, positives)  # tied: itself included
     n_tied = torch.where(positives == rivals[:, -1:], tied_at_end[:, None], n_tied)
 
-    # The tie of each positive is on places a+1 … a+t, of which those up to R count.
+    # Each positive and its ties share the places a+1 … a+t, of which those up to R count.
     R = R[:, None].double()
     a, t = torch.minimum(n_closer + p_closer, R), (n_tied + p_tied).double()
     stop = torch.minimum(a + t, R)
     harmonic = torch.cat([torch.zeros(1), 1 / torch.arange(1, W + 1).double()]).cumsum(0).to(R.device)
     share = harmonic[stop.long()] - harmonic[a.long()]  # sum of 1/place over them
     share = torch.where(t == 1, (stop - a) / (a + 1), share)
-    before = (stop - a) - (a + 1) * share  # sum of (places of the tie before it) / place
+    before = (stop - a) - (a + 1) * share  # sum of (places of the tie before this one) / place
     hits = share * (p_closer + 1) + before * (p_tied - 1) / (t - 1).clamp(min=1)
     inside = (stop - a) / t
 
@@ -206,7 +206,7 @@ def nearest(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The k nearest of gallery (N, D) for each of query (Q, D) by cosine -> indices and similarities (Q, k).
+    """The k nearest rows of gallery (N, D) to each row of query (Q, D) by cosine: indices and similarities (Q, k).
 
     exclude (Q,): for each query a row of the gallery that it must not find, such as itself. Exact; the similarities are
     computed in chunks that keep within memory_gib. k is cut to what the gallery holds. ValueError as from retrieval.
@@ -239,8 +239,8 @@ def nmi(
 ) -> float:
     """Normalised mutual information between the classes and a k-means clustering, k = number of classes.
 
-    embeddings (N, D) are L2-normalised first. Lloyd's algorithm from k images chosen by the seed; a cluster that
-    runs empty restarts at the image farthest from its centre. Normalised by the arithmetic mean of the entropies, as
+    embeddings (N, D) are L2-normalised first. Lloyd's algorithm from k images chosen by the seed; an empty
+    cluster restarts at the image farthest from its centre. Normalised by the arithmetic mean of the entropies, as
     in scikit-learn. ValueError as from retrieval.
     """
     from sklearn.metrics import normalized_mutual_info_score
