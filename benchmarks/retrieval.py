@@ -1,23 +1,24 @@
-"""Measures the search behind the retrieval figures against what one would use instead, in one run.
+"""Compares the search behind the retrieval figures with what others use for it, all in one run.
 
-- ours: metrics.retrieval, R@K alone and with R-precision and MAP@R;
-- faiss: exact search, IndexFlatIP, the K + 1 nearest of every image, the image itself taken out by its index;
-- pytorch-metric-learning: AccuracyCalculator, R@1, R-precision and MAP@R (it knows no other K);
-- the usual research code: full rows of similarities, topk(1 + K), the first taken for the image itself, then a Python
-  loop over queries and K;
-- the matrix product: nothing but the N x N similarities in float32, kept nowhere, as the limit.
+- ours: metrics.retrieval, R@K only, and with R-precision and MAP@R;
+- faiss: exact search with IndexFlatIP for the K + 1 nearest of every image; the image itself is removed by its index;
+- pytorch-metric-learning: AccuracyCalculator, R@1, R-precision and MAP@R (it has no other K);
+- the usual research code: full rows of similarities, topk(1 + K), the first neighbour taken for the image itself, then
+  a Python loop over queries and K;
+- the matrix product: only the N x N similarities in float32, which are not kept; the lower limit without symmetry.
 
-All get the same embeddings (class centres and noise, R@1 about 0.75, unit vectors, float32) and the same threads, and
-each runs in a process of its own, after a small run that loads its libraries.
+All get the same embeddings (class centres plus noise, R@1 about 0.75, unit vectors, float32) and the same number of
+threads. Each runs in its own process, after a small run that loads its libraries.
 
     python benchmarks/retrieval.py --size sop       # 60,502 x 512, 11,316 classes: some minutes on two cores
     python benchmarks/retrieval.py --size cub       # 5,924 x 512, 100 classes
-    python benchmarks/retrieval.py --size large     # ours alone: 300,000 x 128 against 60,502 images
+    python benchmarks/retrieval.py --size large     # ours only: 300,000 x 128 against 60,502 images
     python benchmarks/retrieval.py --quick          # 3,000 x 128: only to see that it works
     python benchmarks/retrieval.py --size sop --device cuda
 
-Peak: the most that the whole process holds, libraries included; over the embeddings: the same less what it held once
-they were loaded. On a GPU both are what torch has allocated there. ps/pair: time over N (N - 1) pairs of images.
+Peak MB: the most memory that the process holds, libraries included. Over the embeddings: the peak less what the process
+held once they were loaded. On a GPU both are what torch has allocated there. ps/pair: picoseconds for each of the
+N (N - 1) pairs of images.
 """
 
 import argparse
@@ -47,7 +48,7 @@ SETS = {
 
 
 def make_embeddings(images: int, size: int, classes: int, noise: float) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors around random class centres, the classes of nearly equal size and in no order."""
+    """Unit vectors around random class centres. The classes have nearly equal sizes, the images are shuffled."""
     generator = torch.Generator().manual_seed(0)
     labels = (torch.arange(images) * classes // images)[torch.randperm(images, generator=generator)]
     X = torch.randn(images, size, generator=generator).mul_(noise)
@@ -80,7 +81,7 @@ def faiss_search(X, T, ks, device, threads, memory_gib):
         itself = ids == rows
         hit = (T[ids] == T[rows]) & ~itself
         place = hit.argmax(axis=1)
-        place -= itself.any(axis=1) & (itself.argmax(axis=1) < place)  # it does not take a place
+        place -= itself.any(axis=1) & (itself.argmax(axis=1) < place)  # the image itself does not count as a neighbour
         for k in ks:
             hits[k] += int((hit.any(axis=1) & (place < k)).sum())
     return {f"R@{k}": hits[k] / len(X) for k in ks}
@@ -137,7 +138,7 @@ def measure_method(name: str, folder: str, ks: tuple, device: str, threads: int,
     if device == "cpu":
         small_T = torch.arange(200) % 20
         METHODS[name](X[:200].clone(), small_T, ks[:1], device, threads, memory_gib)
-    else:  # the kernels of large blocks are loaded at their first call
+    else:  # the first call loads the kernels for large blocks
         METHODS[name](X, T, ks, device, threads, memory_gib)
     memory = Memory(device)
     start = time.perf_counter()
@@ -181,7 +182,7 @@ def measure_set(name: str, methods: list[str], args) -> dict[str, dict]:
 
 
 def print_figures(found: dict[str, dict]) -> None:
-    """The figures of every method side by side, and by how much they differ at most."""
+    """The figures of all methods side by side, and the largest difference between them."""
     names = list(dict.fromkeys(name for run in found.values() for name in run["figures"]))
     rows = [
         [method, *(f"{run['figures'][name]:.6f}" if name in run["figures"] else "" for name in names)]
@@ -198,16 +199,14 @@ def print_figures(found: dict[str, dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--size", choices=["sop", "cub", "large"], default="sop", help="which set (default sop)")
-    parser.add_argument(
-        "--quick", action="store_true", help="a small set in place of --size: only to see that it works"
-    )
+    parser.add_argument("--size", choices=["sop", "cub", "large"], default="sop", help="size of the set (default sop)")
+    parser.add_argument("--quick", action="store_true", help="a small set instead of --size, only to see that it works")
     parser.add_argument("--threads", type=int, default=2, help="threads on the CPU (default 2)")
     parser.add_argument(
-        "--device", choices=["cpu", "cuda"], default="cpu", help="cuda leaves out what runs on the CPU alone"
+        "--device", choices=["cpu", "cuda"], default="cpu", help="cuda leaves out methods that run only on the CPU"
     )
-    parser.add_argument("--memory-gib", type=float, default=1.0, help="bound given to our search (default 1)")
-    parser.add_argument("--repeats", type=int, default=1, help="runs of every method, the median one shown (default 1)")
+    parser.add_argument("--memory-gib", type=float, default=1.0, help="memory limit for our search (default 1)")
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each method; the median is shown (default 1)")
     args = parser.parse_args()
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[variable] = str(args.threads)

@@ -195,8 +195,8 @@ def test_a_class_of_one_is_left_out_and_counted():
         np.testing.assert_array_equal(values, [1, math.nan, 1, math.nan])
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.int32, torch.float32])
-def test_labels_of_any_type(dtype):
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.uint32, torch.int32])
+def test_labels_of_any_integer_type(dtype):
     X, T = randn(20, 6).requires_grad_(), torch.arange(20) % 2
     assert metrics.retrieval(X, T.to(dtype), precision=True).figures() == metrics.retrieval(
         X, T, precision=True).figures()  # fmt: skip
@@ -280,6 +280,49 @@ def test_embeddings_of_any_length():
     plain = metrics.retrieval(X, T, precision=True)
     scaled = metrics.retrieval(X * lengths, T, precision=True)
     assert scaled.figures() == pytest.approx(plain.figures(), abs=1e-12)
+
+
+LENGTHS = [
+    (1e39, torch.float64),
+    (1e300, torch.float64),
+    (1e-300, torch.float64),
+    (8e37, torch.float32),
+    (1e19, torch.float32),
+    (1e-14, torch.float32),
+    (1e-30, torch.float32),
+    (2.0**-142, torch.float32),  # subnormal
+    (2.0**-20, torch.float16),
+    (2.0**124, torch.bfloat16),
+    (2.0**-129, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("length", "dtype"), LENGTHS)
+def test_any_length_gives_the_figures_of_length_one(length, dtype):
+    """Numbers of few bits, which every type holds exactly; copies and zero vectors among them."""
+    X, T = (16 * randn(60, 8)).round().clamp(-63, 63).double() / 16, torch.arange(60) % 7
+    X[50:55], X[55:] = X[:5], 0
+    unit, long = torch.nn.functional.normalize(X).float(), (X * length).to(dtype)
+    assert long.isfinite().all()
+    expected, found = metrics.retrieval(unit, T, precision=True), metrics.retrieval(long, T, precision=True)
+    for name, values in expected.per_query.items():
+        np.testing.assert_array_equal(found.per_query[name], values, err_msg=name)
+    expected = metrics.retrieval(unit, T, unit, T).recall
+    assert metrics.retrieval(long, T, unit, T).recall == metrics.retrieval(unit, T, long, T).recall == expected
+    assert metrics.nmi(long[:55], T[:55]) == metrics.nmi(unit[:55], T[:55])  # zero vectors fit every cluster alike
+    _, expected = metrics.nearest(unit, unit, 60)
+    for query, gallery in ((long, unit), (unit, long)):
+        torch.testing.assert_close(metrics.nearest(query, gallery, 60)[1], expected, rtol=0, atol=1e-6)
+
+
+def test_lengths_side_by_side():
+    """The shortest and the longest vectors of float32 in one set, and a number that vanishes beside its neighbour."""
+    X, T = randn(40, 8), torch.arange(40) % 5
+    powers = 2.0 ** torch.linspace(-100, 124, 40).round()[:, None]
+    assert metrics.retrieval(X * powers, T, precision=True).figures() == metrics.retrieval(
+        X, T, precision=True).figures()  # fmt: skip
+    extreme = torch.tensor([[3e38, 1e-38], [-1e-45, 0.0], [0.0, 1e-38], [0.0, 0.0]])
+    assert metrics.unit_vectors(extreme, "query").tolist() == [[1, 0], [-1, 0], [0, 1], [0, 0]]
 
 
 def test_other_types_of_input():
@@ -448,22 +491,25 @@ def test_a_group_of_queries_without_any_positive():
 
 
 MEMORY = """
-import resource, torch, metrics
-torch.set_num_threads(2)
+import resource, sys, torch, metrics
+torch.set_num_threads(1)
 torch.manual_seed(0)
 metrics.retrieval(torch.randn(300, 32), torch.arange(300) % 30, precision=True, memory_gib=0.02)
-X, T = torch.randn(8_000, 32), torch.arange(8_000) % 2_000
+images, classes = int(sys.argv[1]), int(sys.argv[2])
+X, T = torch.randn(images, 32), torch.arange(images) % classes
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 metrics.retrieval(X, T, ks=(1, 10, 1000), precision=True, memory_gib=0.02)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
 """
 
 
-def test_memory_keeps_to_the_budget():
-    """8,000 images: the similarity matrix would take 0.24 GiB, the search is allowed 0.02."""
+@pytest.mark.parametrize(("images", "classes"), [(8_000, 2_000), (4_000, 10)])
+def test_memory_keeps_to_the_budget(images, classes):
+    """Allowed: 0.02 GiB. Needed all at once: 0.24 for the similarity matrix of 8,000 images; more than 0.1 to score
+    the 399 positives of each of 4,000 images."""
     code = str(Path(metrics.__file__).parent)
     run = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {code!r})\n{MEMORY}"],
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {code!r})\n{MEMORY}", str(images), str(classes)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -511,22 +557,51 @@ def test_nan_in_the_gallery():
     gallery = randn(10, 4)
     gallery[9, 3] = math.nan
     with pytest.raises(ValueError, match="gallery: 1 of 10 embeddings hold NaN or Inf"):
-        metrics.retrieval(randn(3, 4), torch.zeros(3), gallery, torch.zeros(10))
+        metrics.retrieval(randn(3, 4), torch.zeros(3).long(), gallery, torch.zeros(10).long())
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.float32, torch.float64, torch.complex64])
+def test_labels_that_are_not_integers(dtype):
+    X, T = randn(10, 4), torch.arange(10) % 2
+    with pytest.raises(ValueError, match=f"query: integers expected as labels, got {dtype}"):
+        metrics.retrieval(X, T.to(dtype))
+    with pytest.raises(ValueError, match=f"gallery: integers expected as labels, got {dtype}"):
+        metrics.retrieval(X, T, X, T.to(dtype))
+    with pytest.raises(ValueError, match=f"nmi: integers expected as labels, got {dtype}"):
+        metrics.nmi(X, T.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.complex64])
+def test_embeddings_that_are_not_real_numbers(dtype):
+    X, T = randn(10, 4), torch.arange(10) % 2
+    for call in (
+        lambda: metrics.retrieval(X.to(dtype), T),
+        lambda: metrics.retrieval(X, T, X.to(dtype), T),
+        lambda: metrics.nmi(X.to(dtype), T),
+        lambda: metrics.nearest(X.to(dtype), X, 1),
+        lambda: metrics.nearest(X, X.to(dtype), 1),
+    ):
+        with pytest.raises(ValueError, match=f": real numbers expected as embeddings, got {dtype}"):
+            call()
+
+
+def zeros(size):
+    return torch.zeros(size, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(
     ("sets", "ks", "message"),
     [
-        ((torch.zeros(4), torch.zeros(4)), (1,), r"query: .* got \(4,\), \(4,\)"),
-        ((torch.zeros(4, 2), torch.zeros(3)), (1,), r"query: .* got \(4, 2\), \(3,\)"),
-        ((torch.zeros(4, 2), torch.zeros(4, 1)), (1,), r"query: .* got \(4, 2\), \(4, 1\)"),
-        ((torch.zeros(0, 2), torch.zeros(0)), (1,), "query: there are no embeddings"),
-        ((torch.ones(4, 2), torch.zeros(4), torch.ones(5, 3), torch.zeros(5)), (1,), "2 dimensions, .* 3"),
-        ((torch.ones(4, 2), torch.zeros(4), torch.ones(5, 2), torch.zeros(4)), (1,), r"gallery: .*\(5, 2\), \(4,\)"),
-        ((torch.ones(4, 2), torch.zeros(4), torch.ones(0, 2), torch.zeros(0)), (1,), "gallery: there are no emb"),
-        ((torch.ones(4, 2), torch.zeros(4)), (1, 0), "at least 1, got 0"),
+        ((torch.zeros(4), zeros(4)), (1,), r"query: .* got \(4,\), \(4,\)"),
+        ((torch.zeros(4, 2), zeros(3)), (1,), r"query: .* got \(4, 2\), \(3,\)"),
+        ((torch.zeros(4, 2), torch.zeros(4, 1).long()), (1,), r"query: .* got \(4, 2\), \(4, 1\)"),
+        ((torch.zeros(0, 2), zeros(0)), (1,), "query: there are no embeddings"),
+        ((torch.ones(4, 2), zeros(4), torch.ones(5, 3), zeros(5)), (1,), "2 dimensions, .* 3"),
+        ((torch.ones(4, 2), zeros(4), torch.ones(5, 2), zeros(4)), (1,), r"gallery: .*\(5, 2\), \(4,\)"),
+        ((torch.ones(4, 2), zeros(4), torch.ones(0, 2), zeros(0)), (1,), "gallery: there are no emb"),
+        ((torch.ones(4, 2), zeros(4)), (1, 0), "at least 1, got 0"),
         ((torch.ones(4, 2), torch.arange(4)), (1,), "none of the 4 queries"),
-        ((torch.ones(2, 2), torch.zeros(2), torch.ones(3, 2), torch.ones(3)), (1,), "none of the 2 queries"),
+        ((torch.ones(2, 2), zeros(2), torch.ones(3, 2), zeros(3) + 1), (1,), "none of the 2 queries"),
     ],
 )
 def test_wrong_calls_are_named(sets, ks, message):
@@ -551,6 +626,29 @@ def test_nearest_without_itself():
     indices, _ = metrics.nearest(X, X, 10, exclude=torch.arange(6))
     assert indices.shape == (6, 5)  # k is cut to what there is
     assert [sorted(row) for row in indices.tolist()] == [[j for j in range(6) if j != i] for i in range(6)]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nearest_counts_nan_and_inf(bad):
+    good, broken = randn(40, 4), randn(40, 4)
+    broken[3, 1] = broken[3, 2] = broken[7, 0] = broken[39, 3] = bad
+    with pytest.raises(ValueError, match="query: 3 of 40 embeddings hold NaN or Inf"):
+        metrics.nearest(broken, good, 2)
+    with pytest.raises(ValueError, match="gallery: 3 of 40 embeddings hold NaN or Inf"):
+        metrics.nearest(good, broken, 2)
+
+
+@pytest.mark.parametrize(
+    ("query", "gallery", "message"),
+    [
+        (torch.ones(4), torch.ones(4, 2), r"query: embeddings \(N, D\) expected, got \(4,\)"),
+        (torch.ones(4, 2), torch.ones(0, 2), r"gallery: there are no embeddings.*\(0, 2\)"),
+        (torch.ones(4, 2), torch.ones(4, 3), "query embeddings have 2 dimensions, gallery embeddings 3"),
+    ],
+)
+def test_wrong_calls_of_nearest_are_named(query, gallery, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.nearest(query, gallery, 1)
 
 
 # NMI --------------------------------------------------------------------------------------------------------------
