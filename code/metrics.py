@@ -133,8 +133,8 @@ def _sorted_by_class(embeddings: Tensor, labels: Tensor, what: str, device) -> t
             f"{what}: embeddings (N, D) and labels (N,) expected, got {tuple(embeddings.shape)}, {tuple(labels.shape)}"
         )
     vectors = unit_vectors(embeddings, what, device)
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"{what}: integers expected as labels, got {labels.dtype}")
+    if labels.is_complex() or (labels.is_floating_point() and bool((labels.frac() != 0).any())):
+        raise ValueError(f"{what}: whole numbers expected as labels, got {labels.dtype}")
     labels = labels.cpu().to(torch.int64)  # torch cannot sort or search all integer types
     order = torch.argsort(labels, stable=True)
     return vectors[order.to(device)], labels[order].to(device), order
