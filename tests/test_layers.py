@@ -1,4 +1,4 @@
-"""The floors of the house: scripts above run and inference above the rest; nothing imports upward, nothing in a circle."""
+"""The floors of the house: scripts above run and inference above the rest; no import upward, no circle."""
 
 import ast
 import sys
