@@ -123,7 +123,7 @@ def load_benchmark(
     query, gallery = test.get("query", test.get("test")), test.get("gallery")
     notes, problems = look_at_test_split(listing)
     lines = (*listing.notes, *compare_counts(name, listing), *notes, *problems)
-    return Benchmark(name, train, query, gallery, recall_at, lines)
+    return Benchmark(name, train, query, gallery, recall_at(name), lines)
 
 
 def split_validation(images: ImageList, share: float, seed: int) -> tuple[ImageList, ImageList]:
