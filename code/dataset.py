@@ -16,9 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from facts import BENCHMARKS, RECALL_AT
 from layouts import (
-    BENCHMARKS,
-    RECALL_AT,
     Listing,
     compare_counts,
     look_at_test_split,
