@@ -90,7 +90,7 @@ QUICK = Sizes(
     backend="eager",  # compiles nothing: compiling would take longer than everything else together
     losses=((32, 100, 64),),
     embeddings="quick",
-    run="--epochs 3 --image-size 32 --embedding-size 16 --hgnn-hidden 16 --batch-size 8 --workers 0",
+    run="--epochs 2 --image-size 32 --embedding-size 16 --hgnn-hidden 16 --batch-size 8 --workers 0",
     run_letters=(4, 8, 32),
     letters=(8, 8, 32),
     workers=(1, 2),
@@ -227,27 +227,25 @@ def check_onnx(sizes: Sizes, device: torch.device) -> Rows:
 
 
 def check_determinism(sizes: Sizes, device: torch.device) -> Rows:
-    """train.py --deterministic: last.pth to the bit (number of tensors that differ)"""
+    """train.py --deterministic, started three times at once: tensors of last.pth that differ in any bit"""
     with tempfile.TemporaryDirectory() as folder:
         images = glyphs.ensure_glyphs(Path(folder), *sizes.run_letters, progress=False) / "images"
         words = ["@recipes/glyphs.args", *sizes.run.split(), "--dataset", "folder", "--data-root", str(images)]
         words += ["--deterministic", "--gpu-id", "-1" if device.type == "cpu" else "0"]
-        saved = {name: Path(folder, name, "folder", "run_1", "last.pth") for name in ("once", "again", "killed")}
-        for name in ("once", "again"):
-            finish(start(words, Path(folder, name)), Path(folder, name))
-        logs, process = Path(folder, "killed"), start(words, Path(folder, "killed"))
-        table_of_run = saved["killed"].with_name("results.csv")
-        while not (table_of_run.exists() and len(table_of_run.read_text().splitlines()) > 2):  # one epoch is done
-            if process.poll() is not None:
-                finish(process, logs)
-                raise RuntimeError("the run ended before it could be killed")
-            time.sleep(0.005)
-        process.kill()
-        process.wait()
-        finish(start(["--resume", str(saved["killed"])], logs), logs)
+        logs = {name: Path(folder, name) for name in ("once", "again", "killed")}
+        saved = {name: path / "folder" / "run_1" / "last.pth" for name, path in logs.items()}
+        running = {name: start([*words, "--log-dir", str(path)], path) for name, path in logs.items()}
+        try:
+            kill_after_an_epoch(running["killed"], saved["killed"].with_name("results.csv"))
+            running["killed"] = start(["--resume", str(saved["killed"])], logs["killed"])
+            for name, process in running.items():
+                if process.wait():
+                    raise RuntimeError(f"train.py ended with status {process.returncode}: {last_line(logs[name])}")
+        finally:
+            for process in running.values():
+                process.kill()
         once, *others = (tensors(path) for path in saved.values())
         for name, other in zip(("run twice", "killed (SIGKILL) and resumed"), others, strict=True):
-            assert len(once) == len(other) > 0
             differ = sum(not torch.equal(a, b) for a, b in zip(once, other, strict=True))
             yield {"run": name, "tensors": len(once)} | at_most(differ, 0)
 
@@ -255,15 +253,20 @@ def check_determinism(sizes: Sizes, device: torch.device) -> Rows:
 def start(words: list[str], logs: Path) -> subprocess.Popen:
     logs.mkdir(exist_ok=True)
     with open(logs / "output.txt", "w") as output:
-        command = [sys.executable, str(CODE / "train.py"), *words]
-        command += [] if "--resume" in words else ["--log-dir", str(logs)]
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        return subprocess.Popen([sys.executable, str(CODE / "train.py"), *words], stdout=output, stderr=output)
 
 
-def finish(process: subprocess.Popen, logs: Path) -> None:
-    if process.wait():
-        said = (logs / "output.txt").read_text().strip().splitlines() or ["nothing"]
-        raise RuntimeError(f"train.py ended with status {process.returncode} and said: {said[-1]}")
+def last_line(logs: Path) -> str:
+    return ((logs / "output.txt").read_text().strip().splitlines() or ["it said nothing"])[-1]
+
+
+def kill_after_an_epoch(process: subprocess.Popen, results: Path) -> None:
+    while not (results.exists() and len(results.read_text().splitlines()) > 2):  # names, untrained, one epoch
+        if process.poll() is not None:
+            raise RuntimeError(f"train.py ended before it could be killed: {last_line(results.parents[2])}")
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
 
 
 def tensors(path: Path) -> list[torch.Tensor]:
