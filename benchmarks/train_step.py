@@ -104,7 +104,8 @@ class Step:
         for group in self.optimizer.param_groups:
             group |= {"fused": fused, "foreach": False}
         self.forward = torch.compile(self.network) if args.compile else self.network
-        self.images = torch.randn(args.sz_batch, 3, args.image_size, args.image_size, device=device)
+        shape = (args.sz_batch, 3, args.image_size, args.image_size)
+        self.images = torch.randint(256, shape, dtype=torch.uint8, device=device)
         self.labels = torch.randint(num_classes, (args.sz_batch,))
 
     def train(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
@@ -136,10 +137,11 @@ class Step:
         self.network.train()
         self.network.freeze_batchnorm_statistics()
         stopwatch = Stopwatch(self.device)
+        normalised = self.network.normalise(self.images)
         gradient = torch.randn(self.args.sz_batch, self.args.sz_embedding, device=self.device)
         for _ in range(steps):
             stopwatch.mark()
-            images = self.images.to(memory_format=inference.memory_format(self.args.channels_last))
+            images = normalised.to(memory_format=inference.memory_format(self.args.channels_last))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp == "bf16"):
                 embeddings = self.forward(images)
             self.network.zero_grad()
