@@ -332,8 +332,8 @@ def test_batches_are_a_function_of_seed_and_epoch():
     [
         ({"batch_size": 43}, "--batch-size 43: there are 42 training images"),
         ({"batch_size": 0}, "--batch-size 0"),
-        ({"images_per_class": 3}, "--IPC 3 images per class do not divide --batch-size 8"),
-        ({"images_per_class": -1}, "-1 images per class"),
+        ({"images_per_class": 3}, "--IPC 3: so many images per class do not divide --batch-size 8"),
+        ({"images_per_class": -1}, "--IPC -1: so many images per class do not divide --batch-size 8"),
         ({"images_per_class": 1}, "needs 8 classes, there are 7"),
     ],
 )
@@ -469,7 +469,7 @@ def signals_are_the_workers_own(_):
     return torch.tensor(interrupt == signal.SIG_IGN and terminate != handler_of_the_trainer)
 
 
-def test_workers_outlive_ctrl_c_and_leave_quietly_when_told_to(cub):
+def test_workers_outlive_ctrl_c_and_the_first_sigterm_and_leave_quietly_at_a_later_one(cub):
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, handler_of_the_trainer) for number in numbers]
     others = multiprocessing.active_children()
@@ -480,6 +480,9 @@ def test_workers_outlive_ctrl_c_and_leave_quietly_when_told_to(cub):
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
     (worker,) = (process for process in multiprocessing.active_children() if process not in others)
+    worker.terminate()  # as the whole process group may get it: the trainer still needs its workers
+    worker.join(3.5)
+    assert worker.is_alive()
     worker.terminate()
     worker.join(10)
     assert worker.exitcode == 0
