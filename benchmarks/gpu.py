@@ -126,27 +126,32 @@ def check_values(sizes: Sizes, device: torch.device) -> Rows:
 def check_training(sizes: Sizes, device: torch.device) -> Rows:
     """Training in float32, device against CPU: relative difference of the loss of a step, beside that of rounding
 
-    Training amplifies rounding. How much shows a CPU run whose first batch is nudged to the next float32 numbers.
+    Training amplifies rounding. How much shows a CPU run whose first layer is nudged to the next float32 numbers.
     """
     steps, generator = sizes.training_steps, torch.Generator().manual_seed(1)
     args = flags.train_parser().parse(sizes.small.split())[0]
     shape, classes = (args.sz_batch, 3, args.image_size, args.image_size), 20
     batches = [
-        (torch.randn(shape, generator=generator), torch.randint(classes, shape[:1], generator=generator))
+        (
+            torch.randint(256, shape, dtype=torch.uint8, generator=generator),
+            torch.randint(classes, shape[:1], generator=generator),
+        )
         for _ in range(steps)
     ]
-    nudged = [(images.nextafter(images.new_tensor(torch.inf)), labels) for images, labels in batches[:1]] + batches[1:]
 
-    def losses(place: torch.device, batches: list) -> np.ndarray:
+    def losses(place: torch.device, nudged: bool = False) -> np.ndarray:
         step = Step(sizes.small.split(), True, classes, place)
+        if nudged:
+            weight = next(step.network.parameters()).data
+            weight.copy_(weight.nextafter(weight.new_tensor(torch.inf)))
         return np.array([step.epoch([batch])["loss"] for batch in batches])
 
     before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
-        on_device = losses(device, batches)
+        on_device = losses(device)
     finally:
         torch.backends.cudnn.allow_tf32 = before
-    on_cpu, rounded = losses(torch.device("cpu"), batches), losses(torch.device("cpu"), nudged)
+    on_cpu, rounded = losses(torch.device("cpu")), losses(torch.device("cpu"), nudged=True)
     for first, last in ((1, 3), (4, 10), (11, 25), (26, 50)):
         if first <= steps:
             part = slice(first - 1, last)
@@ -176,11 +181,11 @@ def check_bf16(sizes: Sizes, device: torch.device) -> Rows:
     step = Step([*sizes.large.split(), "--batch-size", "8", *BF16], True, sizes.classes[0], torch.device("cpu"))
     network, images, labels = step.network.eval(), step.images, step.labels
     with torch.no_grad():
-        exact, criterion = network(images), step.criterion.eval()
+        exact, criterion = network(network.normalise(images)), step.criterion.eval()
         expected = criterion(exact, labels)
         network.to(device), criterion.to(device)
         with torch.autocast(device.type, torch.bfloat16):
-            embeddings = network(images.to(device))
+            embeddings = network(network.normalise(images.to(device)))
             loss = criterion(embeddings, labels)
         again = criterion(embeddings.float(), labels)
     difference = (embeddings.float().cpu() - exact).norm() / exact.norm()

@@ -81,7 +81,8 @@ class Step:
         self.network.to(device, memory_format=inference.memory_format(args.channels_last))
         self.network.set_backbone_trainable(True)
         self.forward = torch.compile(self.network, backend=backend) if args.compile else self.network
-        self.images = torch.randn(args.sz_batch, 3, args.image_size, args.image_size).to(device)
+        shape = (args.sz_batch, 3, args.image_size, args.image_size)
+        self.images = torch.randint(256, shape, dtype=torch.uint8).to(device)
         self.use_classes(num_classes)
 
     def use_classes(self, num_classes: int) -> None:
@@ -128,10 +129,11 @@ class Step:
         self.network.train()
         self.network.freeze_batchnorm_statistics()
         stopwatch = Stopwatch(self.device)
+        normalised = self.network.normalise(self.images)
         gradient = torch.randn(self.args.sz_batch, self.args.sz_embedding, device=self.device)
         for _ in range(steps):
             stopwatch.mark()
-            images = self.images.to(memory_format=inference.memory_format(self.args.channels_last))
+            images = normalised.to(memory_format=inference.memory_format(self.args.channels_last))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp == "bf16"):
                 embeddings = self.forward(images)
             self.network.zero_grad()

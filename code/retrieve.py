@@ -96,9 +96,7 @@ def own_pictures(root: Path, paths: list[str]) -> dataset.ImageList:
 
 def embed(network, images, device, args, description) -> inference.Embedded:
     """Embeddings of those of the images that can be decoded."""
-    loader = inference.make_loader(
-        network, images, args.image_size, args.sz_batch, args.nb_workers, device, skip_bad=True
-    )
+    loader = inference.make_loader(images, args.image_size, args.sz_batch, args.nb_workers, device, skip_bad=True)
     return inference.embed(network, loader, device, args.amp == "bf16", args.channels_last, description)
 
 

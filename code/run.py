@@ -420,7 +420,7 @@ class Run:
         with torch.no_grad():
             network.eval()
             labels = torch.tensor(labels, device=device)
-            H = criterion.cds2hg(network(torch.stack(images).to(device)), labels)[1]
+            H = criterion.cds2hg(network(network.normalise(torch.stack(images).to(device))), labels)[1]
         class_names = train_loader.dataset.images.class_names
         pictures.hypergraph(H.cpu().numpy(), labels.cpu().numpy(), class_names, self.folder / "hypergraph.png")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import dataset
 import facts
+import folders
 import layouts
 import numpy as np
 import pandas as pd
