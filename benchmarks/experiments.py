@@ -21,6 +21,7 @@ from measure import machine
 BENCHMARKS = Path(__file__).resolve().parent
 CODE = BENCHMARKS.parent / "code"
 sys.path.insert(0, str(CODE))
+import checkpoint  # noqa: E402
 import flags  # noqa: E402
 import report  # noqa: E402
 
@@ -50,6 +51,7 @@ class Experiments:
         own, more = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
         self.args = parser.parse_args(own)
         self.args.seeds = list(dict.fromkeys(self.args.seeds))
+        checkpoint.make_folder(self.args.output, "--output")
         if taken := flags.train_parser().parse(more)[1] & OURS:
             raise ValueError(f"the benchmark sets {', '.join(sorted(taken))} itself: leave it out after --")
         recipe = self.args.recipe

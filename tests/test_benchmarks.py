@@ -1,4 +1,4 @@
-"""The benchmarks that train, the variants of HIST that they compare, and the files for wandb's sweeps and for citing."""
+"""The benchmarks that train, the variants of HIST they compare, and the files for wandb's sweeps and for citing."""
 
 import importlib.util
 import itertools
@@ -129,8 +129,8 @@ class FakeTraining:
         if recall is None:
             return False
         names = ["R@1", "R@2", "R@4"] + ["val R@1"] * (args.val_classes > 0)
-        rows = [{"phase": "train", "epoch": n, "seconds": 2.0, "commit": "abc", "torch": "9"} | dict.fromkeys(names, recall)
-                for n in range(1, args.nb_epochs + 1)]  # fmt: skip
+        row = {"phase": "train", "seconds": 2.0, "commit": "abc", "torch": "9"} | dict.fromkeys(names, recall)
+        rows = [row | {"epoch": n} for n in range(1, args.nb_epochs + 1)]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "results.csv").write_text(run.csv_text(rows))
         if not args.resume:
@@ -165,12 +165,7 @@ def test_finished_runs_are_read_and_unfinished_ones_go_on(monkeypatch, experimen
     bench = experiment("--epochs", 2)
     rows = bench.train("tau=8", ["--tau", 8], seed=3)
     assert len(rows) == 2 and bench.train("tau=8", ["--tau", 8], seed=3) == rows and len(fake.commands) == 1
-    assert "--overwrite" not in fake.commands[0] and fake.commands[0][-4:] == [
-        "--log-dir",
-        str(bench.args.output / "tau=8"),
-        "--remark",
-        "tau=8",
-    ]
+    assert fake.commands[0][-4:] == ["--log-dir", str(bench.args.output / "tau=8"), "--remark", "tau=8"]
     longer = experiment("--epochs", 3)
     assert len(longer.train("tau=8", ["--tau", 8], seed=3)) == 3
     assert fake.commands[1][2:] == ["--resume", str(bench.folder("tau=8", 3)), "--epochs", "3"]
@@ -358,11 +353,9 @@ def test_every_entry_is_a_command_line():
 
 
 def ends(parameter: dict) -> list:
-    return (
-        [parameter["values"][0], parameter["values"][-1]]
-        if "values" in parameter
-        else [parameter["min"], parameter["max"]]
-    )
+    """Its first and last value, or its least and greatest."""
+    values = parameter.get("values") or [parameter["min"], parameter["max"]]
+    return [values[0], values[-1]]
 
 
 def test_the_sweep_gives_command_lines_of_train_py():
