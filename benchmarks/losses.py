@@ -1,57 +1,126 @@
-"""Trains HIST and the losses that train.py --loss knows on the glyphs, and lets report.py make the table.
+"""HIST, HIST without its HGNN, and the losses that train.py --loss knows, under the same conditions on one recipe.
 
-Everything is that of recipes/glyphs.args for all of them; what a loss has of its own is as in its paper (losses.py).
-Proxies, centres and class weights learn at the rate of HIST's class distributions, 100 times that of the network, as
-Proxy-Anchor and SoftTriple publish. Losses that compare the images of a batch get four of each class in it. Nothing
-was tuned for any loss.
+    python benchmarks/losses.py                             # ten losses, three seeds: over an hour on two cores
+    python benchmarks/losses.py --search                    # each loss at its own learning rates: about five hours
+    python benchmarks/losses.py --recipe emoji --search     # with pretrained weights
+    python benchmarks/losses.py --losses hist hist_without_hgnn --seeds 1 2 3 4 5
+    python benchmarks/losses.py -- --gpu-id -1              # flags of train.py after --
 
-    python benchmarks/losses.py                          # nine losses, three seeds: about an hour on two cores
-    python benchmarks/losses.py --seeds 1 --epochs 1     # only to see that it works
-    python benchmarks/losses.py --output my_runs         # go on where an earlier call was stopped
+Everything is that of the recipe for all of them; what a loss has of its own is as in its paper (code/losses.py). Losses
+that compare the images of a batch get four of each class in it. Without --search all train at the recipe's rates.
 
-Runs go to OUTPUT/glyphs, the tables to OUTPUT. A run that is there already is not trained again.
+--search tries nine pairs of rates for every loss: those of LR_FACTORS times the recipe's --lr, with each of LR_DS. The
+losses without parameters of their own have no --lr-ds and get the nine values of PAIR_LR_FACTORS instead. A try is a
+whole run that holds out 30 % of the training classes (val R@1 at its best epoch counts) with seed 100, which no
+reported run has. Then the losses train on all training classes, at the rates found, once for each of --seeds.
+
+Runs go to OUTPUT/LOSS and OUTPUT/search, the tables to OUTPUT/losses.md. Stopped, the same command goes on (see
+experiments.py).
 """
 
-import argparse
-import subprocess
+import itertools
+import statistics
 import sys
 from pathlib import Path
 
-import torch
-from measure import machine
+import experiments
+from experiments import mean_std
+from measure import table
+from scipy import stats
 
-CODE = Path(__file__).resolve().parent.parent / "code"
-sys.path.insert(0, str(CODE))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "code"))
+import checkpoint  # noqa: E402
+import dataset  # noqa: E402
 import flags  # noqa: E402
+from train import PAIR_LOSSES  # noqa: E402
 
-PAIR_LOSSES = ("multi_similarity", "triplet", "contrastive")
+ENTRIES = {"hist": ["--loss", "hist"], "hist_without_hgnn": ["--loss", "hist", "--ls", 0]}
+ENTRIES |= {loss: ["--loss", loss, *(["--IPC", 4] * (loss in PAIR_LOSSES))] for loss in flags.LOSSES[1:]}
+LR_FACTORS, LR_DS = (0.3, 1, 3), (1e-3, 1e-2, 1e-1)
+PAIR_LR_FACTORS = (0.03, 0.1, 0.2, 0.3, 0.5, 1, 2, 3, 10)
+SEARCH_SEED, HELD_OUT = 100, 0.3
 
 
-def train(loss: str, seed: int, number: int, epochs: int, output: Path) -> None:
-    run = output / "glyphs" / f"run_{number}"
-    words = ["@recipes/glyphs.args", "--loss", loss, "--IPC", 4 if loss in PAIR_LOSSES else 0, "--seed", seed]
-    words += ["--run-num", number, "--epochs", epochs, "--log-dir", output]
-    if (run / "last.pth").exists():
-        words = ["--resume", run / "last.pth", "--epochs", epochs]
-    elif run.exists():
-        words.append("--overwrite")
-    print(f"\n{loss}, seed {seed}", flush=True)
-    subprocess.run([sys.executable, CODE / "train.py", *map(str, words)], check=True)
+def grid(loss: str, lr: float) -> list[dict[str, float]]:
+    """The learning rates that --search tries, around a recipe's lr: nine for every loss."""
+    if loss in PAIR_LOSSES:
+        return [{"lr": factor * lr} for factor in PAIR_LR_FACTORS]
+    return [{"lr": factor * lr, "lr-ds": lr_ds} for factor, lr_ds in itertools.product(LR_FACTORS, LR_DS)]
+
+
+def recipe_rates(loss: str, recipe) -> dict[str, float]:
+    return {"lr": recipe.lr} if loss in PAIR_LOSSES else {"lr": recipe.lr, "lr-ds": recipe.lr_ds}
+
+
+def train(bench: experiments.Experiments, loss: str, rates: dict[str, float], seed: int, held_out: float | None = None):
+    """The training epochs of a run (None if it diverged); its setting is named after loss and rates."""
+    words = ENTRIES[loss] + [f"--{name}={rate:.3g}" for name, rate in rates.items()]
+    words += [] if held_out is None else ["--val-classes", held_out]
+    return bench.train(setting(loss, rates, held_out), words, seed)
+
+
+def setting(loss: str, rates: dict[str, float], held_out: float | None = None) -> str:
+    name = "_".join([loss, *(f"{name}={rate:.3g}" for name, rate in rates.items())])
+    return name if held_out is None else f"search/{name}"
+
+
+def search(bench: experiments.Experiments, loss: str) -> dict[str, float]:
+    """The rates of the grid with the best val R@1. Raises ValueError if training diverges at all of them."""
+    tried = [(rates, train(bench, loss, rates, SEARCH_SEED, HELD_OUT)) for rates in grid(loss, bench.flags.lr)]
+    reached = [(experiments.best(rows)["val R@1"], rates) for rates, rows in tried if rows]
+    if not reached:
+        raise ValueError(f"{loss}: training diverged at every learning rate that --search tries")
+    return max(reached, key=lambda pair: pair[0])[1]
+
+
+def line(bench: experiments.Experiments, loss: str, rates: dict[str, float], runs: dict[int, list[dict]]) -> list[str]:
+    """The row of a loss: R@K, MAP@R, seconds an epoch, its rates, and how many seeds did not diverge."""
+    bests = [experiments.best(rows) for rows in runs.values()]
+    recalls = [mean_std([best[f"R@{k}"] for best in bests]) for k in dataset.recall_at(bench.flags.dataset)[:3]]
+    scores = [bench.evaluate(setting(loss, rates), seed, "map")["MAP@R"] for seed in runs]
+    seconds = [row["seconds"] for rows in runs.values() for row in rows]
+    speed = f"{statistics.median(seconds):.1f}" if seconds else "–"
+    chosen = ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items())
+    return [loss, *recalls, mean_std(scores), speed, chosen, str(len(runs))]
+
+
+def difference(first: dict[int, list[dict]], second: dict[int, list[dict]]) -> str:
+    """R@1 of one loss less another's in points: mean over the seeds of both, and its 95 % interval by Student's t."""
+    seeds = sorted(first.keys() & second.keys())
+    points = [100 * (experiments.best(first[seed])["R@1"] - experiments.best(second[seed])["R@1"]) for seed in seeds]
+    if len(points) < 2:
+        return "at least two seeds of both are needed"
+    mean, error = statistics.mean(points), statistics.stdev(points) / len(points) ** 0.5
+    reach = stats.t.ppf(0.975, len(points) - 1) * error
+    return f"{mean:+.2f} points, 95 % interval {mean - reach:+.2f} to {mean + reach:+.2f} (n = {len(points)})"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--losses", nargs="+", choices=flags.LOSSES, default=flags.LOSSES, help="default: all")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--epochs", type=int, default=12, help="default: 12, as in the recipe")
-    parser.add_argument("--output", type=Path, default=CODE.parent / "logs" / "losses", help="default: logs/losses")
-    args = parser.parse_args()
-    print(machine("cuda" if torch.cuda.is_available() else "cpu", torch.get_num_threads()))
-    for seed in args.seeds:  # all losses of a seed before the next one: stopped early, the table still compares
-        for loss in args.losses:
-            train(loss, seed, 100 * (1 + flags.LOSSES.index(loss)) + seed, args.epochs, args.output)
-    subprocess.run([sys.executable, CODE / "report.py", args.output / "glyphs", "--output", args.output], check=True)
+    parser = experiments.parser_of(__doc__.splitlines()[0], "losses")
+    parser.add_argument("--losses", nargs="+", choices=ENTRIES, default=list(ENTRIES), metavar="NAME", help="which")
+    parser.add_argument("--search", action="store_true", help="first choose the learning rates of each loss")
+    bench = experiments.Experiments(parser)
+    if bench.args.search and SEARCH_SEED in bench.args.seeds:
+        raise ValueError(f"--seeds {SEARCH_SEED}: the search uses this seed, report others")
+    rates = {loss: search(bench, loss) if bench.args.search else recipe_rates(loss, bench.flags)
+             for loss in bench.args.losses}  # fmt: skip
+    runs = {loss: {} for loss in rates}
+    for seed in bench.args.seeds:  # all losses of a seed before the next one: stopped early, the table still compares
+        for loss in rates:
+            if rows := train(bench, loss, rates[loss], seed):
+                runs[loss][seed] = rows
+
+    ranked = sorted(runs, key=lambda loss: sum(experiments.best(rows)["R@1"] for rows in runs[loss].values())
+                    / max(len(runs[loss]), 1), reverse=True)  # fmt: skip
+    lines = [line(bench, loss, rates[loss], runs[loss]) for loss in ranked]
+    head = ["loss", *(f"R@{k}" for k in dataset.recall_at(bench.flags.dataset)[:3])]
+    head += ["MAP@R", "s an epoch", "rates", "seeds"]
+    text = [bench.provenance([rows for seeds in runs.values() for rows in seeds.values()]), table(head, lines)]
+    if {"hist", "hist_without_hgnn"} <= runs.keys():
+        text.append(f"\nR@1 of hist less that without HGNN: {difference(runs['hist'], runs['hist_without_hgnn'])}")
+    checkpoint.write_text("\n".join(text) + "\n", bench.args.output / "losses.md")
+    print("\n" + "\n".join(text))
 
 
 if __name__ == "__main__":
-    main()
+    flags.run_script(main)

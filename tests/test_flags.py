@@ -88,7 +88,7 @@ def test_every_recipe_parses(recipe):
     flags.train_parser().parse([f"@{recipe}"])
 
 
-@pytest.mark.parametrize("name", ["cub", "cars", "sop"])
+@pytest.mark.parametrize("name", [f"{name}{kind}" for name in ("cub", "cars", "sop") for kind in ("", "_bn_inception")])
 def test_tuned_recipes_change_nothing_but_the_loss(name):
     parser = flags.train_parser()
     published, tuned = (parsed(parser, [f"@recipes/{name}{kind}.args"]) for kind in ("", "_tuned"))
