@@ -3,8 +3,11 @@
 - setting up Stanford Online Products, 120,053 files: seconds until the first batch is drawn up, and the
   memory that this takes on top of the imported libraries, each in a process of its own; against the reader
   of pytorch-metric-learning and torchvision's ImageFolder on the same tree;
+- one worker process: images per second of its CPU time, which other load on the machine hardly touches, for what
+  the training loader hands over (bytes, normalised on the device), for floats normalised by the worker, and for
+  ImageFolder with torchvision's usual transforms;
 - decoding and augmenting: images per second of the training loader, against a plain ImageFolder loader with
-  the same transform, batch size and workers, taking turns;
+  the usual transforms, the same batch size and workers, taking turns;
 - the same by number of workers, against what the training step takes (benchmarks/train_step.py measures that).
 
     python benchmarks/loader.py                          # some minutes on two cores
@@ -134,6 +137,57 @@ def bench_set_up(root: Path, num_files: int, repeats: int) -> None:
         print(f"{kind:<26}{seconds:>9.2f}{peak:>9.0f}{kept:>9.0f}{imports:>18.0f}")
 
 
+def usual_transform(size: int):
+    from torchvision import transforms
+
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(size),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+
+
+def stamped(batch):
+    """Collates, and adds the CPU seconds that this worker process has used so far."""
+    from torch.utils.data import default_collate
+
+    return default_collate(batch), time.process_time()
+
+
+def bench_worker(folder: Path, size: int, repeats: int) -> None:
+    from dataset import ImageDataset, ImageList, RandomBatches, train_transform
+    from torch.utils.data import DataLoader
+    from torchvision.datasets import ImageFolder
+
+    plain = ImageFolder(str(folder), usual_transform(size))
+    paths = [os.path.relpath(path, folder) for path, _ in plain.samples]
+    images = ImageList(folder, paths, np.array(plain.targets), plain.classes)
+    options = {"num_workers": 1, "persistent_workers": True, "collate_fn": stamped}
+    batches = RandomBatches(images.labels, 32, seed=1)
+    loaders = {
+        "this project: bytes": DataLoader(
+            ImageDataset(images, train_transform(size)), batch_sampler=batches, **options
+        ),
+        "the same, but floats": DataLoader(
+            ImageDataset(images, usual_transform(size)), batch_sampler=batches, **options
+        ),
+        "ImageFolder: floats": DataLoader(plain, 32, shuffle=True, drop_last=True, **options),
+    }
+    rates = {kind: [] for kind in loaders}
+    for turn in range(repeats + 1):
+        for kind, loader in loaders.items():
+            seconds = [now for _, now in loader]
+            if turn > 0:  # the first turn starts the workers and fills the page cache
+                rates[kind].append(32 * (len(seconds) - 1) / (seconds[-1] - seconds[0]))
+    print(f"\none worker, {size}×{size}, batch 32 ({repeats} epochs of {len(images):,} images each, taking turns)")
+    print(f"{'':<26}{'images per CPU s':>18}{'lowest':>9}{'highest':>9}")
+    for kind, values in rates.items():
+        print(f"{kind:<26}{statistics.median(values):>18.0f}{min(values):>9.0f}{max(values):>9.0f}")
+
+
 def images_per_second(loader) -> float:
     start = time.perf_counter()
     images = sum(len(batch) for batch, _ in loader)
@@ -145,11 +199,11 @@ def bench_loading(root: Path, workers: int, repeats: int) -> None:
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
 
-    transform = train_transform(224)
-    ours = make_train_loader(load_benchmark("folder", root).train, transform, 32, seed=1, workers=workers)
+    images = load_benchmark("folder", root).train
+    ours = make_train_loader(images, train_transform(224), 32, seed=1, workers=workers)
     keep_workers = {"persistent_workers": True, "prefetch_factor": 4} if workers else {}
     plain = DataLoader(
-        ImageFolder(str(root / "train"), transform),
+        ImageFolder(str(root / "train"), usual_transform(224)),
         32,
         shuffle=True,
         drop_last=True,
@@ -202,9 +256,13 @@ def main() -> None:
         photos = Path(scratch) / "photos"
         write_photos(photos, args.images)
         print(f"\n{args.images:,} JPEGs of 500×375 for the loaders")
-        import torch  # not at the top: each process that measures the set-up imports this file, too
+        import torch  # neither at the top: each process that measures the set-up imports this file, too
+        from glyphs import write_glyphs
 
         torch.set_num_threads(1)  # matters with 0 workers only: workers have one thread each anyway
+        write_glyphs(Path(scratch) / "glyphs", args.images // 20, 20, 64, seed=0, progress=False)
+        bench_worker(photos / "train", 224, args.repeats)
+        bench_worker(Path(scratch) / "glyphs" / "images", 64, args.repeats)
         bench_loading(photos, args.workers, args.repeats)
         bench_workers(photos, args.need, args.repeats)
 

@@ -9,7 +9,7 @@ import os
 import signal
 import stat
 import sys
-import time
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -409,18 +409,23 @@ def available_cores() -> int:
 
 
 def leave_stopping_to_the_parent(worker: int) -> None:
-    """Runs in each worker process. Ctrl-C and SIGTERM may reach the whole process group, but the parent finishes its
-    step first and still needs its workers; then it tells them to end. If one does not listen, torch sends it SIGTERM,
-    and at exit again: so only a later SIGTERM ends a worker."""
-    first = []
+    """Runs in each worker process, so that only a SIGTERM from its parent ends it.
 
-    def note(number, frame):
-        if first and time.monotonic() - first[0] > 3:
-            os._exit(0)  # torch would complain about a worker that a signal killed
-        first.append(time.monotonic())
-
+    Ctrl-C and SIGTERM may reach the whole process group, but the parent finishes its step first and still needs its
+    workers. It sends them SIGTERM when it exits on an error, and waits for them: not to obey would hang it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, note)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def obey_the_parent():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)  # torch would complain about a worker that a signal killed
+
+    threading.Thread(target=obey_the_parent, daemon=True).start()
 
 
 def worker_options(workers: int, pin_memory: bool) -> dict:

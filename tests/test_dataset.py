@@ -2,6 +2,8 @@
 
 import multiprocessing
 import signal
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -465,11 +467,11 @@ def handler_of_the_trainer(number, frame):
 
 
 def signals_are_the_workers_own(_):
-    interrupt, terminate = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    return torch.tensor(interrupt == signal.SIG_IGN and terminate != handler_of_the_trainer)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, set())
+    return torch.tensor(signal.getsignal(signal.SIGINT) == signal.SIG_IGN and signal.SIGTERM in blocked)
 
 
-def test_workers_outlive_ctrl_c_and_the_first_sigterm_and_leave_quietly_at_a_later_one(cub):
+def test_workers_outlive_signals_to_the_group_and_leave_quietly_when_the_trainer_tells_them_to(cub):
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, handler_of_the_trainer) for number in numbers]
     others = multiprocessing.active_children()
@@ -480,12 +482,28 @@ def test_workers_outlive_ctrl_c_and_the_first_sigterm_and_leave_quietly_at_a_lat
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
     (worker,) = (process for process in multiprocessing.active_children() if process not in others)
-    worker.terminate()  # as the whole process group may get it: the trainer still needs its workers
-    worker.join(3.5)
-    assert worker.is_alive()
+    for _ in range(2):
+        subprocess.run(["kill", str(worker.pid)], check=True)  # not from the trainer, which still needs its workers
+        worker.join(1)
+        assert worker.is_alive()
     worker.terminate()
     worker.join(10)
     assert worker.exitcode == 0
+
+
+@pytest.mark.slow
+def test_an_unforeseen_error_ends_a_script_that_has_workers(tmp_path):
+    """At exit Python sends the workers SIGTERM and waits for them, without end."""
+    trees.make_cub(tmp_path, classes=4, images=6, size=8)
+    script = f"""
+import dataset, pathlib
+images = dataset.load_benchmark("cub", pathlib.Path({str(tmp_path)!r})).train
+for batch in dataset.make_train_loader(images, dataset.train_transform(8), 4, 1, workers=1):
+    raise TypeError("unforeseen")
+"""
+    code = Path(dataset.__file__).parent
+    ended = subprocess.run([sys.executable, "-c", script], cwd=code, capture_output=True, text=True, timeout=90)
+    assert ended.returncode == 1 and ended.stderr.endswith("TypeError: unforeseen\n")
 
 
 # ---------------------------------------------------------------- images that cannot be decoded
