@@ -78,6 +78,12 @@ def problem(N: int, C: int, D: int, device: str, dtype=torch.float32) -> tuple[H
     return criterion.to(device, dtype), X.to(device, dtype).requires_grad_(), T.to(device)
 
 
+def results(loss: torch.Tensor, criterion: HISTLoss, X: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The loss and, after its backward pass, the gradients of X and by parameter name, on the CPU."""
+    gradients = {name: parameter.grad.cpu() for name, parameter in criterion.named_parameters()}
+    return {"loss": loss.detach().cpu(), "X": X.grad.cpu()} | gradients
+
+
 def measure_loss(form: str, N: int, C: int, D: int, device: str, threads: int, repeats: int, file: str) -> dict:
     """Seconds and extra bytes of one form; its loss and gradients (of X and by parameter name) go to a file."""
     torch.set_num_threads(threads)
@@ -93,7 +99,7 @@ def measure_loss(form: str, N: int, C: int, D: int, device: str, threads: int, r
     loss = run(criterion, X, T)
     loss.backward()
     extra = memory.extra()
-    torch.save({"loss": loss.detach().cpu()} | {name: tensor.grad.cpu() for name, tensor in inputs.items()}, file)
+    torch.save(results(loss, criterion, X), file)
     if form == "float64":
         return {}
 
@@ -130,9 +136,11 @@ def measure_floor(N: int, C: int, D: int, device: str, threads: int, repeats: in
     return {name: timed(piece, device, repeats, warm_up=2) for name, piece in pieces.items()}
 
 
-def relative_differences(file: Path, other: Path) -> dict[str, float]:
-    """The loss, all gradients as one vector, the worst of the gradients without theta 1, the worst of theta 1."""
-    one, two = (torch.load(path) for path in (file, other))
+def relative_differences(one: dict, two: dict) -> dict[str, float]:
+    """The loss, all gradients as one vector, the worst of the gradients without theta 1, the worst of theta 1.
+
+    one, two: from results().
+    """
     errors = {name: (one[name].double() - two[name].double()).norm().item() for name in one}
     norms = {name: two[name].double().norm().item() for name in one}
     relative = {name: errors[name] / norms[name] for name in one}
@@ -170,7 +178,7 @@ def measure_size(N: int, C: int, D: int, args) -> dict:
         found["floor"] = alone(measure_floor, *size, args.repeats) if found["ours"] else None
         pairs = [("ours", "textbook"), ("ours", "float64"), ("textbook", "float64")]
         found["differences"] = {
-            f"{one} from {two}": relative_differences(files[one], files[two])
+            f"{one} from {two}": relative_differences(torch.load(files[one]), torch.load(files[two]))
             for one, two in pairs
             if files[one].exists() and files[two].exists()
         }

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a piece in a process of its own, its time, its memory (Linux).
+"""What the benchmarks share: a piece in a process of its own, its time, memory, operations and waits (Linux).
 
 from measure import Memory, alone, timed
 
@@ -12,17 +12,20 @@ seconds, extra = alone(piece, 512)
 """
 
 import gc
+import itertools
 import os
 import platform
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def alone(piece: Callable, *arguments):
@@ -47,6 +50,62 @@ def timed(step: Callable[[], object], device: torch.device | str, repeats: int, 
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[warm_up:])
+
+
+class Stopwatch:
+    """Notes moments, on a GPU in its own queue of work: nothing waits for it until they are read."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu, self.moments = device.type == "cuda", []
+
+    def mark(self) -> None:
+        if self.on_gpu:
+            self.moments.append(torch.cuda.Event(enable_timing=True))
+            self.moments[-1].record()
+        else:
+            self.moments.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """From each moment to the next."""
+        pairs = itertools.pairwise(self.moments)
+        if not self.on_gpu:
+            return [after - before for before, after in pairs]
+        torch.cuda.synchronize()
+        return [before.elapsed_time(after) / 1000 for before, after in pairs]
+
+
+def waits(run: Callable[[int], object], device: torch.device | str, steps: int = 10) -> int | None:
+    """How often the host waits for the GPU in `steps` steps of run(steps); None on the CPU.
+
+    What run does once, however many steps there are, is not counted. Nor is waiting for an event, such as the one
+    after which the step's loss has arrived on the host.
+    """
+    if torch.device(device).type != "cuda":
+        return None
+
+    def count(steps: int) -> int:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                run(steps)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return sum("called a synchronizing" in str(warning.message) for warning in caught)
+
+    return count(steps + 2) - count(2)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that compute something, forward and backward: about as many kernels as a GPU launches."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += not operation.is_view
+        return operation(*args, **(kwargs or {}))
 
 
 class Memory:
@@ -98,6 +157,7 @@ def machine(device: torch.device | str, threads: int) -> str:
     parts = [f"{model}, {os.cpu_count()} cores, {threads} threads"]
     if torch.device(device).type == "cuda":
         parts.insert(0, torch.cuda.get_device_name())
+        parts.append(f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
     return ", ".join(
         [*parts, f"Python {sys.version.split()[0]}", f"torch {torch.__version__}", time.strftime("%Y-%m-%d")]
     )

@@ -1,9 +1,9 @@
 """Measures the whole training step: plain float32 against each option that makes it faster, and all of them.
 
-The step is train.py's own (train.train_epoch, train.make_optimizer), behind the warm-up, on one synthetic batch that
-already lies on the device: no image is read. What it could reach at best is measured beside it, the network alone
-(forward and backward pass, no loss, no optimiser). Plain is float32, eager, Adam parameter by parameter; on GPUs
-convolutions use TF32, as torch has always done by default.
+The step is train.py's own (train.train_epoch, train.make_optimizer), after the warm-up, on one synthetic batch that is
+already on the device: no image is read. Its limit is measured too, the network alone (forward and backward pass, no
+loss, no optimiser). Plain is float32, eager, Adam parameter by parameter; on GPUs convolutions use TF32, torch's
+default.
 
     python benchmarks/train_step.py                             # ResNet-50, 224 pixels, batches of 32 and 128
     python benchmarks/train_step.py --device cpu --batch-sizes 32
@@ -16,14 +16,13 @@ not timed.
 import argparse
 import functools
 import gc
-import itertools
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from measure import Stopwatch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "code"))
 
@@ -49,30 +48,8 @@ OPTIONS = {
 FEW_CLASSES, MANY_CLASSES = 100, 11_318  # CUB-200-2011, Stanford Online Products
 
 
-class Stopwatch:
-    """Notes moments, on a GPU in the order of its work: nothing waits for it until they are read."""
-
-    def __init__(self, device: torch.device):
-        self.on_gpu, self.moments = device.type == "cuda", []
-
-    def mark(self) -> None:
-        if self.on_gpu:
-            self.moments.append(torch.cuda.Event(enable_timing=True))
-            self.moments[-1].record()
-        else:
-            self.moments.append(time.perf_counter())
-
-    def seconds(self) -> list[float]:
-        """From each moment to the next."""
-        pairs = itertools.pairwise(self.moments)
-        if not self.on_gpu:
-            return [after - before for before, after in pairs]
-        torch.cuda.synchronize()
-        return [before.elapsed_time(after) / 1000 for before, after in pairs]
-
-
 class OneBatch:
-    """Stands in for the training loader: the same batch over and over, a mark before each and behind the last."""
+    """Stands in for the training loader: the same batch over and over, a mark before each and after the last."""
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, steps: int, stopwatch: Stopwatch):
         self.batch, self.steps, self.stopwatch = (images, labels), steps, stopwatch
@@ -88,24 +65,51 @@ class OneBatch:
 
 
 class Step:
-    """Network, loss and optimiser as train.py has them behind the warm-up, and a batch."""
+    """Network, loss and optimiser as train.py has them after the warm-up, and a batch. Same words, same numbers.
 
-    def __init__(self, words: list[str], fused: bool, num_classes: int, device: torch.device):
+    words: flags of train.py; fused: whether the optimiser is the fused one; backend: what --compile compiles with.
+    """
+
+    def __init__(
+        self, words: list[str], fused: bool, num_classes: int, device: torch.device, backend: str = "inductor"
+    ):
         train.seed_everything(1, deterministic=False)
         torch.compiler.reset()  # or else a second batch size would be compiled for all sizes at once
         args = self.args = flags.train_parser().parse(words)[0]
-        self.device = device
+        self.device, self.fused = device, fused
         self.network = net.build(args.model, args.sz_embedding, "none", args.add_gmp, args.layer_norm, args.bn_freeze)
         self.network.to(device, memory_format=inference.memory_format(args.channels_last))
         self.network.set_backbone_trainable(True)
+        self.forward = torch.compile(self.network, backend=backend) if args.compile else self.network
+        shape = (args.sz_batch, 3, args.image_size, args.image_size)
+        self.images = torch.randint(256, shape, dtype=torch.uint8).to(device)
+        self.use_classes(num_classes)
+
+    def use_classes(self, num_classes: int) -> None:
+        """A new loss, optimiser and labels; what was compiled stays, it does not depend on the classes."""
+        args = self.args
         self.criterion = HISTLoss(num_classes, args.sz_embedding, args.hgnn_hidden, args.tau, args.alpha, args.ls)
-        self.criterion.to(device)
+        self.criterion.to(self.device)
         self.optimizer = train.make_optimizer(self.network, self.criterion, args)
         for group in self.optimizer.param_groups:
-            group |= {"fused": fused, "foreach": False}
-        self.forward = torch.compile(self.network) if args.compile else self.network
-        self.images = torch.randn(args.sz_batch, 3, args.image_size, args.image_size, device=device)
-        self.labels = torch.randint(num_classes, (args.sz_batch,))
+            group |= {"fused": self.fused, "foreach": False}
+        labels = torch.randint(num_classes, (args.sz_batch,))
+        self.labels = labels.pin_memory() if self.device.type == "cuda" else labels  # as from the training loader
+
+    def epoch(self, batches, loss=None) -> dict:
+        """The row of train.train_epoch on these batches: a list, or anything else with a length."""
+        return train.train_epoch(
+            self.network,
+            self.forward,
+            self.criterion,
+            loss or self.criterion,
+            batches,
+            self.optimizer,
+            self.device,
+            self.args,
+            title="",
+            stop=SimpleNamespace(number=0),
+        )
 
     def train(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
         """Seconds of each whole step, and of the loss in it: forward, and backward as far as the embeddings."""
@@ -116,18 +120,7 @@ class Step:
             embeddings.register_hook(lambda gradient: stopwatch.mark())
             return self.criterion(embeddings, labels)
 
-        train.train_epoch(
-            self.network,
-            self.forward,
-            self.criterion,
-            loss,
-            OneBatch(self.images, self.labels, steps, stopwatch),
-            self.optimizer,
-            self.device,
-            self.args,
-            title="",
-            stop=SimpleNamespace(number=0),
-        )
+        self.epoch(OneBatch(self.images, self.labels, steps, stopwatch), loss)
         parts = np.array(stopwatch.seconds()).reshape(steps, 3)
         return parts.sum(axis=1), parts[:, 1]
 
@@ -136,10 +129,11 @@ class Step:
         self.network.train()
         self.network.freeze_batchnorm_statistics()
         stopwatch = Stopwatch(self.device)
+        normalised = self.network.normalise(self.images)
         gradient = torch.randn(self.args.sz_batch, self.args.sz_embedding, device=self.device)
         for _ in range(steps):
             stopwatch.mark()
-            images = self.images.to(memory_format=inference.memory_format(self.args.channels_last))
+            images = normalised.to(memory_format=inference.memory_format(self.args.channels_last))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp == "bf16"):
                 embeddings = self.forward(images)
             self.network.zero_grad()

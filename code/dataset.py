@@ -16,9 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from facts import BENCHMARKS, RECALL_AT
 from layouts import (
-    BENCHMARKS,
-    RECALL_AT,
     Listing,
     compare_counts,
     look_at_test_split,
@@ -29,8 +28,6 @@ from layouts import (
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class UnreadableImage(ValueError):
@@ -297,39 +294,24 @@ class ImageDataset(Dataset):
             return torch.zeros_like(self.transform(Image.new("RGB", (256, 256)))), -1
 
 
-def reverse_channels(image: torch.Tensor) -> torch.Tensor:
-    return image.flip(0)  # (3, H, W)
+def train_transform(image_size=224):
+    """Random crop of 8 to 100 % of the area, resized to image_size, flipped half of the time: (3, H, W) uint8, RGB.
 
-
-def to_network_input(mean, std, bgr: bool, scale: float) -> list:
-    """PIL image → (3, H, W): values of 0..scale, channels reversed if bgr, then (x - mean) / std."""
-    # (scale·x - mean) / std without an extra pass over the pixels
-    normalise = transforms.Normalize([m / scale for m in mean], [s / scale for s in std])
-    return [transforms.ToTensor(), *([reverse_channels] if bgr else []), normalise]
-
-
-def train_transform(image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD, bgr=False, scale=1.0):
-    """Random crop of 8 to 100 % of the area, resized to image_size, flipped half of the time.
-
-    mean and std refer to values of 0..scale, in the channel order after bgr. For BN-Inception scale is 255, bgr
-    True, mean (104, 117, 128) and std (1, 1, 1).
+    Bytes, because that is a quarter of what a worker would copy as floats; the network's normalise() does the rest
+    on its device, a whole batch at a time.
     """
     return transforms.Compose(
-        [
-            transforms.RandomResizedCrop(image_size),
-            transforms.RandomHorizontalFlip(),
-            *to_network_input(mean, std, bgr, scale),
-        ]
+        [transforms.RandomResizedCrop(image_size), transforms.RandomHorizontalFlip(), transforms.PILToTensor()]
     )
 
 
-def eval_transform(image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD, bgr=False, scale=1.0):
-    """Shorter side resized to image_size · 256/224, centre crop of image_size; otherwise as train_transform."""
+def eval_transform(image_size=224):
+    """Shorter side resized to image_size · 256/224, centre crop of image_size: (3, H, W) uint8, RGB."""
     return transforms.Compose(
         [
             transforms.Resize(round(image_size * 256 / 224)),
             transforms.CenterCrop(image_size),
-            *to_network_input(mean, std, bgr, scale),
+            transforms.PILToTensor(),
         ]
     )
 
@@ -462,7 +444,7 @@ def make_train_loader(
     skip_bad: bool = False,
     shard: tuple[int, int] = (0, 1),
 ) -> DataLoader:
-    """Batches of (N, 3, H, W) and (N,). Call loader.batch_sampler.set_epoch(epoch) before each epoch.
+    """Batches of (N, 3, H, W) uint8 and (N,) int64. Call loader.batch_sampler.set_epoch(epoch) before each epoch.
 
     batch_size counts the images of all processes together; process shard[0] of shard[1] gets its part of each batch.
 

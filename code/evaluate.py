@@ -144,7 +144,7 @@ def embed(benchmark, network, device, args):
 
     def embed_split(images, description):
         loader = inference.make_loader(
-            network, images, args.image_size, args.sz_batch, args.nb_workers, device, args.skip_bad_images
+            images, args.image_size, args.sz_batch, args.nb_workers, device, args.skip_bad_images
         )
         return inference.embed(network, loader, device, args.amp == "bf16", args.channels_last, description)
 

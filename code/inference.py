@@ -68,11 +68,11 @@ def memory_format(channels_last: bool) -> torch.memory_format:
 # ---------------------------------------------------------------- from images to embeddings
 
 
-def make_loader(network, images: dataset.ImageList, image_size: int, batch_size: int, workers: int, device, skip_bad):
-    """A loader of this process's share of the images, all in order, prepared as the network wants them."""
+def make_loader(images: dataset.ImageList, image_size: int, batch_size: int, workers: int, device, skip_bad):
+    """A loader of this process's share of the images, all in order, for embed."""
     return dataset.make_eval_loader(
         images,
-        dataset.eval_transform(image_size, network.mean, network.std, network.bgr, network.scale),
+        dataset.eval_transform(image_size),
         batch_size,
         workers,
         pin_memory=torch.device(device).type == "cuda",
@@ -107,11 +107,11 @@ def embed(
     total = len(loader.dataset)
     if total == 0:
         raise ValueError("there is no image to embed")
-    share = len(range(rank, total, count))
+    share, layout = len(range(rank, total, count)), memory_format(channels_last)
     embeddings, labels, done = None, torch.empty(share, dtype=torch.int64), 0
     with tqdm(total=total, desc=description, unit="img", disable=None, leave=False) as bar:
         for images, targets in loader:
-            images = images.to(device, non_blocking=True, memory_format=memory_format(channels_last))
+            images = network.normalise(images.to(device, non_blocking=True, memory_format=layout))
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 batch = network(images).float()
             if embeddings is None:

@@ -30,16 +30,13 @@ from typing import BinaryIO
 import emoji
 import numpy as np
 from dataset import UnreadableImage, available_cores, load_benchmark, read_rgb
+from facts import BENCHMARKS, DATASETS, Archive, dataset_name
 from flags import CODE, one_line, real, run_script
 from glyphs import load_font
 from layouts import (
-    BENCHMARKS,
-    DATASETS,
-    Archive,
     Listing,
     compare_counts,
     count,
-    dataset_name,
     find_home,
     look_at_test_split,
     missing_files,

@@ -25,8 +25,8 @@ import checkpoint
 import dataset
 import distributed
 import flags
+import folders
 import inference
-import layouts
 import metrics
 import numpy as np
 import pictures
@@ -82,9 +82,9 @@ def list_images(path: Path, option: str) -> dataset.ImageList:
     if not path.is_dir():
         wanted = "image or folder" if option == "--query" else "folder"
         raise FileNotFoundError(f"{option} {path}: {'is no' if path.exists() else 'there is no such'} {wanted}")
-    found, skipped = layouts.find_images(path, ".")
+    found, skipped = folders.find_images(path, ".")
     if skipped:
-        print(f"note: {layouts.describe_skipped(path, skipped)}", file=sys.stderr)
+        print(f"note: {folders.describe_skipped(path, skipped)}", file=sys.stderr)
     if not found:
         raise ValueError(f"{option} {path}: the folder holds no image")
     return own_pictures(path, [name.removeprefix("./") for name in found])
@@ -96,9 +96,7 @@ def own_pictures(root: Path, paths: list[str]) -> dataset.ImageList:
 
 def embed(network, images, device, args, description) -> inference.Embedded:
     """Embeddings of those of the images that can be decoded."""
-    loader = inference.make_loader(
-        network, images, args.image_size, args.sz_batch, args.nb_workers, device, skip_bad=True
-    )
+    loader = inference.make_loader(images, args.image_size, args.sz_batch, args.nb_workers, device, skip_bad=True)
     return inference.embed(network, loader, device, args.amp == "bf16", args.channels_last, description)
 
 

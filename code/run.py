@@ -420,7 +420,7 @@ class Run:
         with torch.no_grad():
             network.eval()
             labels = torch.tensor(labels, device=device)
-            H = criterion.cds2hg(network(torch.stack(images).to(device)), labels)[1]
+            H = criterion.cds2hg(network(network.normalise(torch.stack(images).to(device))), labels)[1]
         class_names = train_loader.dataset.images.class_names
         pictures.hypergraph(H.cpu().numpy(), labels.cpu().numpy(), class_names, self.folder / "hypergraph.png")
 
@@ -455,8 +455,8 @@ class Run:
         lowest, chance = min((row["ce_loss"] for row in self.history if "ce_loss" in row), default=0), self.chance()
         if chance and lowest > 0.95 * chance:
             lines.append(
-                f"       the HGNN's cross-entropy never left chance ({lowest:.2f} of ln C = {chance:.2f}): the hyper"
-                "graph did nothing in this run; try a larger --alpha or a smaller --lr-ds"
+                f"       the HGNN's cross-entropy never fell below chance ({lowest:.2f}; ln C is {chance:.2f}): the "
+                "hypergraph did nothing in this run; try a larger --alpha or a smaller --lr-ds"
             )
         if num_bad:
             lines.append(f"{num_bad} training images could not be decoded and were replaced")

@@ -221,7 +221,7 @@ def make_loaders(args, network, benchmark, train_images, validation_images, devi
     """(training loader, [(prefix of its scores' names, query loader, gallery loader or None), …])."""
     train_loader = dataset.make_train_loader(
         train_images,
-        dataset.train_transform(args.image_size, network.mean, network.std, network.bgr, network.scale),
+        dataset.train_transform(args.image_size),
         args.sz_batch,
         args.seed,
         args.IPC,
@@ -233,7 +233,7 @@ def make_loaders(args, network, benchmark, train_images, validation_images, devi
 
     def loader_of(images):
         options = (args.image_size, EVALUATION_BATCH, args.nb_workers, device, args.skip_bad_images)
-        return None if images is None else inference.make_loader(network, images, *options)
+        return None if images is None else inference.make_loader(images, *options)
 
     evaluation_sets = [("", loader_of(benchmark.query), loader_of(benchmark.gallery))]
     if validation_images is not None:
@@ -280,7 +280,7 @@ def train_epoch(network, forward, criterion, loss_of, loader, optimizer, device,
     layout = inference.memory_format(args.channels_last)
     with tqdm(total=len(loader) * args.sz_batch, desc=title, unit="img", disable=None, leave=False) as bar:
         for step, (images, labels) in enumerate(loader, start=1):
-            images = images.to(device, non_blocking=True, memory_format=layout)
+            images = network.normalise(images.to(device, non_blocking=True, memory_format=layout))
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
                 embeddings = forward(images)
             embeddings, labels, stop_number = distributed.gather_batch(embeddings, labels, stop.number)

@@ -23,6 +23,11 @@ TINY = (
 ).split()
 
 
+def pytest_xdist_auto_num_workers(config):
+    """pyproject.toml's -n auto: no other processes for --trace, whose debugger needs this terminal (nor for --pdb)."""
+    return 0 if config.option.trace else None
+
+
 @pytest.fixture(scope="session")
 def cub(tmp_path_factory):
     """A data root with a tiny CUB, which has grey, palette, RGBA and CMYK images and macOS's ._ files in it."""

@@ -1,7 +1,6 @@
-"""The command line: the original's flags and values, recipes, one-line errors, and every command of the README."""
+"""The command line: the original's flags and values, recipes, and one-line errors."""
 
 import re
-import shlex
 from pathlib import Path
 
 import flags
@@ -96,12 +95,6 @@ def test_tuned_recipes_change_nothing_but_the_loss(name):
     assert published != tuned
 
 
-def test_readme_names_every_recipe():
-    text = (ROOT / "README.md").read_text()
-    for recipe in (ROOT / "code" / "recipes").glob("*.args"):
-        assert f"`{recipe.name}`" in text
-
-
 def test_stored_flags_come_back_through_the_parser():
     parser = flags.train_parser()
     args, _ = parser.parse(["--lr", "0.00012", "--dataset", "cub", "--deterministic", "--remark", "--odd remark"
@@ -156,51 +149,3 @@ def test_one_line():
 
 def test_zero_or_one_flags_take_words():
     assert [flags.binary(word) for word in ("0", "1", "true", "False")] == [0, 1, 1, 0]
-
-
-def readme_commands():
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    for block in re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.DOTALL):
-        for line in block.splitlines():
-            for part in line.partition("#")[0].split("&&"):
-                words = shlex.split(part)
-                places = [n for n, word in enumerate(words) if word.endswith(".py")]
-                if places:
-                    yield Path(words[places[0]]).name, words[places[0] + 1 :], part.strip()
-
-
-@pytest.mark.parametrize(
-    "name, words", [(n, w) for n, w, _ in readme_commands()], ids=[c for _, _, c in readme_commands()]
-)
-def test_every_command_of_the_readme_parses(name, words):
-    if (ROOT / "benchmarks" / name).is_file():
-        return
-    parsers = {
-        "train.py": flags.train_parser,
-        "evaluate.py": flags.evaluate_parser,
-        "retrieve.py": flags.retrieve_parser,
-    }
-    assert name in parsers or (ROOT / "code" / name).is_file()
-    if name in parsers:
-        parsers[name]().parse(words)
-
-
-def test_continuous_integration_runs_the_test_line_of_the_readme():
-    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    line = next(line for block in blocks for line in block.splitlines() if "pytest" in line)
-    assert line in (ROOT / ".ci" / "run").read_text().splitlines()
-
-
-def test_python_examples_of_the_readme_run(monkeypatch):
-    """One behind the other, in one namespace, as they are written; the loss learns in both."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2 and "MetricLossOnly" in blocks[1]
-    torch.manual_seed(0)
-    namespace = {}
-    for block in blocks:
-        before = {} if not namespace else {n: p.clone() for n, p in namespace["criterion"].named_parameters()}
-        exec(block, namespace)
-        now = dict(namespace["criterion"].named_parameters())
-        assert all(torch.isfinite(p).all() for p in now.values())
-        assert all((now[name] != before[name]).any() for name in before)
-    assert namespace["criterion"].hgnn.bn1.num_batches_tracked == 8  # 2 batches, 2 epochs, 2 loops

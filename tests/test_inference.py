@@ -1,9 +1,13 @@
 """Tests of code/inference.py: embedding a loader, and the figures of what it embeds."""
 
+import dataset
 import inference
 import metrics
+import net
 import pytest
 import torch
+import trees
+from torchvision import transforms
 
 
 def randn(*shape, seed=0):
@@ -18,8 +22,22 @@ class Tiny(torch.nn.Module):
         self.bn = torch.nn.BatchNorm2d(3)
         self.dropout = torch.nn.Dropout(0.5)
 
+    def normalise(self, images):
+        return images  # those of make_loader are floats
+
     def forward(self, images):
         return self.dropout(self.bn(images)).flatten(1)
+
+
+class Pixels(net.EmbeddingNet):
+    """Its embeddings are its inputs."""
+
+    def __init__(self, mean, std, bgr, scale):
+        torch.nn.Module.__init__(self)
+        self.mean, self.std, self.bgr, self.scale = mean, std, bgr, scale
+
+    def forward(self, images):
+        return images.flatten(1)
 
 
 def make_loader(labels, batch_size, seed=0):
@@ -45,6 +63,40 @@ def test_embed_leaves_out_images_that_could_not_be_read():
     embeddings, labels, rows = inference.embed(Tiny(), loader, "cpu")
     assert labels.tolist() == [4, 1, 0] and rows.tolist() == [0, 2, 3]
     torch.testing.assert_close(embeddings, images[[0, 2, 3]].flatten(1) / (1 + 1e-5) ** 0.5)
+
+
+IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), bgr=False, scale=1.0)
+INCEPTION = dict(mean=(104, 117, 128), std=(1, 1, 1), bgr=True, scale=255.0)
+ODD = dict(mean=(33.3, 0.1, 254.9), std=(57.1, 0.3, 255.0), bgr=True, scale=255.0)
+
+
+@pytest.mark.parametrize("wanted", [IMAGENET, INCEPTION, ODD])
+@pytest.mark.parametrize("workers, channels_last", [(0, False), (0, True), (2, False), (2, True)])
+def test_networks_see_what_torchvision_would_give_them_to_the_bit(tmp_path, wanted, workers, channels_last):
+    trees.make_cub(tmp_path, classes=4, images=3, size=40)
+    images = dataset.load_benchmark("cub", tmp_path).query
+    to_float = [transforms.ToTensor()]
+    if wanted["bgr"]:
+        to_float.append(lambda image: image.flip(0))
+    to_float.append(transforms.Normalize(*([x / wanted["scale"] for x in wanted[name]] for name in ("mean", "std"))))
+    usual = transforms.Compose([transforms.Resize(37), transforms.CenterCrop(32), *to_float])
+    expected = torch.stack([usual(dataset.read_rgb(str(images.root / path))) for path in images.paths])
+    loader = inference.make_loader(images, 32, 4, workers, "cpu", skip_bad=False)
+    found = inference.embed(Pixels(**wanted), loader, "cpu", channels_last=channels_last)
+    assert torch.equal(found.embeddings, expected.flatten(1))
+
+
+def test_normalising_every_byte_in_either_memory_format():
+    every = torch.arange(256, dtype=torch.uint8).expand(2, 3, 2, 256)
+    for wanted in (IMAGENET, INCEPTION, ODD):
+        mean, std = (torch.tensor([x / wanted["scale"] for x in wanted[name]]) for name in ("mean", "std"))
+        expected = (torch.arange(256) / 255 - mean[:, None]) / std[:, None]  # (3, 256)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            images = every.contiguous(memory_format=layout)
+            found = Pixels(**wanted).normalise(images)
+            assert torch.equal(found, expected[:, None].expand_as(every)) and found.dtype == torch.float32
+            assert found.is_contiguous(memory_format=layout)
+            assert torch.equal(images, every)  # the batch stays as it was
 
 
 def test_embed_options_change_little():

@@ -8,6 +8,8 @@ import warnings
 from pathlib import Path
 
 import dataset
+import facts
+import folders
 import layouts
 import numpy as np
 import pandas as pd
@@ -440,13 +442,13 @@ def test_a_thousand_nested_folders(own):
 
 
 def test_many_links_across_folders_do_not_multiply(own):
-    folders = [own / "thing_1" / str(i) for i in range(12)]
-    for folder in folders:
+    places = [own / "thing_1" / str(i) for i in range(12)]
+    for folder in places:
         folder.mkdir()
-    for one in folders:
-        for other in folders:
+    for one in places:
+        for other in places:
             (one / f"to {other.name}").symlink_to(other)
-    found, skipped = layouts.find_images(own / "thing_1", "x")
+    found, skipped = folders.find_images(own / "thing_1", "x")
     assert found == ["x/0.png", "x/1.png", "x/2.png"] and skipped.keys() == {"again"}
 
 
@@ -570,23 +572,23 @@ def test_whole_benchmarks_are_silent_even_if_classes_have_one_training_image(tmp
     + [("CUB", "cub"), ("Cars", "cars"), ("Glyphs", "glyphs"), ("FOLDER", "folder"), ("folder", "folder")],
 )
 def test_names_in_any_letter_case(text, name):
-    assert layouts.dataset_name(text) == name
+    assert facts.dataset_name(text) == name
 
 
 @pytest.mark.parametrize("text", ["", "birds", "cub200", "ſop", " cub"])
 def test_names_that_are_none(text):
     with pytest.raises(ValueError, match="is no dataset; there are cub, cars, SOP, Inshop, glyphs, "):
-        layouts.dataset_name(text)
+        facts.dataset_name(text)
 
 
 def test_facts():
-    totals = {name: sum(n for n, _ in facts.published.values()) for name, facts in layouts.BENCHMARKS.items()}
+    totals = {name: sum(n for n, _ in facts.published.values()) for name, known in facts.BENCHMARKS.items()}
     assert (totals["cub"], totals["cars"], totals["SOP"], totals["Inshop"]) == (11788, 16185, 120053, 52712)
     for name in ("cub", "cars", "SOP"):
-        facts = layouts.BENCHMARKS[name]
-        assert sum(classes for _, classes in facts.published.values()) == facts.num_classes
-    for facts in layouts.BENCHMARKS.values():
-        assert not (facts.archive or facts.by_hand) or "an independent audit found" in facts.mirrors
+        known = facts.BENCHMARKS[name]
+        assert sum(classes for _, classes in known.published.values()) == known.num_classes
+    for known in facts.BENCHMARKS.values():
+        assert not (known.archive or known.by_hand) or "an independent audit found" in known.mirrors
 
 
 @pytest.mark.parametrize("layout", ["train+test", "train+query+gallery", "csv"])

@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import dataset
+import facts
 import layouts
 import numpy as np
 import prepare
@@ -249,8 +250,8 @@ def zip_of(tmp_path):
 def serve(monkeypatch, server, name, file_name, content):
     """Makes these bytes the archive of a benchmark, with the right md5."""
     server.content = content
-    archive = layouts.Archive(f"http://x/{file_name}", hashlib.md5(content).hexdigest())
-    monkeypatch.setitem(layouts.BENCHMARKS, name, dataclasses.replace(layouts.BENCHMARKS[name], archive=archive))
+    archive = facts.Archive(f"http://x/{file_name}", hashlib.md5(content).hexdigest())
+    monkeypatch.setitem(facts.BENCHMARKS, name, dataclasses.replace(facts.BENCHMARKS[name], archive=archive))
 
 
 @pytest.fixture
@@ -437,7 +438,7 @@ def test_a_full_disk_is_not_the_servers_fault(tmp_path, monkeypatch):
 
 
 def test_published_md5s():
-    archives = {name: facts.archive for name, facts in layouts.BENCHMARKS.items() if facts.archive}
+    archives = {name: facts.archive for name, facts in facts.BENCHMARKS.items() if facts.archive}
     assert {name: (archive.file_name, archive.md5) for name, archive in archives.items()} == {
         "cub": ("CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78"),
         "SOP": ("Stanford_Online_Products.zip", "7f73d41a2f44250d4779881525aea32e"),

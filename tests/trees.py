@@ -124,11 +124,12 @@ def make_inshop(root: Path, classes: int = 8, images: int = 5, size: int = 40) -
 
 def publish(monkeypatch, name: str, root: Path) -> dict[str, tuple[int, int]]:
     """Makes the counts of a tiny tree under root the published ones, and gives them."""
+    import facts
     import layouts
 
     counts = {split: layouts.count(pairs) for split, pairs in layouts.read_splits(name, root).splits.items()}
-    facts = dataclasses.replace(layouts.BENCHMARKS[name], published=counts)
-    monkeypatch.setitem(layouts.BENCHMARKS, name, facts)
+    counted = dataclasses.replace(facts.BENCHMARKS[name], published=counts)
+    monkeypatch.setitem(facts.BENCHMARKS, name, counted)
     return counts
 
 

@@ -61,6 +61,19 @@ class EmbeddingNet(nn.Module):
                 for parameter in module.parameters():
                     parameter.requires_grad_(False)
 
+    def normalise(self, images):
+        """Images (N, 3, H, W) uint8, RGB, as dataset.py gives them → (N, 3, H, W) float32, as forward takes them.
+
+        The arithmetic is that of torchvision's ToTensor and Normalize, on the CPU to the bit; the memory format stays.
+        mean and std go in as numbers: copying tensors of them to a GPU would make the host wait in every step.
+        """
+        if self.bgr:
+            images = images.flip(1)
+        images = images.float().div_(255)
+        for channel, mean, std in zip(images.unbind(1), self.mean, self.std, strict=True):
+            channel.sub_(mean / self.scale).div_(std / self.scale)  # (scale·x - mean) / std in fewer passes
+        return images
+
     def features(self, images):
         """Images (N, 3, H, W) → what pool() takes: feature maps (N, C, h, w)."""
         raise NotImplementedError
