@@ -5,9 +5,10 @@
     python benchmarks/ablation.py --recipe emoji --epochs 4          # other data, shorter
     python benchmarks/ablation.py --recipe cars -- --data-root DIR   # the study's own data; flags of train.py after --
 
-Runs go to OUTPUT/SETTING, the tables to OUTPUT/ablation.md. Stopped, the same command goes on (see experiments.py).
-Layers and distances are not flags of train.py: variants.py runs it with another class in hist.py, and says which forms
-of the distances are compared. A batch of another size also makes for another number of steps; no rate is adapted to it.
+Runs go to OUTPUT/SETTING, the tables to OUTPUT/ablation_DATASET.md. Stopped, the same command goes on (see
+experiments.py). Layers and distances are not flags of train.py: variants.py runs it with another class in hist.py, and
+says which forms of the distances are compared. A batch of another size also makes for another number of steps; no rate
+is adapted to it.
 """
 
 import argparse
@@ -132,7 +133,7 @@ def main() -> None:
             recalls[name].append(experiments.best(rows)["R@1"])
     provenance = bench.provenance([rows for rows in runs.values() if rows])
     text = "\n".join([provenance, *(section(axis, base, recalls) for axis in bench.args.only)])
-    checkpoint.write_text(text, bench.args.output / "ablation.md")
+    checkpoint.write_text(text, bench.args.output / f"ablation_{bench.flags.dataset}.md")
     print(f"\n{text}")
 
 

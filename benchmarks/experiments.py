@@ -53,7 +53,9 @@ class Experiments:
         self.args.seeds = list(dict.fromkeys(self.args.seeds))
         checkpoint.make_folder(self.args.output, "--output")
         if taken := flags.train_parser().parse(more)[1] & OURS:
-            raise ValueError(f"the benchmark sets {', '.join(sorted(taken))} itself: leave it out after --")
+            raise ValueError(
+                f"the benchmark sets {', '.join(sorted(taken))} itself (--seeds, --epochs, --output): not after --"
+            )
         recipe = self.args.recipe
         is_file = recipe.endswith(".args") or Path(recipe).is_file()
         self.words = [f"@{recipe}" if is_file else f"@recipes/{recipe}.args", *more]

@@ -14,7 +14,7 @@ losses without parameters of their own have no --lr-ds and get the nine values o
 whole run that holds out 30 % of the training classes (val R@1 at its best epoch counts) with seed 100, which no
 reported run has. Then the losses train on all training classes, at the rates found, once for each of --seeds.
 
-Runs go to OUTPUT/LOSS and OUTPUT/search, the tables to OUTPUT/losses.md. Stopped, the same command goes on (see
+Runs go to OUTPUT/LOSS and OUTPUT/search, the tables to OUTPUT/losses_DATASET.md. Stopped, the same command goes on (see
 experiments.py).
 """
 
@@ -54,13 +54,13 @@ def recipe_rates(loss: str, recipe) -> dict[str, float]:
 
 def train(bench: experiments.Experiments, loss: str, rates: dict[str, float], seed: int, held_out: float | None = None):
     """The training epochs of a run (None if it diverged); its setting is named after loss and rates."""
-    words = ENTRIES[loss] + [f"--{name}={rate:.3g}" for name, rate in rates.items()]
+    words = ENTRIES[loss] + [f"--{name}={rate:g}" for name, rate in rates.items()]
     words += [] if held_out is None else ["--val-classes", held_out]
     return bench.train(setting(loss, rates, held_out), words, seed)
 
 
 def setting(loss: str, rates: dict[str, float], held_out: float | None = None) -> str:
-    name = "_".join([loss, *(f"{name}={rate:.3g}" for name, rate in rates.items())])
+    name = "_".join([loss, *(f"{name}={rate:g}" for name, rate in rates.items())])
     return name if held_out is None else f"search/{name}"
 
 
@@ -80,7 +80,7 @@ def line(bench: experiments.Experiments, loss: str, rates: dict[str, float], run
     scores = [bench.evaluate(setting(loss, rates), seed, "map")["MAP@R"] for seed in runs]
     seconds = [row["seconds"] for rows in runs.values() for row in rows]
     speed = f"{statistics.median(seconds):.1f}" if seconds else "–"
-    chosen = ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items())
+    chosen = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
     return [loss, *recalls, mean_std(scores), speed, chosen, str(len(runs))]
 
 
@@ -118,7 +118,7 @@ def main() -> None:
     text = [bench.provenance([rows for seeds in runs.values() for rows in seeds.values()]), table(head, lines)]
     if {"hist", "hist_without_hgnn"} <= runs.keys():
         text.append(f"\nR@1 of hist less that without HGNN: {difference(runs['hist'], runs['hist_without_hgnn'])}")
-    checkpoint.write_text("\n".join(text) + "\n", bench.args.output / "losses.md")
+    checkpoint.write_text("\n".join(text) + "\n", bench.args.output / f"losses_{bench.flags.dataset}.md")
     print("\n" + "\n".join(text))
 
 

@@ -62,9 +62,10 @@ class DeepHGNN(nn.Module):
 
     def forward(self, X: Tensor, H: Tensor, W: Tensor | None = None) -> Tensor:
         """X (N, D) raw embeddings, incidence H (N, M), hyperedge weights W (M,) -> logits (N, C)."""
+        G = hist.propagation(H, W)  # (N, N)
         for theta, norm in zip(self.thetas[:-1], self.norms, strict=True):
-            X = self.lrelu(norm(hist.propagate(theta(X), H, W)))  # (N, hidden)
-        return hist.propagate(self.thetas[-1](X), H, W)
+            X = self.lrelu(norm(G @ theta(X)))  # (N, hidden)
+        return G @ self.thetas[-1](X)
 
 
 def use(variant: str) -> None:

@@ -263,7 +263,7 @@ def test_ablation_compares_with_what_was_published(monkeypatch, capsys, recipe, 
     assert "commit abc, torch 9" in said and "seeds [1, 2]" in said
     # the base once a seed, and 3 + 2 + 4 + 3 settings around it
     assert len(fake.commands) == 2 * (1 + 3 + 2 + 4 + 3)
-    assert said.endswith((tmp_path / "out" / "ablation.md").read_text() + "\n")
+    assert said.endswith((tmp_path / "out" / "ablation_cub.md").read_text() + "\n")
 
 
 def test_every_axis_has_the_recipe_in_it_and_flags_that_parse():
