@@ -5,7 +5,8 @@
     python benchmarks/variants.py layers=3 --resume logs/cub/run_2
 
 The first argument is the variant, the others are train.py's. The class in hist.py that HISTLoss is made of is replaced,
-then train.py runs as it is.
+then train.py runs as it is. Resume a variant as above, whatever the run's last line says: train.py itself would go on
+with the paper's distance.
 
 The distances, between the unit vectors x of an embedding and m of a class mean:
 
