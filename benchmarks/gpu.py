@@ -380,12 +380,10 @@ def measure_loader(sizes: Sizes, device: torch.device) -> Rows:
         made = Step(words + ALL[0], ALL[1], images.num_classes, device, sizes.backend)
         alone = batch / float(np.median(measure(made.train, sizes.warm_up, sizes.steps, device)[0]))
         yield {"workers": "no files", "images/s": alone}
-        network = made.network
-        normal = (network.mean, network.std, network.bgr, network.scale)
         for workers in sorted({min(count, dataset.available_cores()) for count in sizes.workers}):
             batches = dataset.make_train_loader(
                 images,
-                dataset.train_transform(made.args.image_size, *normal),
+                dataset.train_transform(made.args.image_size),
                 batch,
                 seed=1,
                 workers=workers,
