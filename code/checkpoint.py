@@ -63,20 +63,21 @@ def require_writable(path: Path | None, option: str) -> None:
     _try_writing(path.parent, f"{option} {path}")
 
 
-def make_folder(path: Path, option: str) -> None:
-    """Make the folder named by an option, unless it is there, and see that files can be written to it.
+def require_folder(path: Path | None, option: str) -> None:
+    """Find out before the work that files cannot be written to a folder named by an option. It is not made yet.
 
     Raises:
         ValueError: it is a file.
         OSError: it cannot be made or written to.
     """
+    if path is None:
+        return
     if path.exists() and not path.is_dir():
         raise ValueError(f"{option} {path}: this is a file, name a folder")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"{option} {path}: cannot be made ({error.strerror})") from error
-    _try_writing(path, f"{option} {path}")
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise OSError(f"{option} {path}: cannot be made ({existing} is a file)")
+    _try_writing(existing, f"{option} {path}")
 
 
 def _try_writing(folder: Path, what: str) -> None:

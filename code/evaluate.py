@@ -69,6 +69,7 @@ def main():
     # What was reached, on what
     report(args, device, measured, found, scores)
     if args.pictures:
+        args.pictures.mkdir(parents=True, exist_ok=True)
         pictures.search(args.pictures, found.per_query, query, benchmark.query, gallery, benchmark.gallery)
         print(f"pictures: {args.pictures}/neighbours.png, {args.pictures}/embedding.png")
 
@@ -82,8 +83,7 @@ def check_flags(args):
             raise ValueError(f"--{option.replace('_', '-')} needs a network: give --model-path instead of --embeddings")
     for option in ("json", "save_embeddings", "export"):
         checkpoint.require_writable(getattr(args, option), f"--{option.replace('_', '-')}")
-    if args.pictures:
-        checkpoint.make_folder(args.pictures, "--pictures")
+    checkpoint.require_folder(args.pictures, "--pictures")
     if args.export and distributed.several():
         raise ValueError("--export is done by one process: start it without torchrun")
 

@@ -51,7 +51,7 @@ def main():
             raise ValueError(
                 f"--output {args.output} lies in {searched}, where it would be found next time: name another"
             )
-    checkpoint.make_folder(args.output, "--output")
+    checkpoint.require_folder(args.output, "--output")
     device = distributed.choose_device(args.gpu_id)
     print(f"device: {distributed.describe(device)}")
     loaded = inference.load_network(parser, args, given, run.best_name("DATASET", "MODEL"), False, device)
@@ -219,6 +219,7 @@ def search(query, own, gallery, others, args, device) -> tuple[np.ndarray, np.nd
 
 
 def write(args, queries, galleries, neighbours, decoded, size):
+    args.output.mkdir(parents=True, exist_ok=True)
     files = [args.output / f"neighbours.{suffix}" for suffix in ("csv", "png", "html")]
     text = csv_text(queries, galleries, neighbours)
     checkpoint.write(lambda file: file.write(text.encode("utf-8", "surrogateescape")), files[0])

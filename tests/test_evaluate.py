@@ -101,7 +101,7 @@ def test_a_benchmark_cannot_come_back_as_a_folder(call, refused, tmp_path):
     words = [*TINY, "--dataset", "cub", "--data-root", tmp_path, "--log-dir", tmp_path / "logs", "--warm", 0]
     assert call("train.py", *words, "--epochs", 1).code == 0
     images = tmp_path / "CUB_200_2011" / "images"
-    run = tmp_path / "logs" / "cub" / "run_1"
+    run = tmp_path / "logs" / "cub" / "run_1" / "cub_resnet18_best.pth"
     refused(
         *score(run, "--dataset", "folder", "--data-root", images, "--train-classes", 0.25),
         match=r"trained on 2 of the 6 classes .*'003.Bird_3'.*--dataset folder",
