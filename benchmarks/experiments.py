@@ -51,7 +51,8 @@ class Experiments:
         own, more = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
         self.args = parser.parse_args(own)
         self.args.seeds = list(dict.fromkeys(self.args.seeds))
-        checkpoint.make_folder(self.args.output, "--output")
+        checkpoint.require_folder(self.args.output, "--output")
+        self.args.output.mkdir(parents=True, exist_ok=True)
         if taken := flags.train_parser().parse(more)[1] & OURS:
             raise ValueError(
                 f"the benchmark sets {', '.join(sorted(taken))} itself (--seeds, --epochs, --output): not after --"

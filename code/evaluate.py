@@ -177,6 +177,7 @@ def report(args, device, measured, found, scores):
     """Print the scores and what they were measured on; write both as JSON if asked to."""
     content = measured | {
         "queries": found.num_queries,
+        "gallery": measured["splits"].get("gallery", {}).get("images"),
         "without_positive": found.num_without_positive,
         "figures": scores,
         "scored_by": run.environment(device),

@@ -242,11 +242,12 @@ class Run:
         self.folder = distributed.from_first(self.folder if writes else None)
         self.best_path = self.folder / best_name(args.dataset, args.model)
         self.results_path = self.folder / f"{self.best_path.stem}_results.txt"
-        if not writes or (self.done and self._files_are_complete()):
+        finished = self.done and bool(self.history)
+        if not writes or (finished and self._files_are_complete()):
             return
         self.lock = self.lock or lock(self.folder)
         checkpoint.remove_leftovers(self.folder)
-        if not self.done:
+        if not finished:
             self._start_wandb()
         self._write_origin()
         self._write_results()

@@ -95,7 +95,7 @@ def main():
     parts = dict(network=network, criterion=criterion, optimizer=optimizer, scheduler=scheduler)
     log = run.Run(args, device, parts, data, state)
     print(f"run: {log.folder}" + (f", resumed after epoch {log.epoch}" if state else ""))
-    if log.done:
+    if state and log.done:
         print(f"nothing left to do, {log.epoch} of {args.nb_epochs} epochs are done: --epochs N goes on longer")
 
     # Epochs: warm-up epochs count up to 0, training epochs from 1

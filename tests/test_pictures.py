@@ -242,6 +242,7 @@ def test_only_own_pictures_are_turned(tmp_path):
 def test_search_draws_the_nearest_of_each_query(tmp_path, images, gallery):
     class Images:
         root, paths, class_names = images[0].parent, [path.name for path in images] * 5, ["001.one", "002.two"]
+        own = False
 
     labels = torch.arange(45) % 2
     embeddings = torch.nn.functional.one_hot(labels, 8) + 0.1 * torch.rand(45, 8)

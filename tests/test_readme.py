@@ -10,9 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import evaluate
+import facts
 import flags
 import inference
-import layouts
 import numpy as np
 import prepare
 import pytest
@@ -84,7 +84,7 @@ def test_every_command_parses(parse, script, words, command):
         return  # it takes no flags
     args = parse(script, words)
     if script == "code/prepare.py":
-        assert args.name == prepare.WEIGHTS or layouts.dataset_name(args.name)
+        assert args.name == prepare.WEIGHTS or facts.dataset_name(args.name)
 
 
 def test_commands_are_found():
