@@ -504,7 +504,8 @@ def parse_flags() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_flags()
-    checkpoint.make_folder(args.output, "--output")
+    checkpoint.require_folder(args.output, "--output")
+    args.output.mkdir(parents=True, exist_ok=True)
     device = distributed.choose_device(0 if args.device == "cuda" else -1)
     report = {
         "command": " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),

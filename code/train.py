@@ -106,7 +106,7 @@ def main():
             finish_epoch(row, started, log, train_loader, evaluation_sets, benchmark, device, args, stop)
         first = log.epoch + 1
         for phase, epochs in (("warm-up", range(first, 1)), ("train", range(max(first, 1), args.nb_epochs + 1))):
-            if not epochs or log.done:
+            if not epochs:
                 continue
             if args.warm > 0:
                 network.set_backbone_trainable(phase == "train")
@@ -128,7 +128,8 @@ def main():
         sys.exit(128 + stop.number)
     finally:
         log.finish()
-    print(log.summary(train_loader.dataset.num_bad))
+    if processes.rank == 0:  # the others keep no history
+        print(log.summary(train_loader.dataset.num_bad))
     distributed.stop()
 
 

@@ -20,8 +20,8 @@ import train
 
 def main():
     mode, loss_name, output = sys.argv[1:]
-    gpu_id = distributed.start(-1)
-    assert gpu_id == -1
+    device = distributed.start(-1)
+    assert device.type == "cpu"
     rank, count = distributed.processes()
     words = "--lr 1e-5 --lr-ds 1e-3 --optimizer sgd --embedding-size 16 --hgnn-hidden 8 --loss"
     args = flags.train_parser().parse([*words.split(), loss_name])[0]
