@@ -101,3 +101,23 @@ def refused(call):
         return lines[0]
 
     return check
+
+
+# Files whose tests train networks or start processes: `pytest -m "not slow"` leaves them out.
+SLOW = {
+    "test_benchmarks",
+    "test_distributed",
+    "test_evaluate",
+    "test_gpu_benchmark",
+    "test_interruption",
+    "test_retrieve",
+    "test_run",
+    "test_scripts",
+    "test_wandb",
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
