@@ -11,11 +11,10 @@ sources know, as an icon or an alias. Of names that share their drawing in the f
 
 import io
 import json
-import os
 import tarfile
-import tempfile
 from pathlib import Path
 
+from folders import written_whole
 from packages import Package, read_packages
 from PIL import Image
 from tqdm import tqdm
@@ -79,16 +78,10 @@ def download(root: Path, progress: bool = True) -> Path:
     ]
     contents = read_packages(packages, root / "emoji_packages", NPM_PACK, progress)
     sources = {name: unpack(content) for name, content in zip(SOURCES, contents, strict=True)}
-    with tempfile.TemporaryDirectory(prefix=".emoji-", dir=root) as scratch:
-        half_written = Path(scratch) / "emoji"
-        write_emoji(half_written, {name: icons for name, (icons, _) in sources.items()}, render, progress)
+    with written_whole(target) as folder:
+        write_emoji(folder, {name: icons for name, (icons, _) in sources.items()}, render, progress)
         rows = [attribution_row(name, info) for name, (_, info) in sources.items()]
-        (half_written / "ATTRIBUTION.md").write_text(ATTRIBUTION.format(size=SIZE) + "".join(rows), encoding="utf-8")
-        try:
-            os.rename(half_written, target)
-        except OSError:
-            if not target.is_dir():  # else another process was faster, and its pictures are the same
-                raise
+        (folder / "ATTRIBUTION.md").write_text(ATTRIBUTION.format(size=SIZE) + "".join(rows), encoding="utf-8")
     return target
 
 

@@ -1,7 +1,9 @@
-"""What lies in a folder, as far as images go: which files are images, and what is passed over."""
+"""Folders of images: which files in one are images, what is passed over, and how one is written whole."""
 
+import contextlib
 import functools
 import os
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -100,3 +102,21 @@ def find_images(folder: Path, prefix: str, above: tuple[Path, ...] = ()) -> tupl
 
 def class_folders(folder: Path) -> list[str]:
     return [entry.name for entry in scan(folder) if kind_of(entry) == "folder"]
+
+
+@contextlib.contextmanager
+def written_whole(target: Path):
+    """A folder to write into, which becomes `target` at the end of the block, or is removed if the block fails.
+
+    Nobody ever sees half of it. If another process was faster, its folder stays: it holds the same.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+        half_written = Path(scratch) / target.name
+        half_written.mkdir()
+        yield half_written
+        try:
+            os.rename(half_written, target)
+        except OSError:
+            if not target.is_dir():
+                raise

@@ -9,13 +9,12 @@ the first half trains and the unseen second half is retrieved.
 
 import functools
 import math
-import os
-import tempfile
 import unicodedata
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from folders import written_whole
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
@@ -132,13 +131,6 @@ def ensure_glyphs(root: Path, num_classes=200, images_per_class=20, size=64, see
         return target
     if num_classes > len(distinct_letters()):
         raise ValueError(f"glyphs: {num_classes} classes wanted, there are {len(distinct_letters())} letters")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent) as scratch:
-        half_written = Path(scratch) / name
-        write_glyphs(half_written, num_classes, images_per_class, size, seed, progress)
-        try:
-            os.rename(half_written, target)
-        except OSError:
-            if not target.is_dir():  # otherwise another process was faster, and its set is the same
-                raise
+    with written_whole(target) as folder:
+        write_glyphs(folder, num_classes, images_per_class, size, seed, progress)
     return target

@@ -269,8 +269,7 @@ class Run:
         else:
             self.folder = new_run_folder(parent, self.args.run_num)
         stored = flags.plain(self.args) | {"resume": None, "overwrite": False}
-        number = self.folder.name.removeprefix("run_")
-        self.flags = stored | {"run_num": int(number) if number.isdigit() else self.args.run_num}
+        self.flags = stored | {"run_num": int(self.folder.name.removeprefix("run_"))}
         self.first_flags, self.resumptions = self.flags, []
 
     def _resume(self, state):

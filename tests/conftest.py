@@ -38,6 +38,22 @@ def cub(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A finished run of one epoch on eight classes of pictures, the first four of which train: (pictures, folder).
+
+    Not to be changed: tests that do take a copy.
+    """
+    from trees import make_classes
+
+    base = tmp_path_factory.mktemp("trained")
+    make_classes(base / "mine")
+    words = [*TINY, "--dataset", "folder", "--data-root", base / "mine", "--log-dir", base / "logs", "--epochs", 1]
+    command = [sys.executable, ROOT / "code" / "train.py", *words, "--warm", 0]
+    subprocess.run([str(word) for word in command], check=True, capture_output=True, timeout=300)
+    return base / "mine", base / "logs" / "folder" / "run_1"
+
+
 def options(cub, logs, *more):
     """Flags of train.py for a tiny run on it."""
     return [*TINY, "--dataset", "cub", "--data-root", cub, "--log-dir", logs, *more]

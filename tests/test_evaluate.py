@@ -2,33 +2,19 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import net
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import TINY
 from trees import make_cub, save
 
 
-def make_pictures(root, classes=8, images=6):
-    for c in range(classes):
-        for i in range(images):
-            save(root / f"class {c}" / f"{i}.png", c, i)
-    return root
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A finished run on eight classes of pictures, the first four of which train: (pictures, checkpoint)."""
-    base = tmp_path_factory.mktemp("trained")
-    make_pictures(base / "mine")
-    words = [*TINY, "--dataset", "folder", "--data-root", base / "mine", "--log-dir", base / "logs", "--epochs", 1]
-    command = [sys.executable, ROOT / "code" / "train.py", *words, "--warm", 0]
-    subprocess.run([str(word) for word in command], check=True, capture_output=True, timeout=300)
-    return base / "mine", base / "logs" / "folder" / "run_1" / "folder_resnet18_best.pth"
+@pytest.fixture
+def trained(trained):
+    """The pictures and the best checkpoint of the run on them."""
+    return trained[0], trained[1] / "folder_resnet18_best.pth"
 
 
 @pytest.fixture
@@ -43,6 +29,14 @@ def published(tmp_path):
     path = tmp_path / "cub_resnet18_best.pth"
     torch.save({"model_state_dict": net.build("resnet18", 16, "none").state_dict()}, path)
     return path
+
+
+def trained_on(pictures, checkpoint, folder):
+    """A copy of the checkpoint in the folder, as if the pictures had lain there."""
+    content = torch.load(checkpoint, weights_only=True)
+    content["flags"]["data_root"] = str(pictures)
+    torch.save(content, folder / checkpoint.name)
+    return folder / checkpoint.name
 
 
 def score(checkpoint, *words):
@@ -76,17 +70,13 @@ def test_classes_that_were_trained_on_are_not_scored(call, refused, trained, pic
     assert call(*score(checkpoint, "--data-root", other)).code == 0
 
 
-def test_pictures_that_changed_in_place_are_noticed(call, refused, trained, tmp_path):
-    base = shutil.copytree(trained[1].parents[3], tmp_path / "all")
-    checkpoint = base / "logs" / "folder" / "run_1" / "folder_resnet18_best.pth"
-    content = torch.load(checkpoint, weights_only=True)
-    content["flags"]["data_root"] = str(base / "mine")
-    torch.save(content, checkpoint)
-    save(base / "mine" / "class 6" / "new.png", 6, 9)
+def test_pictures_that_changed_in_place_are_noticed(call, refused, trained, pictures, tmp_path):
+    checkpoint = trained_on(pictures, trained[1], tmp_path)
+    save(pictures / "class 6" / "new.png", 6, 9)
     done = call(*score(checkpoint))
     assert done.code == 0 and "not the test images of the training run: the images of 1 classes changed" in done.err
-    save(base / "mine" / "a class" / "0.png", 9, 0)
-    save(base / "mine" / "a class" / "1.png", 9, 1)
+    save(pictures / "a class" / "0.png", 9, 0)
+    save(pictures / "a class" / "1.png", 9, 1)
     refused(*score(checkpoint), match=r"'class 3'\): .*mine changed since")
 
 
@@ -112,13 +102,9 @@ def test_a_benchmark_cannot_come_back_as_a_folder(call, refused, tmp_path):
 
 
 def test_pictures_that_are_gone_are_asked_for(call, refused, trained, tmp_path):
-    base = shutil.copytree(trained[1].parents[3], tmp_path / "all")
-    checkpoint = base / "logs" / "folder" / "run_1" / "folder_resnet18_best.pth"
-    content = torch.load(checkpoint, weights_only=True)
-    content["flags"]["data_root"] = str(tmp_path / "gone")
-    torch.save(content, checkpoint)
+    checkpoint = trained_on(tmp_path / "gone", trained[1], tmp_path)
     refused(*score(checkpoint), match=f"was trained on {tmp_path / 'gone'}, which is not there; give --data-root")
-    assert call(*score(checkpoint, "--data-root", base / "mine")).code == 0
+    assert call(*score(checkpoint, "--data-root", trained[0])).code == 0
 
 
 def test_own_pictures_need_a_place(refused, published):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,32 +11,12 @@ import checkpoint
 import pytest
 import torch
 from conftest import ROOT, TINY
-from trees import make_cub, save
-
-
-def make_pictures(root, classes=8, images=6, first=0):
-    for c in range(first, first + classes):
-        for i in range(images):
-            save(root / f"class {c}" / f"{i}.png", c, i)
-    return root
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A finished run of one epoch on eight classes of pictures: (pictures, run folder)."""
-    base = tmp_path_factory.mktemp("trained")
-    make_pictures(base / "mine")
-    words = [*TINY, "--dataset", "folder", "--data-root", base / "mine", "--log-dir", base / "logs", "--epochs", 1]
-    command = [sys.executable, ROOT / "code" / "train.py", *words, "--warm", 0]
-    subprocess.run([str(word) for word in command], check=True, capture_output=True, timeout=300)
-    return base / "mine", base / "logs" / "folder" / "run_1"
+from trees import make_classes, make_cub, save
 
 
 @pytest.fixture
 def run_folder(trained, tmp_path):
     """A copy of that run, and of its pictures, to spoil."""
-    import shutil
-
     pictures, folder = (shutil.copytree(path, tmp_path / path.name) for path in trained)
     return pictures, folder
 
@@ -145,7 +126,7 @@ def test_listed_classes_are_compared_too(call, refused, tmp_path):
 
 
 def test_held_out_classes_are_part_of_the_data(call, tmp_path):
-    make_pictures(tmp_path / "mine", 16)
+    make_classes(tmp_path / "mine", 16)
     words = ["--dataset", "folder", "--data-root", tmp_path / "mine", "--log-dir", tmp_path / "logs", "--warm", 0]
     assert call("train.py", *TINY, *words, "--epochs", 1, "--val-classes", 0.5).code == 0
     run = tmp_path / "logs" / "folder" / "run_1"

@@ -17,7 +17,7 @@ import train
 import trees
 from conftest import TINY
 from PIL import Image
-from trees import make_cub, save
+from trees import make_classes, make_cub
 
 
 def load(path):
@@ -307,14 +307,8 @@ def test_export_without_its_packages_says_what_to_install(refused, tmp_path, mon
     refused("evaluate.py", *words, "--export", tmp_path / "net.onnx", match="pip install onnx onnxscript")
 
 
-def make_folder(root, classes, images=6):
-    for c in range(classes):
-        for i in range(images):
-            save(root / f"class {c}" / f"{i}.png", c, i)
-
-
 def test_own_pictures_are_found_again_where_they_were(call, tmp_path):
-    make_folder(tmp_path / "mine", 8)
+    make_classes(tmp_path / "mine", 8)
     words = [*TINY, "--dataset", "folder", "--data-root", tmp_path / "mine", "--log-dir", tmp_path / "logs"]
     trained = call("train.py", *words, "--epochs", 1)
     assert trained.code == 0 and f"--gallery {tmp_path / 'mine'} --query" in trained.out
@@ -342,7 +336,7 @@ def test_own_pictures_given_by_a_relative_path_are_found_from_elsewhere(call, tm
 
 
 def test_another_data_set_is_not_looked_for_among_own_pictures(call, cub, tmp_path):
-    make_folder(tmp_path / "mine", 8)
+    make_classes(tmp_path / "mine", 8)
     words = [*TINY, "--dataset", "folder", "--data-root", tmp_path / "mine", "--log-dir", tmp_path / "logs"]
     assert call("train.py", *words, "--train-classes", 0.25, "--epochs", 1).code == 0
     checkpoint = next((tmp_path / "logs").glob("folder/run_1/*_best.pth"))
@@ -372,7 +366,7 @@ def test_networks_of_timm_get_images_of_their_own_size(call, cub, tmp_path):
 
 
 def test_one_class_to_test_on_is_doubted(call, tmp_path):
-    make_folder(tmp_path / "mine", 2, images=12)
+    make_classes(tmp_path / "mine", 2, images=12)
     words = [*TINY, "--dataset", "folder", "--data-root", tmp_path / "mine", "--log-dir", tmp_path / "logs"]
     assert "only one class to test on" in call("train.py", *words, "--epochs", 0).err
 

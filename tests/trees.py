@@ -133,6 +133,14 @@ def publish(monkeypatch, name: str, root: Path) -> dict[str, tuple[int, int]]:
     return counts
 
 
+def make_classes(root: Path, classes: int = 8, images: int = 6) -> Path:
+    """root/class 0/0.png, …: class folders without a split; gives root."""
+    for c in range(classes):
+        for i in range(images):
+            save(Path(root) / f"class {c}" / f"{i}.png", c, i)
+    return Path(root)
+
+
 def make_folder(root: Path, layout="train+test", classes: int = 8, images: int = 6, size: int = 40) -> Path:
     """Own images; layout is train+test, train+query+gallery, classes (root/<class>/) or csv; gives root.
 
