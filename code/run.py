@@ -169,23 +169,37 @@ def new_run_folder(parent: Path, run_num: int | None) -> Path:
 
 
 def lock(folder: Path):
-    """Keep other processes out of a run's folder until the returned file is closed, or this process ends in any way.
+    """Keep other processes out of a run's folder until unlock(), or until this process ends in any way.
 
     A lock of fcntl's lockf: unlike flock's, worker processes that outlive a killed parent do not inherit it.
-    Raises ValueError when another process holds it.
+    Returns what unlock() takes. Raises ValueError when another process holds it.
     """
-    file = open(folder / ".lock", "a+")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        owner = file.read().strip()
-        file.close()
-        raise ValueError(f"{folder}: another process{f' ({owner})' * bool(owner)} is at work in this run") from None
+    path = folder / ".lock"
+    while True:
+        file = open(path, "a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip()
+            file.close()
+            raise ValueError(f"{folder}: another process{f' ({owner})' * bool(owner)} is at work in this run") from None
+        try:
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+        except FileNotFoundError:
+            pass
+        file.close()  # its owner removed it between our two calls: another process may hold a new one
     file.truncate(0)
     file.write(f"{platform.node()}, process {os.getpid()}\n")
     file.flush()
     return file
+
+
+def unlock(file) -> None:
+    """Let others in, and leave nothing behind."""
+    Path(file.name).unlink(missing_ok=True)
+    file.close()
 
 
 def best_name(dataset: str, model: str) -> str:
@@ -433,7 +447,7 @@ class Run:
             if self.wandb.settings.mode == "offline":
                 print(f"wandb: {os.path.relpath(where)}; `wandb sync` sends it")
         if self.lock:
-            self.lock.close()
+            unlock(self.lock)
 
     def kept(self) -> str:
         if not self.history:

@@ -32,6 +32,7 @@ def snapshot(folder):
 def test_a_run_says_what_it_was_trained_on(trained):
     pictures, folder = trained
     said = json.loads((folder / "args.json").read_text())["data"]
+    assert not (folder / ".lock").exists()
     assert {split: (part["images"], part["classes"]) for split, part in said.items()} == {
         "train": (24, 4), "query": (24, 4),
     }  # fmt: skip
