@@ -256,7 +256,7 @@ def test_a_mistake_is_said_once(cub, tmp_path):
     ):
         done = torchrun(3, ROOT / "code" / "train.py", *words, *more)
         assert done.returncode != 0 and len(re.findall(what, done.stderr)) == 1, done.stderr
-        assert f'File "{ROOT}' not in done.stderr
+        assert f'File "{ROOT / "code"}' not in done.stderr, done.stderr
 
 
 def test_a_mistake_that_only_one_process_sees_is_said(cub, tmp_path):
