@@ -110,7 +110,9 @@ def refused(call):
 
     def check(name, *arguments, match):
         outcome = call(name, *arguments)
-        lines = [line for line in outcome.err.splitlines() if line.strip() and not line.startswith("warning: ")]
+        lines = [
+            line for line in outcome.err.splitlines() if line.strip() and not line.startswith(("warning: ", "note: "))
+        ]
         assert outcome.code != 0, outcome.out
         assert len(lines) == 1 and lines[0].startswith(f"{name}: error: "), outcome.err
         assert re.search(match, lines[0]), lines[0]

@@ -1,6 +1,7 @@
 """Every mistake that a user of the scripts can make gets one line that names it, and a non-zero exit."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -31,6 +32,20 @@ def tree(tmp_path_factory):
     np.savez(root / "keys.npz", x=np.zeros(3))
     np.savez(root / "objects.npz", embeddings=np.array([{}], dtype=object), labels=np.array([0]))
     np.savez(root / "lonely.npz", embeddings=np.eye(3, dtype=np.float32), labels=np.arange(3))
+    for name, array in {
+        "text": np.array(["a", "b"] * 20),
+        "float": np.zeros(40),
+        "complex": np.zeros(40, complex),
+        "bool": np.zeros(40, bool),
+    }.items():
+        np.savez(root / f"labels_{name}.npz", embeddings=np.ones((40, 8), np.float32), labels=array)
+    for kind in (complex, int):
+        np.savez(root / f"{kind.__name__}.npz", embeddings=np.ones((40, 8), kind), labels=np.arange(40) % 4)
+    make_folder(root / "classes", "classes", 4, 2, 8)
+    (root / "void").mkdir()
+    (root / "broken").mkdir()
+    (root / "broken" / "x.jpg").write_bytes(b"x")
+    (root / "runs" / "cub" / "run_1").mkdir(parents=True)
     return root
 
 
@@ -91,7 +106,9 @@ def inshop_list(change):
 
 CUB, SOP = "--dataset cub --data-root {root}", "--dataset SOP --data-root {root}"
 INSHOP, CARS = "--dataset Inshop --data-root {root}", "--dataset cars --data-root {root}"
-CHECK = "check cub --data-root {root}"
+SEARCH = "--model-path {run} --gallery {root}/own/test"
+FIND = SEARCH + " --query {root}/own/test"
+FOLDER = "folder --data-root {root}"
 
 CASES = [
     # script, flags, what is broken first, what the line must say
@@ -106,7 +123,32 @@ CASES = [
     ("train.py", CUB + " --batch-size 1000", None, r"1,?000.*24"),
     ("train.py", CUB + " --IPC 3", None, r"IPC|images per class|images_per_class"),
     ("train.py", CUB + " --IPC 1", None, r"8 classes.*4|4.*classes"),
-    ("train.py", CUB + " --batch-size 1", None, r"at least 2"),
+    ("train.py", CUB + " --batch-size 1", None, r"--batch-size 1: a training batch needs at least 2 images"),
+    ("train.py", CUB + " --batch-size 0", None, r"--batch-size: must be a whole number of at least 1, got '0'"),
+    ("train.py", CUB + " --batch-size 1.5", None, r"--batch-size: must be a whole number"),
+    ("train.py", CUB + " --lr x", None, r"--lr: must be a number of at least 0, got 'x'"),
+    ("train.py", CUB + " --lr nan", None, r"--lr: must be a number"),
+    ("train.py", CUB + " --lr inf", None, r"--lr: must be a number"),
+    ("train.py", CUB + " --tau 0", None, r"--tau: must be a number above 0"),
+    ("train.py", CUB + " --val-classes 1", None, r"--val-classes: must be a number of at least 0 and below 1"),
+    ("train.py", CUB + " --bn-freeze 2", None, r"--bn-freeze: must be 0 or 1"),
+    ("train.py", CUB + " --optimizer lion", None, r"invalid choice: 'lion'"),
+    ("train.py", CUB + " --gpu-id -2", None, r"--gpu-id"),
+    ("train.py", CUB + " --allow-changed-images", None, r"only has a meaning with --resume"),
+    ("train.py", CUB + " --overwrite", None, r"--overwrite needs --run-num N"),
+    ("train.py", CUB + " --epoch 3", None, r"unrecognized arguments"),  # abbreviations would change their meaning
+    ("train.py", CUB + " --datset cub", None, r"unrecognized arguments: --datset cub; did you mean --dataset"),
+    ("train.py", CUB + " --qqq", None, r"unrecognized arguments: --qqq \("),
+    ("train.py", "@no/such.args", None, r"no/such\.args"),
+    ("train.py", "@recipe/cub.args", None, r"@recipe/cub\.args: there is no such .*@recipes/cub\.args"),
+    ("train.py", CUB + " --loss tripplet", None, r"invalid choice: 'tripplet'"),
+    ("train.py", CUB + " --loss hist --loss-args tau=3", None, r"--loss-args: hist has flags of its own"),
+    ("train.py", CUB + " --loss proxy_anchor --loss-args tau=3", None, r"proxy_anchor takes margin, alpha.*'tau=3'"),
+    ("train.py", CUB + " --loss proxy_anchor --loss-args margin", None, r"margin of proxy_anchor must be a n.*got ''"),
+    ("train.py", CUB + " --loss triplet --loss-args margin=wide", None, r"must be a number, got 'wide'"),
+    ("train.py", CUB + " --loss triplet --loss-args margin=nan", None, r"must be finite"),
+    ("train.py", CUB + " --loss softtriple --loss-args centers_per_class=2.5", None, r"must be a whole number.*'2\.5'"),
+    ("train.py", CUB + " --loss softtriple --loss-args gamma=0", None, r"gamma of softtriple must be finite and above"),
     ("train.py", CUB + " --model resnet51", None, r"resnet51.*resnet50"),
     ("train.py", CUB + " --model bn_inception --weights imagenet", None, r"--weights FILE"),
     ("train.py", CUB + " --weights {root}/nowhere.pth", None, r"nowhere\.pth"),
@@ -118,6 +160,7 @@ CASES = [
     ("train.py", CUB + " --dataset flowers", None, r"invalid choice: 'flowers'"),
     ("train.py", CUB + " --learning-rate 3", None, r"unrecognized arguments: --learning-rate"),
     ("train.py", CUB + " --log-dir {root}/text.pth", None, r"text\.pth"),
+    ("train.py", "--dataset folder", None, r"--dataset folder needs --data-root"),
     ("train.py", "--dataset folder --data-root {root}/nowhere", None, r"nowhere"),
     ("train.py", "--dataset folder --data-root {root}/own/train/none", None, r"none"),
     ("train.py", SOP, remove("Stanford_Online_Products", "Ebay_train.txt"), r"Ebay_train\.txt"),
@@ -144,33 +187,67 @@ CASES = [
     ("evaluate.py", "--embeddings {root}/nan.npz", None, r"4 of 4 embeddings hold NaN or Inf"),
     ("evaluate.py", "--embeddings {root}/shapes.npz", None, r"embeddings \(N, D\) and labels \(N,\) expected"),
     ("evaluate.py", "--embeddings {root}/lonely.npz", None, r"none of the 3 queries"),
+    ("evaluate.py", "--embeddings {root}/labels_text.npz", None, r"labels must be whole numbers, they are text"),
+    ("evaluate.py", "--embeddings {root}/labels_float.npz", None, r"labels must be whole numbers, they are float64"),
+    ("evaluate.py", "--embeddings {root}/labels_complex.npz", None, r"labels must be whole numbers, .* complex128"),
+    ("evaluate.py", "--embeddings {root}/labels_bool.npz", None, r"labels must be whole numbers, they are bool"),
+    ("evaluate.py", "--embeddings {root}/complex.npz", None, r"embeddings must be floating point, they are complex128"),
+    ("evaluate.py", "--embeddings {root}/int.npz", None, r"embeddings must be floating point, they are int64"),
+    ("evaluate.py", "--embeddings {root}/lonely.npz --model-path {run}", None, r"exclude each other"),
     ("evaluate.py", CUB + " --metrics speed", None, r"invalid choice: 'speed'"),
+    ("retrieve.py", SEARCH, None, r"--query"),
+    ("retrieve.py", SEARCH + " --query {root}/none.png", None, r"--query .*none\.png: there is no such image or fol"),
+    ("retrieve.py", SEARCH + " --query {root}/text.pth", None, r"text\.pth: cannot be decoded"),
+    ("retrieve.py", FIND + " --gallery {root}/none", None, r"none: there is no such folder"),
+    ("retrieve.py", FIND + " --gallery {root}/void", None, r"void: the folder holds no image"),
+    ("retrieve.py", FIND + " --gallery {root}/broken", None, r"none of its 1 images can be d"),
+    ("retrieve.py", FIND + " --top-k 0", None, r"at least 1"),
+    ("retrieve.py", FIND + " --model-path {root}/void", None, r"there is no such checkpoint"),
+    ("retrieve.py", FIND + " --output {root}/own/test/out", None, r"--output .* lies in"),
+    ("report.py", "{root}/void --output {root}/out", None, r"there is no run_N in it"),
+    ("report.py", "{root}/none --output {root}/out", None, r"there is no such folder"),
+    ("report.py", "{root}/runs/cub --output {root}/out", None, r"no finished run in .*cub$"),
     ("prepare.py", "check cub --data-root {root}/nowhere", None, r"nowhere"),
     ("prepare.py", "check birds", None, r"birds"),
     ("prepare.py", "show cub --data-root {root}/nowhere", None, r"nowhere"),
+    *(
+        ("prepare.py", f"{command} {FOLDER}/classes --train-classes={share}", None, r"must be .* above 0 and below 1")
+        for command in ("check", "show")
+        for share in ("0", "1", "-1", "nan", "half")
+    ),
+    ("prepare.py", f"check {FOLDER}/own --train-classes=0.7", None, r"--train-classes 0\.7: .* has a split of its own"),
+    ("prepare.py", f"show {FOLDER}/own --train-classes=0.7", None, r"--train-classes 0\.7: .* has a split of its own"),
     ("prepare.py", "download cub --data-root {root}/own --url http://127.0.0.1:9/a.tgz", None, r"127\.0\.0\.1:9"),
 ]
 
 
 @pytest.mark.parametrize("name, words, breaks, match", CASES, ids=[f"{c[0]} {c[1]} {n}" for n, c in enumerate(CASES)])
-def test_one_line_and_nothing_lost(call, refused, tree, tmp_path, name, words, breaks, match):
+def test_one_line_and_nothing_lost(refused, tree, trained, tmp_path, name, words, breaks, match):
     root = tree
     if breaks:
         root = tmp_path / "broken"
         shutil.copytree(tree, root)
         breaks(root)
-    common = {"train.py": [*TINY, "--log-dir", tmp_path / "logs"], "evaluate.py": ["--gpu-id", "-1", "--workers", "0"]}
-    before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
-    refused(name, *common.get(name, []), *words.format(root=root).split(), match=match)
-    assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
-
-
-def test_a_run_that_never_began_leaves_no_folder(call, tree, tmp_path):
-    assert call("train.py", *TINY, "--log-dir", tmp_path, *CUB.format(root=tree).split(), "--IPC", 3).code == 1
-    assert not list(tmp_path.rglob("run_*"))
+    common = {
+        "train.py": [*TINY, "--log-dir", tmp_path / "logs"],
+        "evaluate.py": ["--gpu-id", "-1", "--workers", "0"],
+        "retrieve.py": ["--gpu-id", "-1", "--workers", "0", "--output", tmp_path / "out"],
+    }
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    refused(name, *common.get(name, []), *words.format(root=root, run=trained[1]).split(), match=match)
+    assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    assert not (tmp_path / "out").exists()
+    if "--epochs 1" not in words:  # those fail in the epoch
+        assert not (tmp_path / "logs").exists()
 
 
 def test_json_is_whole_or_not_there(refused, tree, tmp_path):
     Path(tmp_path / "old.json").write_text(json.dumps({"kept": True}))
     refused("evaluate.py", "--embeddings", tree / "nan.npz", "--json", tmp_path / "old.json", match="NaN")
     assert json.loads((tmp_path / "old.json").read_text()) == {"kept": True}
+
+
+def test_text_that_is_none(refused, tree, tmp_path):
+    words = [*TINY, *CUB.format(root=tree).split(), "--log-dir", tmp_path / "logs"]
+    refused("train.py", *words, "--remark", os.fsdecode(b"\xff"), match="--remark: is not valid text")
+    assert not (tmp_path / "logs").exists()

@@ -167,27 +167,6 @@ def test_embeddings_are_scored_at_the_k_of_their_data_set(call, tmp_path):
     assert "R@1000" in call("evaluate.py", "--embeddings", with_ks, "--dataset", "sop", "--gpu-id", -1).out
 
 
-@pytest.mark.parametrize(
-    "change, match",
-    [
-        (dict(labels=np.array(["a", "b"] * 20)), "labels must be whole numbers, they are text"),
-        (dict(labels=np.zeros(40)), "labels must be whole numbers, they are float64"),
-        (dict(labels=np.zeros(40, complex)), "labels must be whole numbers, they are complex128"),
-        (dict(labels=np.zeros(40, bool)), "labels must be whole numbers, they are bool"),
-        (dict(embeddings=np.zeros((40, 8), complex)), "embeddings must be floating point, they are complex128"),
-        (dict(embeddings=np.zeros((40, 8), int)), "embeddings must be floating point, they are int64"),
-    ],
-)
-def test_embeddings_that_are_none_are_refused(refused, tmp_path, change, match):
-    path = write_embeddings(tmp_path / "e.npz", **change)
-    refused("evaluate.py", "--embeddings", path, "--gpu-id", -1, match=f"e.npz: {match}")
-
-
-def test_a_file_and_a_network_exclude_each_other(refused, trained, tmp_path):
-    path = write_embeddings(tmp_path / "e.npz")
-    refused(*score(trained[1], "--embeddings", path), match="--embeddings and --model-path exclude each other")
-
-
 # Files that cannot be written are refused before the work ------------------------------------------------------------
 
 

@@ -1,6 +1,5 @@
 """The command line: the original's flags and values, recipes, and one-line errors."""
 
-import re
 from pathlib import Path
 
 import flags
@@ -103,35 +102,6 @@ def test_stored_flags_come_back_through_the_parser():
     again, _ = parser.parse(parser.command_line(stored))
     assert again == args
     assert parser.parse(parser.command_line({"remark": "--lr 5"}))[0].remark == "--lr 5"
-
-
-@pytest.mark.parametrize(
-    "words, match",
-    [
-        ("--no-such-flag 1", "unrecognized arguments: --no-such-flag 1"),
-        ("--epoch 3", "unrecognized arguments"),  # no abbreviations: they change meaning when flags are added
-        ("--dataset mnist", "invalid choice: 'mnist'"),
-        ("--batch-size 0", "--batch-size: must be a whole number of at least 1, got '0'"),
-        ("--batch-size 1.5", "--batch-size"),
-        ("--lr x", "--lr: must be a number of at least 0, got 'x'"),
-        ("--lr nan", "--lr"),
-        ("--lr inf", "--lr"),
-        ("--tau 0", "--tau: must be a number above 0"),
-        ("--val-classes 1", "--val-classes: must be a number of at least 0 and below 1"),
-        ("--bn-freeze 2", "--bn-freeze: must be 0 or 1"),
-        ("--optimizer lion", "invalid choice: 'lion'"),
-        ("--gpu-id -2", "--gpu-id"),
-        ("@no/such.args", "no/such.args"),
-    ],
-)
-def test_wrong_flags_are_one_line(refused, words, match):
-    refused("train.py", *words.split(), match=re.escape(match))
-
-
-def test_misspelt_flags_and_recipes_get_a_suggestion(refused):
-    refused("train.py", "--datset", "cub", match="unrecognized arguments: --datset cub; did you mean --dataset")
-    refused("train.py", "--qqq", match=r"unrecognized arguments: --qqq \(")
-    refused("train.py", "@recipe/cub.args", match="@recipe/cub.args: there is no such .*@recipes/cub.args")
 
 
 def test_one_line():

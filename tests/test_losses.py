@@ -109,24 +109,6 @@ def test_the_command_line_knows_every_loss():
     assert flags.LOSSES == ("hist", *losses.LOSSES)
 
 
-@pytest.mark.parametrize(
-    "words, match",
-    [
-        ("--loss proxy_anchor --loss-args tau=3", r"proxy_anchor takes margin, alpha.*not 'tau=3'"),
-        ("--loss proxy_anchor --loss-args margin", r"margin of proxy_anchor must be a number, got ''"),
-        ("--loss triplet --loss-args margin=wide", r"must be a number, got 'wide'"),
-        ("--loss triplet --loss-args margin=nan", r"must be finite"),
-        ("--loss softtriple --loss-args centers_per_class=2.5", r"must be a whole number, got '2\.5'"),
-        ("--loss softtriple --loss-args gamma=0", r"gamma of softtriple must be finite and above 0"),
-        ("--loss hist --loss-args tau=3", r"--loss-args: hist has flags of its own"),
-        ("--loss tripplet", r"invalid choice: 'tripplet'"),
-    ],
-)
-def test_wrong_settings_are_one_line_and_leave_no_folder(refused, cub, tmp_path, words, match):
-    refused("train.py", *options(cub, tmp_path / "logs", *words.split()), match=match)
-    assert not (tmp_path / "logs").exists()
-
-
 @pytest.mark.parametrize("name", flags.LOSSES)
 def test_every_loss_trains_resumes_to_the_same_bits_and_scores(call, cub, tmp_path, name):
     words = ["--loss", name, "--IPC", 4, "--lr-ds", 1e-2]

@@ -136,21 +136,6 @@ def test_check_and_show_take_the_share_of_training_classes(tmp_path, call):
     assert heights[0] < heights[1]  # four rows, six rows
 
 
-@pytest.mark.parametrize("command", ["check", "show"])
-@pytest.mark.parametrize("share", ["0", "1", "-1", "nan", "half"])
-def test_a_share_that_makes_no_sense(tmp_path, refused, command, share):
-    trees.make_folder(tmp_path, "classes", 4, 2, 8)
-    words = [command, "folder", "--data-root", tmp_path, f"--train-classes={share}"]
-    refused("prepare.py", *words, match="argument --train-classes: must be a number above 0 and below 1")
-
-
-def test_a_share_where_there_is_a_split(tmp_path, refused):
-    trees.make_folder(tmp_path, "train+test", 4, 2, 8)
-    for command in ("check", "show"):
-        words = [command, "folder", "--data-root", tmp_path, "--train-classes", "0.7"]
-        refused("prepare.py", *words, match="--train-classes 0.7: .* has a split of its own; leave the flag out")
-
-
 def test_names_in_any_letter_case(tmp_path, call):
     trees.make_sop(tmp_path, 4, 4, 8)
     trees.make_cub(tmp_path, 4, 4, 8)

@@ -612,17 +612,6 @@ def test_page_loads_nothing_and_shows_all(written):
     assert "not finished, 1 of 40 epochs" in page.text
 
 
-@pytest.mark.parametrize(
-    "folder, match",
-    [("empty", "there is no run_N in it"), ("absent", "there is no such folder"), ("cub", "no finished run in .*cub$")],
-)
-def test_wrong_folders_end_in_one_line(refused, tmp_path, folder, match):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "cub" / "run_1").mkdir(parents=True)
-    refused("report.py", tmp_path / folder, "--output", tmp_path / "out", match=match)
-    assert not (tmp_path / "out").exists()
-
-
 def in_browser(source, folder):
     """What the probe in a page put into the element #said, as JSON."""
     page = folder / "page.html"

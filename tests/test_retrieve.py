@@ -230,34 +230,6 @@ def test_more_neighbours_than_there_are_images(find, gallery):
     assert len(rows) == 23
 
 
-@pytest.mark.parametrize(
-    "words, match",
-    [
-        ("--gallery {gallery} --query {gallery}/none.png", r"--query .*none\.png: there is no such image or folder"),
-        ("--gallery {gallery}/none --query {gallery}", r"--gallery .*none: there is no such folder"),
-        ("--gallery {gallery}/empty --query {gallery}", r"--gallery .*empty: the folder holds no image"),
-        ("--gallery {gallery} --query {gallery}/text.jpg", r"text\.jpg: cannot be decoded"),
-        ("--gallery {gallery}/broken --query {gallery}/class-4", r"none of its 1 images can be decoded"),
-        ("--gallery {gallery} --query {gallery} --top-k 0", r"at least 1"),
-        ("--gallery {gallery} --query {gallery} --model-path {gallery}", r"there is no such checkpoint"),
-        ("--gallery {gallery}", r"--query"),
-        ("--gallery {gallery} --query {gallery}/class-4/0.png --output {gallery}/out", r"--output .* lies in"),
-    ],
-)
-def test_mistakes_are_one_line(call, trained, gallery, tmp_path, words, match):
-    (gallery / "empty").mkdir()
-    (gallery / "broken").mkdir()
-    (gallery / "broken" / "x.jpg").write_bytes(b"x")
-    (gallery / "text.jpg").write_bytes(b"text")
-    os.rename(gallery / "class 4", gallery / "class-4")
-    words = [word.format(gallery=gallery) for word in words.split()]
-    common = ["--model-path", trained[1], "--workers", 0, "--gpu-id", -1, "--output", tmp_path / "out"]
-    outcome = call("retrieve.py", *common, *words)
-    errors = [line for line in outcome.err.splitlines() if line and not line.startswith(("warning: ", "note: "))]
-    assert outcome.code != 0 and len(errors) == 1 and re.search(match, errors[0]), outcome.err
-    assert not (tmp_path / "out").exists()
-
-
 class Page(html.parser.HTMLParser):
     def __init__(self, text):
         super().__init__()

@@ -1,7 +1,6 @@
 """What a run knows of itself (code/run.py): its data, its lock, its files after a kill, its resumptions."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -246,18 +245,6 @@ def test_only_our_own_leftovers_are_removed(call, run_folder):
     assert call(*resume(folder, "--data-root", pictures)).code == 0
     assert all(path.read_text() == "mine" for path in kept)
     assert not list(folder.glob(f".*{checkpoint.TEMPORARY}"))
-
-
-def test_flags_that_cannot_be_kept_are_refused_before_the_first_epoch(refused, trained, tmp_path):
-    words = [*TINY, "--dataset", "folder", "--data-root", trained[0], "--log-dir", tmp_path / "logs"]
-    refused("train.py", *words, "--remark", os.fsdecode(b"\xff"), match="--remark: is not valid text")
-    refused("train.py", *words, "--batch-size", 1, match="--batch-size 1: a training batch needs at least 2 images")
-    refused("train.py", *words, "--allow-changed-images", match="only has a meaning with --resume")
-    assert not (tmp_path / "logs").exists()
-
-
-def test_own_pictures_need_a_place(refused, tmp_path):
-    refused("train.py", *TINY, "--dataset", "folder", "--log-dir", tmp_path, match="--dataset folder needs --data-root")
 
 
 def test_a_network_that_went_astray_is_said_to_have_diverged(call, refused, trained, tmp_path, monkeypatch):
