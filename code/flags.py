@@ -18,6 +18,7 @@ import facts
 import torch
 
 CODE = Path(__file__).resolve().parent
+DATA = CODE.parent / "data"  # where the benchmarks are looked for
 # The flags that make the network, by destination: a trained one cannot change them.
 ARCHITECTURE = {
     "model": "--model",
@@ -261,7 +262,12 @@ def add_network_flags(parser: Parser, description: str | None = None):
         "of timm",
     )
     group.add_argument(
-        "--embedding-size", dest="sz_embedding", type=whole(1), default=512, metavar="D", help="size of the embedding"
+        "--embedding-size",
+        dest="sz_embedding",
+        type=whole(1),
+        default=512,
+        metavar="D",
+        help="dimensions of an embedding",
     )
     group.add_argument(
         "--add-gmp", type=binary, default=1, metavar="0|1", help="1: add global max pooling to global average pooling"
@@ -285,7 +291,12 @@ def add_image_flags(group, batch_size: int) -> None:
         "224). Evaluation first resizes the shorter side to 256/224 of it",
     )
     group.add_argument(
-        "--batch-size", dest="sz_batch", type=whole(1), default=batch_size, metavar="N", help="images in a batch"
+        "--batch-size",
+        dest="sz_batch",
+        type=whole(1),
+        default=batch_size,
+        metavar="N",
+        help="images in a batch; with several processes, those of all in training, those of each in evaluation",
     )
     group.add_argument(
         "--workers",
@@ -293,7 +304,7 @@ def add_image_flags(group, batch_size: int) -> None:
         type=whole(0),
         default=4,
         metavar="N",
-        help="processes that decode images; does not change results",
+        help="processes that decode images, for each process that computes; does not change results",
     )
 
 
@@ -309,7 +320,7 @@ def add_data_flags(parser: Parser, batch_size: int):
     group.add_argument(
         "--data-root",
         type=Path,
-        default=CODE.parent / "data",
+        default=DATA,
         metavar="DIR",
         help="folder that holds the benchmarks; with --dataset folder your folder of class folders, or a CSV file",
     )
@@ -337,7 +348,8 @@ def add_device_flags(parser: Parser):
         type=whole(-1),
         default=0,
         metavar="N",
-        help="GPU to use; -1 is the CPU, which is also used where there is no GPU",
+        help="GPU to use; -1 is the CPU, which is also used where there is no GPU. torchrun gives each process "
+        "its own: choose those with CUDA_VISIBLE_DEVICES",
     )
     group.add_argument(
         "--amp",
@@ -395,7 +407,8 @@ def train_parser() -> Parser:
         type=text,
         default="imagenet",
         metavar="imagenet|none|FILE",
-        help="initial weights of the backbone: imagenet (IMAGENET1K_V1, downloaded), none (random), or a local file",
+        help="initial weights of the backbone: imagenet (IMAGENET1K_V1, downloaded), none (random), or a file (a "
+        "state dict of the backbone, or a checkpoint), its path as seen from here or from the data root",
     )
     network.add_argument(
         "--bn-freeze",
@@ -473,7 +486,11 @@ def train_parser() -> Parser:
         help="learning rate of the class distributions, or of the proxies, centres or class weights of another --loss",
     )
     optimisation.add_argument(
-        "--lr-hgnn-factor", type=real(), default=10.0, metavar="X", help="the HGNN trains at lr times this"
+        "--lr-hgnn-factor",
+        type=real(),
+        default=10.0,
+        metavar="X",
+        help="learning rate of the HGNN, as a multiple of --lr",
     )
     optimisation.add_argument(
         "--weight-decay", type=real(), default=1e-4, metavar="X", help="weight decay of all parameters"
@@ -541,7 +558,7 @@ def train_parser() -> Parser:
 
 
 def evaluate_parser() -> Parser:
-    parser = Parser("Score a checkpoint: recall@K of images of classes that it was not trained on.")
+    parser = Parser("Score a checkpoint: R@K of images of classes that it was not trained on.")
     parser.add_argument(
         "--model-path", default="", metavar="PATH", help="checkpoint, or a folder that holds DATASET_MODEL_best.pth"
     )

@@ -31,7 +31,7 @@ import emoji
 import numpy as np
 from dataset import UnreadableImage, available_cores, load_benchmark, read_rgb
 from facts import BENCHMARKS, DATASETS, Archive, dataset_name
-from flags import CODE, one_line, real, run_script
+from flags import DATA, one_line, real, run_script
 from glyphs import load_font
 from layouts import (
     Listing,
@@ -323,7 +323,7 @@ def build_parser() -> Parser:
         sub.add_argument(
             "--data-root",
             type=Path,
-            default=CODE.parent / "data",
+            default=DATA,
             metavar="DIR",
             help="folder that holds the benchmarks; for folder, your folder or .csv file (default %(default)s)",
         )

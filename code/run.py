@@ -477,7 +477,7 @@ class Run:
         lines.append(f"files  {os.path.relpath(self.folder)}")
         if best:
             words = ["--model-path", os.path.relpath(self.best_path)]
-            if args.data_root != flags.CODE.parent / "data":
+            if args.data_root != flags.DATA:
                 words += ["--data-root", args.data_root]
             if args.skip_bad_images:
                 words.append("--skip-bad-images")

@@ -175,8 +175,13 @@ def describe_data(name, images):
 
 def make_network(args, weights, device):
     """The network on its device. Sets args.image_size to the network's own where no flag said it."""
-    if weights not in ("imagenet", "none") and not Path(weights).is_file() and (args.data_root / weights).is_file():
-        weights = args.data_root / weights  # where prepare.py puts them
+    if weights not in ("imagenet", "none"):
+        places = (
+            Path(weights),
+            args.data_root / weights,
+            flags.DATA / weights,
+        )  # prepare.py puts them below a data root
+        weights = next((place for place in places if place.is_file()), weights)
     network = net.build(args.model, args.sz_embedding, weights, args.add_gmp, args.layer_norm, args.bn_freeze)
     args.image_size = args.image_size or network.image_size
     net.require_image_size(network, args.image_size)
