@@ -68,8 +68,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 class Parser(argparse.ArgumentParser):
     """ArgumentParser with one-line errors, recipe files with comments, and no abbreviations."""
 
-    def __init__(self, description: str):
+    def __init__(self, description: str, **options):
         super().__init__(
+            **options,
             description=description,
             formatter_class=HelpFormatter,
             fromfile_prefix_chars="@",
@@ -101,7 +102,7 @@ class Parser(argparse.ArgumentParser):
             message = f"@{name}: there is no such file of flags; shipped are {recipes}"
         if not distributed.reports_errors():
             self.exit(2)
-        self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help lists the flags)\n")
+        self.exit(2, f"{self.prog.split()[0]}: error: {message} ({self.prog} --help lists the flags)\n")
 
     def command_line(self, values: dict[str, object]) -> list[str]:
         """The command line that gives these values (by destination), without destinations that this parser lacks.

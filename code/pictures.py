@@ -45,6 +45,7 @@ FRAMES = {
     False: dict(color=RED, linewidth=3, linestyle=(0, (2.5, 1.5))),
     None: dict(color="#57606a", linewidth=1),
     "query": dict(color="black", linewidth=1.5),
+    "none": dict(linewidth=0),
 }
 
 FONTS = ["DejaVu Sans"]
@@ -388,6 +389,35 @@ def _draw_image(axes, file: Path | str, x: float, y: float, frame: dict, own: bo
         axes.imshow(pixels, extent=(left, left + w, top + h, top), aspect="auto")
         axes.add_patch(Rectangle((x, y), 1, 1, color="#f4f4f4", zorder=-1))
     axes.add_patch(Rectangle((x, y), 1, 1, fill=False, zorder=3, **frame))
+
+
+def contact_sheet(columns: Sequence[tuple[str, Sequence]], path: Path, own: bool = False) -> None:
+    """Classes of each split side by side, their images in rows.
+
+    Args:
+        columns: (title, [(caption, image files), …]) of each split.
+        own: they are the user's own pictures, as in neighbours().
+    """
+    step, gap, title_height, caption_height = 1.04, 0.2, 0.4, 0.22  # inches; the side of a picture is 1
+    widths = [step * max([4, *(len(files) for _, files in rows)]) for _, rows in columns]
+    width = sum(widths) + gap * (len(columns) + 1)
+    height = title_height + (step + caption_height) * max(len(rows) for _, rows in columns) + 0.1
+    figure = Figure(figsize=(width, height), dpi=100)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.set_axis_off()
+    left = gap
+    for (title, rows), column in zip(columns, widths, strict=True):
+        axes.text(left, title_height / 2, _plain(cut(legible(title), int(column * 10))), va="center", fontsize=11)
+        top = title_height
+        for caption, files in rows:
+            caption = _plain(cut(legible(caption), int(column * 12)))
+            axes.text(left, top + caption_height / 2, caption, va="center", fontsize=8.5)
+            for place, file in enumerate(files):
+                _draw_image(axes, file, left + place * step, top + caption_height, FRAMES["none"], own)
+            top += step + caption_height
+        left += column + gap
+    _save(figure, path)
 
 
 def read_thumbnail(file: Path | str, side: int = THUMBNAIL, own: bool = False) -> np.ndarray | None:

@@ -5,7 +5,6 @@ python code/prepare.py download cub                # fetch it (cub, SOP), or say
 python code/prepare.py show cub --output cub.png   # look at it before training
 """
 
-import argparse
 import contextlib
 import functools
 import http.client
@@ -31,8 +30,7 @@ import emoji
 import numpy as np
 from dataset import UnreadableImage, available_cores, load_benchmark, read_rgb
 from facts import BENCHMARKS, DATASETS, Archive, dataset_name
-from flags import DATA, one_line, real, run_script
-from glyphs import load_font
+from flags import DATA, Parser, one_line, real, run_script
 from layouts import (
     Listing,
     compare_counts,
@@ -43,7 +41,6 @@ from layouts import (
     read_splits,
     split_problems,
 )
-from PIL import Image, ImageDraw, ImageOps
 from torchvision.datasets.utils import calculate_md5
 from tqdm import tqdm
 
@@ -252,85 +249,63 @@ def download(name: str, data_root: Path, url: str | None = None) -> None:
 
 # ---------------------------------------------------------------- show
 
-THUMBNAIL, MARGIN, CAPTION = 96, 4, 18  # pixels
-
 
 def spread(number: int, wanted: int) -> list[int]:
     """Up to `wanted` of 0..number-1, evenly spread."""
     return np.unique(np.linspace(0, number - 1, min(number, wanted)).round().astype(int)).tolist()
 
 
-def draw_split(title: str, images, num_classes: int, images_per_class: int) -> Image.Image:
-    """A column of class rows under a title."""
-    width = images_per_class * (THUMBNAIL + MARGIN) + MARGIN
-    present = np.unique(images.labels)
-    classes = present[spread(len(present), num_classes)]
-    row_height = THUMBNAIL + CAPTION + MARGIN
-    sheet = Image.new("RGB", (width, 2 * CAPTION + row_height * len(classes)), "white")
-    draw = ImageDraw.Draw(sheet)
-    heading = f"{title}: {len(images):,} images, {len(present):,} classes"
-    draw.text((MARGIN, MARGIN), heading, "black", load_font(16))
-    for row, c in enumerate(classes):
-        top = 2 * CAPTION + row * row_height
+def rows_of(images, num_classes: int, images_per_class: int) -> list[tuple[str, list[Path]]]:
+    """(name, some image files) of some classes, for a contact sheet."""
+    present, rows = np.unique(images.labels), []
+    for c in present[spread(len(present), num_classes)]:
         members = np.flatnonzero(images.labels == c)
-        caption = f"{images.class_names[c]} ({len(members)})"
-        draw.text((MARGIN, top), caption[: int(width / 7)], "black", load_font(12))
-        for column, i in enumerate(spread(len(members), images_per_class)):
-            path = os.path.join(images.root, images.paths[members[i]])
-            corner = MARGIN + column * (THUMBNAIL + MARGIN), top + CAPTION
-            try:
-                sheet.paste(ImageOps.pad(read_rgb(path, images.own), (THUMBNAIL, THUMBNAIL), color="lightgrey"), corner)
-            except UnreadableImage:
-                draw.text(corner, "unreadable", "red", load_font(12))
-    return sheet
+        chosen = members[spread(len(members), images_per_class)]
+        rows.append((f"{images.class_names[c]} ({len(members)})", [Path(images.root, images.paths[i]) for i in chosen]))
+    return rows
 
 
 def show(name: str, data_root: Path, output: Path, train_classes: float | None = None) -> None:
-    """Writes a contact sheet (PNG): 8 classes of each split, 6 images of each class. train_classes: as in
-    load_benchmark."""
+    """Draw a contact sheet (PNG): 8 classes of each split, 6 images of each. train_classes: as in load_benchmark."""
+    import pictures  # matplotlib takes a second
+
     benchmark = load_benchmark(name, data_root, train_classes, training=False)
     test = "test" if benchmark.gallery is None else "query"
     parts = {"train": benchmark.train, test: benchmark.query, "gallery": benchmark.gallery}
-    columns = [draw_split(f"{name} {part}", images, 8, 6) for part, images in parts.items() if images is not None]
-    width = sum(column.width for column in columns) + 16 * (len(columns) - 1)
-    sheet = Image.new("RGB", (width, max(column.height for column in columns)), "white")
-    left = 0
-    for column in columns:
-        sheet.paste(column, (left, 0))
-        left += column.width + 16
-    sheet.save(output, format="PNG")
-    print(f"{output}: {sheet.width} × {sheet.height} pixels")
+    columns = [
+        (f"{name} {part}: {len(images):,} images, {len(np.unique(images.labels)):,} classes", rows_of(images, 8, 6))
+        for part, images in parts.items()
+        if images is not None
+    ]
+    pictures.contact_sheet(columns, output, benchmark.query.own)
+    print(output)
 
 
 # ---------------------------------------------------------------- command line
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"prepare.py: error: {message} ({self.prog} --help lists what there is)\n")
-
-
 def build_parser() -> Parser:
-    parser = Parser(prog="prepare.py", allow_abbrev=False, description="Check, download and look at the benchmarks.")
+    parser = Parser("Check, download and look at the benchmarks.")
     commands = parser.add_subparsers(dest="command", required=True)
     for command, text in (
         ("check", "compare what is on disk with what was published; exit status 1 if off"),
         ("download", f"fetch cub, SOP, emoji or {WEIGHTS} (ImageNet weights); say how to get cars and Inshop"),
         ("show", "draw a contact sheet of some classes of each split"),
     ):
-        sub = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
+        sub = commands.add_parser(command, help=text, description=text)
         sub.add_argument("name", metavar="NAME", help=f"one of {', '.join(DATASETS)}, in any letter case")
         sub.add_argument(
             "--data-root",
             type=Path,
             default=DATA,
             metavar="DIR",
-            help="folder that holds the benchmarks; for folder, your folder or .csv file (default %(default)s)",
+            help="folder that holds the benchmarks; for folder, your folder or .csv file",
         )
         if command in ("check", "show"):
             sub.add_argument(
                 "--train-classes",
                 type=real(0, 1, positive=True),
+                metavar="SHARE",
                 help="share of the sorted classes that trains when a folder has no split of its own (default 0.5)",
             )
         if command == "check":

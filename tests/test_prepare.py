@@ -149,8 +149,7 @@ def test_what_can_only_be_scored_is_drawn(tmp_path, call):
     shutil.rmtree(tmp_path / "train")
     words = ["show", "folder", "--data-root", tmp_path, "--output", tmp_path / "sheet.png"]
     assert call("prepare.py", *words).code == 0
-    width = Image.open(tmp_path / "sheet.png").width
-    assert width == 2 * (6 * (prepare.THUMBNAIL + prepare.MARGIN) + prepare.MARGIN) + 16
+    assert Image.open(tmp_path / "sheet.png").width == 2 * 416 + 3 * 20  # two columns of four pictures
 
 
 def test_decoding_takes_own_pictures_as_they_are(tmp_path, call):
@@ -433,17 +432,18 @@ def test_published_md5s():
 # ---------------------------------------------------------------- show
 
 
-@pytest.mark.parametrize("name, make, columns", [("cub", trees.make_cub, 2), ("Inshop", trees.make_inshop, 3)])
-def test_show_draws_classes_of_every_split(tmp_path, capsys, name, make, columns):
+@pytest.mark.parametrize(
+    "name, make, widths", [("cub", trees.make_cub, [6, 6]), ("Inshop", trees.make_inshop, [6, 4, 4])]
+)
+def test_show_draws_classes_of_every_split(tmp_path, capsys, name, make, widths):
     make(tmp_path, classes=6, images=6, size=24)
     prepare.show(name, tmp_path, tmp_path / "sheet.png")
-    assert f"{tmp_path / 'sheet.png'}: " in capsys.readouterr().out
+    assert str(tmp_path / "sheet.png") in capsys.readouterr().out
     sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"), dtype=int)
-    # the first picture of the first class of each split, in its colour
-    column_width = (sheet.shape[1] - 16 * (columns - 1)) // columns
-    for column, class_id in zip(range(columns), (1, 4, 4), strict=False):
-        left = column * (column_width + 16)
-        pixels = sheet[60:140, left + 10 : left + 90].mean((0, 1))
+    # the first picture of the first class of each split, in its colour: 100 pixels wide, under a title and a name
+    for column, class_id in zip(range(len(widths)), (1, 4, 4), strict=False):
+        left = 20 + sum(104 * pictures + 20 for pictures in widths[:column])
+        pixels = sheet[72:152, left + 10 : left + 70].mean((0, 1))
         assert np.abs(pixels - np.random.RandomState(class_id).uniform(60, 200, 3)).max() < 20
 
 
@@ -451,7 +451,7 @@ def test_show_command(tmp_path, call, script):
     trees.make_cub(tmp_path, classes=4, images=3, size=24)
     (tmp_path / "CUB_200_2011/images/001.Bird_1/Bird_1_0000.jpg").write_text("not an image")
     status, out, err = call("prepare.py", "show", "cub", "--data-root", tmp_path, "--output", tmp_path / "sheet.png")
-    assert status == 0 and Image.open(tmp_path / "sheet.png").width > 1000
+    assert status == 0 and Image.open(tmp_path / "sheet.png").width > 800
     status, out, err = script("prepare.py", "show", "birds", "--data-root", tmp_path)
     assert status == 1 and err.startswith("prepare.py: error: 'birds' is no dataset") and err.count("\n") == 1
 
