@@ -22,7 +22,9 @@ import shlex
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
+from typing import TextIO
 
 import checkpoint
 import dataset
@@ -33,6 +35,7 @@ import numpy
 import pictures
 import torch
 import torchvision
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 STATE = {
@@ -49,7 +52,7 @@ STATE = {
 # ---------------------------------------------------------------- flags of a run, new or resumed
 
 
-def parse_flags():
+def parse_flags() -> tuple[Namespace, dict | None]:
     """(flags, what is to be resumed or None). Raises ValueError or OSError where they do not fit each other."""
     parser = flags.train_parser()
     args, given = parser.parse()
@@ -85,7 +88,7 @@ def parse_flags():
     return args, state
 
 
-def last_checkpoint(args, given) -> Path:
+def last_checkpoint(args: Namespace, given: set[str]) -> Path:
     """The last.pth that --resume means. Raises FileNotFoundError."""
     if not args.resume:
         runs = args.log_dir / args.dataset
@@ -114,7 +117,7 @@ def newest_run_folder(parent: Path) -> Path:
     return runs[-1]
 
 
-def refuse_other_data(state: dict, data: dict, args) -> None:
+def refuse_other_data(state: dict, data: dict, args: Namespace) -> None:
     """Compare the data of a run with what is there now, fingerprint by fingerprint: {split: dataset.fingerprint(…)}.
 
     Another class, or another order of the classes, would pair every label with the learned mean of another class.
@@ -168,7 +171,7 @@ def new_run_folder(parent: Path, run_num: int | None) -> Path:
     )
 
 
-def lock(folder: Path):
+def lock(folder: Path) -> TextIO:
     """Keep other processes out of a run's folder until unlock(), or until this process ends in any way.
 
     A lock of fcntl's lockf: unlike flock's, worker processes that outlive a killed parent do not inherit it.
@@ -196,7 +199,7 @@ def lock(folder: Path):
     return file
 
 
-def unlock(file) -> None:
+def unlock(file: TextIO) -> None:
     """Let others in, and leave nothing behind."""
     Path(file.name).unlink(missing_ok=True)
     file.close()
@@ -242,8 +245,8 @@ class Run:
     epoch     the last completed one. Warm-up epochs count up to 0, training epochs from 1
     """
 
-    def __init__(self, args, device, parts, data, state):
-        self.args, self.parts, self.data = args, parts, data
+    def __init__(self, args: Namespace, device: torch.device, parts: dict, data: dict, state: dict | None):
+        self.args, self.device, self.parts, self.data = args, device, parts, data
         self.epoch, self.history, self.best = -args.warm, [], None
         self.made_by = {**environment(device), "command": shlex.join(sys.argv)}
         self.wandb, self.wandb_id, self.lock = None, None, None
@@ -401,7 +404,7 @@ class Run:
 
     # ------------------------------------------------------------ pictures
 
-    def draw(self, train_loader, benchmark, searched, device) -> None:
+    def draw(self, train_loader: DataLoader, benchmark: dataset.Benchmark, searched: tuple) -> None:
         """Draw curves, neighbours, a hypergraph and a map of embeddings; anew while that takes little of the time."""
         begun = time.monotonic()
         if self.drawing_seconds > 0.03 * (begun - self.started) and not self.done:
@@ -410,7 +413,7 @@ class Run:
         found, query, gallery = searched
         pictures.search(self.folder, found.per_query, query, benchmark.query, gallery, benchmark.gallery)
         if self.args.loss == "hist":
-            self._draw_hypergraph(train_loader, device)
+            self._draw_hypergraph(train_loader)
         if self.wandb:
             log_pictures_to_wandb(self.wandb, self.folder)
         self.drawing_seconds += time.monotonic() - begun
@@ -427,14 +430,14 @@ class Run:
             return None
         return math.log(len(self.data["train"]["classes"]))
 
-    def _draw_hypergraph(self, train_loader, device) -> None:
+    def _draw_hypergraph(self, train_loader: DataLoader) -> None:
         items = next(iter(train_loader.batch_sampler))
         images, labels = zip(*(train_loader.dataset[item] for item in items), strict=True)
         network, criterion = self.parts["network"], self.parts["criterion"]
         with torch.no_grad():
             network.eval()
-            labels = torch.tensor(labels, device=device)
-            H = criterion.cds2hg(network(network.normalise(torch.stack(images).to(device))), labels)[1]
+            labels = torch.tensor(labels, device=self.device)
+            H = criterion.cds2hg(network(network.normalise(torch.stack(images).to(self.device))), labels)[1]
         class_names = train_loader.dataset.images.class_names
         pictures.hypergraph(H.cpu().numpy(), labels.cpu().numpy(), class_names, self.folder / "hypergraph.png")
 

@@ -15,7 +15,10 @@ import random
 import signal
 import sys
 import time
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import dataset
 import distributed
@@ -26,6 +29,8 @@ import numpy as np
 import run
 import torch
 from hist import HISTLoss
+from torch import nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 EVALUATION_BATCH = 150  # as evaluate.py's default, so that both compute the same scores, on the CPU to the bit
@@ -55,13 +60,13 @@ class StopSignals:
             os._exit(128 + number)
         self.number, self.since = self.number or number, self.since or now
 
-    def check(self):
+    def check(self) -> None:
         """Raise Interrupted; of several processes none may leave by itself, they agree in gather_batch."""
         if self.number and distributed.processes().count == 1:
             raise Interrupted
 
 
-def main():
+def main() -> None:
     # Flags, or a run to go on with
     args, state = run.parse_flags()
     check_flags(args)
@@ -88,8 +93,8 @@ def main():
     print(f"network: {args.model}, {millions[0]:.1f} M parameters; loss: {args.loss}, {millions[1]:.1f} M")
 
     # Loaders
-    train_loader, evaluation_sets = make_loaders(args, network, benchmark, train_images, validation_images, device)
-    warn_without_positives(train_loader.batch_sampler, args)
+    loaders = make_loaders(args, benchmark, train_images, validation_images, device)
+    warn_without_positives(loaders.train.batch_sampler, args)
 
     # The run's folder, or the run to go on with
     parts = dict(network=network, criterion=criterion, optimizer=optimizer, scheduler=scheduler)
@@ -103,7 +108,7 @@ def main():
     try:
         if not log.history:
             row, started = {"phase": "untrained", "epoch": log.epoch}, time.monotonic()
-            finish_epoch(row, started, log, train_loader, evaluation_sets, benchmark, device, args, stop)
+            finish_epoch(row, started, log, loaders, benchmark, stop)
         first = log.epoch + 1
         for phase, epochs in (("warm-up", range(first, 1)), ("train", range(max(first, 1), args.nb_epochs + 1))):
             if not epochs:
@@ -114,13 +119,13 @@ def main():
             for epoch in epochs:
                 row, started = {"phase": phase, "epoch": epoch}, time.monotonic()
                 title = run.epoch_title(row, args.nb_epochs)
-                train_loader.batch_sampler.set_epoch(epoch + args.warm)
+                loaders.train.batch_sampler.set_epoch(epoch + args.warm)
                 row |= train_epoch(
-                    network, forward, criterion, loss, train_loader, optimizer, device, args, title, stop
+                    network, forward, criterion, loss, loaders.train, optimizer, device, args, title, stop
                 )
                 if phase == "train":
                     scheduler.step()
-                finish_epoch(row, started, log, train_loader, evaluation_sets, benchmark, device, args, stop)
+                finish_epoch(row, started, log, loaders, benchmark, stop)
     except Interrupted:
         if processes.rank == 0:
             print(f"\n{signal.Signals(stop.number).name}: stopped. {log.kept()}", file=sys.stderr)
@@ -129,14 +134,14 @@ def main():
     finally:
         log.finish()
     if processes.rank == 0:  # the others keep no history
-        print(log.summary(train_loader.dataset.num_bad))
+        print(log.summary(loaders.train.dataset.num_bad))
     distributed.stop()
 
 
 # ---------------------------------------------------------------- what is trained, and on what
 
 
-def check_flags(args):
+def check_flags(args: Namespace) -> None:
     """Refuse what would only fail in the first epoch."""
     if args.sz_batch < 2:
         raise ValueError(f"--batch-size {args.sz_batch}: a training batch needs at least 2 images")
@@ -144,7 +149,7 @@ def check_flags(args):
         raise ValueError("--loss-args: hist has flags of its own, --tau, --alpha, --ls and --hgnn-hidden")
 
 
-def seed_everything(seed, deterministic):
+def seed_everything(seed: int, deterministic: bool) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -154,7 +159,7 @@ def seed_everything(seed, deterministic):
         torch.use_deterministic_algorithms(True)
 
 
-def load_data(args):
+def load_data(args: Namespace) -> tuple[dataset.Benchmark, dataset.ImageList, dataset.ImageList | None]:
     """(benchmark, images to train on, held-out classes or None)."""
     benchmark = dataset.load_benchmark(args.dataset, args.data_root, args.train_classes)
     for warning in benchmark.warnings:
@@ -164,7 +169,7 @@ def load_data(args):
     return benchmark, benchmark.train, None
 
 
-def describe_data(name, images):
+def describe_data(name: str, images: dict[str, dataset.ImageList | None]) -> str:
     test = {"query": "test"} if images["gallery"] is None else {}
     return f"data: {name}, " + ", ".join(
         f"{test.get(split, split)} {len(listed):,} images of {listed.num_classes:,} classes"
@@ -173,7 +178,7 @@ def describe_data(name, images):
     )
 
 
-def make_network(args, weights, device):
+def make_network(args: Namespace, weights: str, device: torch.device) -> net.EmbeddingNet:
     """The network on its device. Sets args.image_size to the network's own where no flag said it."""
     if weights not in ("imagenet", "none"):
         places = (
@@ -191,7 +196,7 @@ def make_network(args, weights, device):
     return network
 
 
-def make_criterion(num_classes, args):
+def make_criterion(num_classes: int, args: Namespace) -> nn.Module:
     if args.loss == "hist":
         return HISTLoss(num_classes, args.sz_embedding, args.hgnn_hidden, args.tau, args.alpha, args.ls)
     import losses  # imports pytorch-metric-learning, which takes a second
@@ -199,7 +204,7 @@ def make_criterion(num_classes, args):
     return losses.build(args.loss, num_classes, args.sz_embedding, args.loss_args)
 
 
-def make_optimizer(network, criterion, args):
+def make_optimizer(network: net.EmbeddingNet, criterion: nn.Module, args: Namespace) -> torch.optim.Optimizer:
     """The parameter groups in a fixed order, so that a saved state fits again; RATES names them."""
     groups = [
         {"params": network.backbone_parameters(), "lr": args.lr},
@@ -223,8 +228,18 @@ def make_optimizer(network, criterion, args):
     return torch.optim.RMSprop(groups, alpha=0.9, momentum=0.9, **options)
 
 
-def make_loaders(args, network, benchmark, train_images, validation_images, device):
-    """(training loader, [(prefix of its scores' names, query loader, gallery loader or None), …])."""
+class Loaders(NamedTuple):
+    train: DataLoader
+    evaluation: list[tuple[str, DataLoader, DataLoader | None]]  # prefix of the scores' names, queries, gallery
+
+
+def make_loaders(
+    args: Namespace,
+    benchmark: dataset.Benchmark,
+    train_images: dataset.ImageList,
+    validation_images: dataset.ImageList | None,
+    device: torch.device,
+) -> Loaders:
     train_loader = dataset.make_train_loader(
         train_images,
         dataset.train_transform(args.image_size),
@@ -241,13 +256,13 @@ def make_loaders(args, network, benchmark, train_images, validation_images, devi
         options = (args.image_size, EVALUATION_BATCH, args.nb_workers, device, args.skip_bad_images)
         return None if images is None else inference.make_loader(images, *options)
 
-    evaluation_sets = [("", loader_of(benchmark.query), loader_of(benchmark.gallery))]
+    evaluation = [("", loader_of(benchmark.query), loader_of(benchmark.gallery))]
     if validation_images is not None:
-        evaluation_sets.insert(0, ("val ", loader_of(validation_images), None))
-    return train_loader, evaluation_sets
+        evaluation.insert(0, ("val ", loader_of(validation_images), None))
+    return Loaders(train_loader, evaluation)
 
 
-def warn_without_positives(batches, args):
+def warn_without_positives(batches: dataset.RandomBatches, args: Namespace) -> None:
     """Losses of pairs and triplets learn nothing from a batch in which hardly any image has another of its class."""
     if args.loss not in PAIR_LOSSES or args.IPC:
         return
@@ -265,13 +280,24 @@ def warn_without_positives(batches, args):
 # ---------------------------------------------------------------- one epoch
 
 
-def wrap(network, criterion, device, compiled):
+def wrap(network: net.EmbeddingNet, criterion: nn.Module, device: torch.device, compiled: bool) -> tuple:
     """(forward, loss): network and criterion as one process or several compute them, compiled if asked for."""
     forward, loss = distributed.wrap(network, device), distributed.wrap(criterion, device)
     return torch.compile(forward) if compiled else forward, loss
 
 
-def train_epoch(network, forward, criterion, loss_of, loader, optimizer, device, args, title, stop):
+def train_epoch(
+    network: net.EmbeddingNet,
+    forward: Callable,
+    criterion: nn.Module,
+    loss_of: Callable,
+    loader: DataLoader,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    args: Namespace,
+    title: str,
+    stop: StopSignals,
+) -> dict[str, float]:
     """One pass over the training images, warm-up or not: {means of the loss and its terms, rates, images per second}.
 
     forward and loss_of compute network and criterion, as they are or wrapped for several processes or compiled.
@@ -319,17 +345,17 @@ def train_epoch(network, forward, criterion, loss_of, loader, optimizer, device,
     return row
 
 
-def rates_of(optimizer):
+def rates_of(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     return dict(zip(RATES, (group["lr"] for group in optimizer.param_groups), strict=False))
 
 
-def terms_of(loss, criterion):
+def terms_of(loss: torch.Tensor, criterion: nn.Module) -> dict[str, torch.Tensor]:
     """The loss of a step, and the terms that HIST makes it of: {column of results.csv: scalar on the device}."""
     terms = {name: getattr(criterion, name, None) for name in ("dist_loss", "ce_loss")}
     return {"loss": loss.detach()} | {name: value for name, value in terms.items() if value is not None}
 
 
-def to_host(values):
+def to_host(values: torch.Tensor) -> tuple[torch.Tensor, Callable]:
     """Start a copy to the host: (tensor there, function that waits until it has arrived)."""
     host = values.to("cpu", non_blocking=True)
     if values.device.type != "cuda":
@@ -339,7 +365,7 @@ def to_host(values):
     return host, event.synchronize
 
 
-def diverged_in_step(terms, rates, title, step, loader):
+def diverged_in_step(terms: dict, rates: dict, title: str, step: int, loader: DataLoader) -> ValueError:
     """The error about a loss that is NaN or infinite: where, at which rates, from which images."""
     paths = [loader.dataset.images.paths[index] for index, _ in list(loader.batch_sampler)[step - 1]]
     said = [f"{name.removesuffix('_loss')} {value:.4g}" for name, value in terms.items() if name != "loss"]
@@ -350,34 +376,43 @@ def diverged_in_step(terms, rates, title, step, loader):
     )
 
 
-def named(rates):
+def named(rates: dict[str, float]) -> str:
     return ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items())
 
 
-def finish_epoch(row, started, log, train_loader, evaluation_sets, benchmark, device, args, stop):
+def finish_epoch(
+    row: dict, started: float, log: run.Run, loaders: Loaders, benchmark: dataset.Benchmark, stop: StopSignals
+) -> None:
     """Score the network, save what was reached, draw it."""
     try:
-        scores, searched = evaluate(log.parts["network"], evaluation_sets, benchmark.recall_at, device, args, stop)
+        scores, searched = evaluate(log.parts["network"], loaders, benchmark.recall_at, log.device, log.args, stop)
     except inference.NotFinite as error:
         raise ValueError(
-            f"training diverged in {run.epoch_title(row, args.nb_epochs)}: {error} "
+            f"training diverged in {run.epoch_title(row, log.args.nb_epochs)}: {error} "
             f"({named(rates_of(log.parts['optimizer']))}); last.pth holds the epoch before. Smaller learning rates may "
             "help (--lr, --lr-ds, --lr-hgnn-factor)"
         ) from None
     row |= scores | {"seconds": time.monotonic() - started}
     if distributed.processes().rank == 0:
         log.add(row)
-        log.draw(train_loader, benchmark, searched, device)
+        log.draw(loaders.train, benchmark, searched)
 
 
-def evaluate(network, evaluation_sets, ks, device, args, stop):
+def evaluate(
+    network: net.EmbeddingNet,
+    loaders: Loaders,
+    ks: tuple[int, ...],
+    device: torch.device,
+    args: Namespace,
+    stop: StopSignals,
+) -> tuple[dict[str, float], tuple]:
     """Score the test split, and before it the held-out classes if there are any.
 
     Returns ({'R@1': …, 'R@2': …, 'val R@1': …}, (Retrieval, query, gallery or None) of the test split).
     """
     scores, searched = {}, None
     options = dict(amp=args.amp == "bf16", channels_last=args.channels_last, after_batch=stop.check)
-    for prefix, query_loader, gallery_loader in evaluation_sets:
+    for prefix, query_loader, gallery_loader in loaders.evaluation:
         searched = inference.evaluate(
             network, query_loader, gallery_loader, ks, device, memory_gib=args.search_memory, **options
         )

@@ -21,8 +21,15 @@ __all__ = ["MODELS", "EmbeddingNet", "build", "load_network_state", "require_ima
 MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "googlenet", "bn_inception")
 
 
-def build(name, embedding_size=512, weights="imagenet", add_gmp=True, layer_norm=True, bn_freeze=True):
-    """Builds a network on the CPU → EmbeddingNet.
+def build(
+    name: str,
+    embedding_size: int = 512,
+    weights: str | Path = "imagenet",
+    add_gmp: bool = True,
+    layer_norm: bool = True,
+    bn_freeze: bool = True,
+) -> EmbeddingNet:
+    """Build a network on the CPU.
 
     name            one of MODELS, or 'timm:NAME' for a model of timm
     embedding_size  D, dimensions of an embedding
@@ -58,13 +65,13 @@ def build(name, embedding_size=512, weights="imagenet", add_gmp=True, layer_norm
     return network
 
 
-def construct(name, **options):
+def construct(name: str, **options) -> EmbeddingNet:
     """The network `name` of MODELS with random weights."""
     classes = {"googlenet": GoogLeNet, "bn_inception": BNInception}
     return classes.get(name, ResNet)(name, **options)
 
 
-def download_imagenet(name):
+def download_imagenet(name: str) -> dict[str, torch.Tensor]:
     """torchvision's ImageNet state dict of `name`, from torch's cache or downloaded; OSError without either.
 
     IMAGENET1K_V1 are the weights there were when the paper was written (ResNet-50: 76.1 % top-1). V2, today's
@@ -110,7 +117,7 @@ def read_weights(path):
     return {key.removeprefix("module.").removeprefix("model."): value for key, value in state.items()}
 
 
-def load_backbone(network, state, path):
+def load_backbone(network: EmbeddingNet, state: dict[str, torch.Tensor], path: str | Path) -> None:
     """Loads a backbone's state dict (names without 'model.') into the network; ValueError if it does not fit.
 
     Classifier, auxiliary heads and embedding layer are taken where they fit and may be missing; so may
@@ -128,7 +135,7 @@ def load_backbone(network, state, path):
     network.model.load_state_dict(fitting, strict=False)
 
 
-def load_network_state(network, state_dict, path):
+def load_network_state(network: EmbeddingNet, state_dict: dict[str, torch.Tensor], path: str | Path) -> None:
     """Loads the state dict of a whole network ('model.…', as in a checkpoint), strictly.
 
     Only GoogLeNet's auxiliary heads may be missing: forward does not use them.
@@ -138,7 +145,7 @@ def load_network_state(network, state_dict, path):
     network.load_state_dict(state_dict, strict=False)
 
 
-def require_image_size(network, image_size):
+def require_image_size(network: EmbeddingNet, image_size: int) -> None:
     """ValueError of one line unless the network (on the CPU) takes images of that many pixels.
 
     Some vision transformers only take their own size; small images leave nothing of a deep network's maps.
@@ -157,7 +164,7 @@ def require_image_size(network, image_size):
         network.train(training)
 
 
-def compare(own, state, optional):
+def compare(own: dict, state: dict, optional: tuple[str, ...]) -> tuple[list[str], list[str], list[str]]:
     """The names that `state` lacks (`optional` prefixes aside), has too many, and has in another shape."""
     missing = [key for key in own if key not in state and not key.startswith(optional)]
     unexpected = [key for key in state if key not in own]
@@ -165,7 +172,9 @@ def compare(own, state, optional):
     return missing, unexpected, reshaped
 
 
-def complain_unless_fitting(network, own, state, optional, path):
+def complain_unless_fitting(
+    network: EmbeddingNet, own: dict, state: dict, optional: tuple[str, ...], path: str | Path
+) -> None:
     """ValueError of one line unless `state` fits `own`, the state dict of the network or its backbone."""
     missing, unexpected, reshaped = compare(own, state, optional)
     if not (missing or unexpected or reshaped):
@@ -192,7 +201,7 @@ def complain_unless_fitting(network, own, state, optional, path):
     raise ValueError(message + (f": give {' '.join(flags)}" if flags else ""))
 
 
-def find_model(backbone):
+def find_model(backbone: dict[str, torch.Tensor]) -> str | None:
     """The name in MODELS whose backbone has these names and shapes, or None."""
     for name in MODELS:
         with torch.device("meta"):  # names and shapes only: no memory, no random numbers drawn

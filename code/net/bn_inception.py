@@ -85,7 +85,7 @@ class Backbone(nn.Module):
             branches = [self._run(x, name + "1x1"), *branches, self._run(pooled, name + "pool_proj")]
         return torch.cat(branches, 1)
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = F.max_pool2d(self._run(images, "conv1_7x7_s2"), 3, stride=2, ceil_mode=True)
         x = F.max_pool2d(self._run(x, "conv2_3x3_reduce", "conv2_3x3"), 3, stride=2, ceil_mode=True)
         for block in BLOCKS:
@@ -105,6 +105,6 @@ class BNInception(EmbeddingNet):
         model = Backbone()
         super().__init__(model, name, model.last_linear.in_features, unused=("last_linear.",), **options)
 
-    def features(self, images):
+    def features(self, images: torch.Tensor) -> torch.Tensor:
         """Images (N, 3, H, W) → maps (N, 1024, H/32, W/32)."""
         return self.model(images)

@@ -1,5 +1,6 @@
 """GoogLeNet (Szegedy et al., CVPR 2015), as torchvision builds it."""
 
+from torch import Tensor
 from torchvision import models
 
 from .head import EmbeddingNet
@@ -18,7 +19,7 @@ class GoogLeNet(EmbeddingNet):
         model = models.googlenet(weights=None, aux_logits=True, transform_input=False, init_weights=True)
         super().__init__(model, name, model.fc.in_features, unused=("fc.", "aux1.", "aux2."), **options)
 
-    def features(self, images):
+    def features(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) → maps (N, 1024, H/32, W/32)."""
         model = self.model
         x = model.maxpool1(model.conv1(images))

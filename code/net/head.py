@@ -4,7 +4,7 @@ A backbone file (resnet.py, googlenet.py, bn_inception.py, timm_model.py) adds o
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -35,7 +35,15 @@ class EmbeddingNet(nn.Module):
     image_size = 224
 
     def __init__(
-        self, model, name, num_features, embedding_size=512, add_gmp=True, layer_norm=True, bn_freeze=True, unused=()
+        self,
+        model: nn.Module,
+        name: str,
+        num_features: int,
+        embedding_size: int = 512,
+        add_gmp: bool = True,
+        layer_norm: bool = True,
+        bn_freeze: bool = True,
+        unused: tuple[str, ...] = (),
     ):
         super().__init__()
         self.name = name
@@ -61,7 +69,7 @@ class EmbeddingNet(nn.Module):
                 for parameter in module.parameters():
                     parameter.requires_grad_(False)
 
-    def normalise(self, images):
+    def normalise(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) uint8, RGB, as dataset.py gives them → (N, 3, H, W) float32, as forward takes them.
 
         The arithmetic is that of torchvision's ToTensor and Normalize, on the CPU to the bit; the memory format stays.
@@ -74,11 +82,11 @@ class EmbeddingNet(nn.Module):
             channel.sub_(mean / self.scale).div_(std / self.scale)  # (scale·x - mean) / std in fewer passes
         return images
 
-    def features(self, images):
+    def features(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) → what pool() takes: feature maps (N, C, h, w)."""
         raise NotImplementedError
 
-    def pool(self, maps):
+    def pool(self, maps: Tensor) -> Tensor:
         """Feature maps (N, C, h, w) → (N, C): global average, plus global maximum with add_gmp."""
         pooled = F.adaptive_avg_pool2d(maps, 1)
         if self.add_gmp:
@@ -87,7 +95,7 @@ class EmbeddingNet(nn.Module):
             pooled = pooled + F.max_pool2d(maps, maps.shape[-2:])
         return pooled.flatten(1)
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) → embeddings (N, D), in the parameters' precision, under autocast too.
 
         The embedding layer costs next to nothing, and the 8 bits of a bfloat16 would make distances coarse.
@@ -96,15 +104,15 @@ class EmbeddingNet(nn.Module):
         with torch.autocast(pooled.device.type, enabled=False):
             return self.layer_norm(self.model.embedding(pooled.to(self.model.embedding.weight.dtype)))
 
-    def backbone_parameters(self):
+    def backbone_parameters(self) -> list[nn.Parameter]:
         """Every parameter but the embedding layer's, in order of definition (unused classifier included)."""
         return [p for name, p in self.model.named_parameters() if not name.startswith("embedding.")]
 
-    def embedding_parameters(self):
+    def embedding_parameters(self) -> list[nn.Parameter]:
         """Weight (D, C) and bias (D,) of the embedding layer."""
         return list(self.model.embedding.parameters())
 
-    def set_backbone_trainable(self, trainable):
+    def set_backbone_trainable(self, trainable: bool) -> None:
         """Freezes the backbone for the warm-up epochs (False) or lets it train (True).
 
         True reaches the affine parameters of BatchNorm too, also those that bn_freeze froze at construction:
@@ -117,14 +125,14 @@ class EmbeddingNet(nn.Module):
             if not name.startswith(("embedding.", *self.unused)):
                 parameter.requires_grad_(trainable)
 
-    def freeze_batchnorm_statistics(self):
+    def freeze_batchnorm_statistics(self) -> None:
         """Puts every BatchNorm2d of the backbone in eval mode. train() undoes it: call this after train()."""
         for module in self._batchnorms():
             module.eval()
 
-    def synchronise_batchnorm(self):
-        """Makes BatchNorm compute its statistics over the batches of all processes; torch has that on GPUs alone."""
+    def synchronise_batchnorm(self) -> None:
+        """Makes BatchNorm compute its statistics over the batches of all processes; torch has that on GPUs only."""
         self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
 
-    def _batchnorms(self):
+    def _batchnorms(self) -> list[nn.Module]:
         return [module for module in self.model.modules() if isinstance(module, nn.BatchNorm2d)]

@@ -1,5 +1,6 @@
 """ResNet-18, -34, -50 and -101 (He et al., CVPR 2016), as torchvision builds them."""
 
+from torch import Tensor
 from torchvision import models
 
 from .head import EmbeddingNet
@@ -12,7 +13,7 @@ class ResNet(EmbeddingNet):
         model = getattr(models, name)(weights=None)
         super().__init__(model, name, model.fc.in_features, unused=("fc.",), **options)
 
-    def features(self, images):
+    def features(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) → maps (N, C, H/32, W/32), C = 512 (resnet18, -34) or 2048 (resnet50, -101)."""
         model = self.model
         x = model.maxpool(model.relu(model.bn1(model.conv1(images))))

@@ -23,7 +23,7 @@ class TimmModel(EmbeddingNet):
     Raises ValueError when timm is not installed or does not know NAME, OSError when the weights do not come.
     """
 
-    def __init__(self, name, pretrained, **options):
+    def __init__(self, name: str, pretrained: bool, **options):
         model = create_model(name.removeprefix("timm:"), pretrained)
         config = model.pretrained_cfg
         image_size = config["input_size"][-1]
@@ -50,22 +50,22 @@ class TimmModel(EmbeddingNet):
         classifier = (classifier,) if isinstance(classifier, str) else classifier
         self.optional = (*self.optional, *(part + "." for part in classifier))
 
-    def features(self, images):
+    def features(self, images: torch.Tensor) -> torch.Tensor:
         """Images (N, 3, H, W) → maps (N, C, h, w), or tokens in timm's own layout."""
         return self.model.forward_features(images)
 
-    def pool(self, maps):
+    def pool(self, maps: torch.Tensor) -> torch.Tensor:
         """Maps (N, C, h, w) or tokens → (N, C)."""
         return super().pool(maps) if self.gives_maps else self.model.forward_head(maps, pre_logits=True)
 
-    def synchronise_batchnorm(self):
+    def synchronise_batchnorm(self) -> None:
         """As for every network, by timm's own means: its BatchNorm may hold the activation, which torch would drop."""
         from timm.layers import convert_sync_batchnorm
 
         self.model = convert_sync_batchnorm(self.model)
 
 
-def create_model(name, pretrained):
+def create_model(name: str, pretrained: bool) -> torch.nn.Module:
     """timm's model `name` (without 'timm:'), without classifier; raises what TimmModel raises."""
     try:
         import timm
