@@ -221,8 +221,15 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("name, words, breaks, match", CASES, ids=[f"{c[0]} {c[1]} {n}" for n, c in enumerate(CASES)])
-def test_one_line_and_nothing_lost(refused, tree, trained, tmp_path, name, words, breaks, match):
+def params():
+    """Those that train are slow, and so is the run that some of them need."""
+    for number, case in enumerate(CASES):
+        trains = "{run}" in case[1] or "--epochs 1" in case[1]
+        yield pytest.param(*case, id=f"{case[0]} {case[1]} {number}", marks=[pytest.mark.slow] * trains)
+
+
+@pytest.mark.parametrize("name, words, breaks, match", params())
+def test_one_line_and_nothing_lost(request, refused, tree, tmp_path, name, words, breaks, match):
     root = tree
     if breaks:
         root = tmp_path / "broken"
@@ -234,7 +241,8 @@ def test_one_line_and_nothing_lost(refused, tree, trained, tmp_path, name, words
         "retrieve.py": ["--gpu-id", "-1", "--workers", "0", "--output", tmp_path / "out"],
     }
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-    refused(name, *common.get(name, []), *words.format(root=root, run=trained[1]).split(), match=match)
+    run = request.getfixturevalue("trained")[1] if "{run}" in words else None
+    refused(name, *common.get(name, []), *words.format(root=root, run=run).split(), match=match)
     assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     assert not (tmp_path / "out").exists()
     if "--epochs 1" not in words:  # those fail in the epoch

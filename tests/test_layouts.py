@@ -862,6 +862,7 @@ TREES = {
 KS = {"SOP": [1, 10, 100, 1000], "Inshop": [1, 10, 20, 30, 40, 50]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", TREES)
 def test_trains_and_scores(call, tmp_path, layout):
     name, make = TREES[layout]

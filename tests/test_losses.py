@@ -109,6 +109,7 @@ def test_the_command_line_knows_every_loss():
     assert flags.LOSSES == ("hist", *losses.LOSSES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", flags.LOSSES)
 def test_every_loss_trains_resumes_to_the_same_bits_and_scores(call, cub, tmp_path, name):
     words = ["--loss", name, "--IPC", 4, "--lr-ds", 1e-2]
@@ -132,6 +133,7 @@ def test_every_loss_trains_resumes_to_the_same_bits_and_scores(call, cub, tmp_pa
     assert scored.code == 0 and f"R@1     {100 * rows['R@1'].iloc[-1]:.4f}" in scored.out
 
 
+@pytest.mark.slow
 def test_proxies_learn_at_their_own_rate(call, cub, tmp_path):
     words = ["--loss", "proxy_anchor", "--lr-ds", 0.02, "--lr-decay-step", 1]
     assert call("train.py", *options(cub, tmp_path, *words)).code == 0
@@ -139,6 +141,7 @@ def test_proxies_learn_at_their_own_rate(call, cub, tmp_path):
     assert rows["lr_ds"].dropna().tolist() == [0.02, 0.02, 0.01] and "lr_hgnn" not in rows
 
 
+@pytest.mark.slow
 def test_resuming_with_another_loss_is_refused(call, refused, cub, tmp_path):
     assert call("train.py", *options(cub, tmp_path, "--epochs", 1)).code == 0
     last = tmp_path / "cub" / "run_1" / "last.pth"
@@ -163,6 +166,7 @@ def test_without_lambda_the_hgnn_is_skipped(batch, monkeypatch):
     assert X.grad.abs().sum() > 0 and all(p.grad is None for p in alone.hgnn.parameters())
 
 
+@pytest.mark.slow
 def test_run_of_the_distribution_loss_alone(call, cub, tmp_path):
     assert call("train.py", *options(cub, tmp_path, "--ls", 0)).code == 0
     run = tmp_path / "cub" / "run_1"
@@ -171,6 +175,7 @@ def test_run_of_the_distribution_loss_alone(call, cub, tmp_path):
     assert load(run / "last.pth")["criterion_state_dict"]["hgnn.bn1.num_batches_tracked"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["contrastive", "triplet", "multi_similarity"])
 def test_batches_without_positives_are_doubted(call, cub, tmp_path, name):
     words = ["--loss", name, "--epochs", 0, "--warm", 0]

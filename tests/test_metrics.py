@@ -503,6 +503,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("images", "classes"), [(8_000, 2_000), (4_000, 10)])
 def test_memory_keeps_to_the_budget(images, classes):
     """Allowed: 0.02 GiB. Needed all at once: 0.24 for the similarity matrix of 8,000 images; more than 0.1 to score

@@ -286,6 +286,7 @@ def test_names_in_other_scripts_are_drawn_or_spelled_out():
         assert text and {ord(character) for character in text} <= pictures._drawable()
 
 
+@pytest.mark.slow
 def test_no_name_sets_off_a_warning(tmp_path, images):
     code = f"""if True:
         import numpy as np, pictures
@@ -453,6 +454,7 @@ def test_a_failed_picture_leaves_the_old_one_and_nothing_else(tmp_path, monkeypa
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["curves.png"]
 
 
+@pytest.mark.slow
 def test_pyplot_is_never_imported(tmp_path):
     code = (
         "import sys, pictures, pathlib; "

@@ -65,6 +65,7 @@ def test_check_knows_the_2010_edition(tmp_path, monkeypatch, capsys):
     assert "2010 edition" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_check_command(tmp_path, call, script):
     trees.make_cub(tmp_path, classes=4, images=3, size=8)
     status, out, err = script("prepare.py", "check", "cub", "--data-root", tmp_path, "--decode")
@@ -447,6 +448,7 @@ def test_show_draws_classes_of_every_split(tmp_path, capsys, name, make, widths)
         assert np.abs(pixels - np.random.RandomState(class_id).uniform(60, 200, 3)).max() < 20
 
 
+@pytest.mark.slow
 def test_show_command(tmp_path, call, script):
     trees.make_cub(tmp_path, classes=4, images=3, size=24)
     (tmp_path / "CUB_200_2011/images/001.Bird_1/Bird_1_0000.jpg").write_text("not an image")
