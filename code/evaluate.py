@@ -46,7 +46,11 @@ def main():
             export.to_onnx(loaded.network.cpu(), args.image_size, args.export)
             return
         benchmark = load_benchmark(args, given, loaded)
-        query, gallery = embed(benchmark, loaded.network, device, args)
+        options = (args.image_size, args.sz_batch, args.nb_workers, device, args.skip_bad_images)
+        loaders = [inference.make_loader(images, *options) for images in (benchmark.query, benchmark.gallery)]
+        query, gallery = inference.embed_split(
+            loaded.network, *loaders, device, amp=args.amp == "bf16", channels_last=args.channels_last
+        )
         ks, measured = benchmark.recall_at, describe(args, benchmark, loaded, query, gallery)
         if args.save_embeddings and processes.rank == 0:
             save_embeddings(args.save_embeddings, benchmark, query, gallery)
@@ -137,20 +141,6 @@ def compare_with_training(args, given, loaded, benchmark) -> None:
             changed = dataset.changes(then, dataset.fingerprint(images)) if then and images is not None else ""
             if changed:
                 print(f"warning: not the test images of the training run: {changed}", file=sys.stderr)
-
-
-def embed(benchmark, network, device, args):
-    """(query, gallery or None) of a benchmark's test split."""
-
-    def embed_split(images, description):
-        loader = inference.make_loader(
-            images, args.image_size, args.sz_batch, args.nb_workers, device, args.skip_bad_images
-        )
-        return inference.embed(network, loader, device, args.amp == "bf16", args.channels_last, description)
-
-    if benchmark.gallery is None:
-        return embed_split(benchmark.query, "embed"), None
-    return embed_split(benchmark.query, "embed queries"), embed_split(benchmark.gallery, "embed gallery")
 
 
 def describe(args, benchmark, loaded, query, gallery) -> dict:

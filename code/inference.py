@@ -11,6 +11,7 @@ import metrics
 import net
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 
@@ -68,8 +69,12 @@ def memory_format(channels_last: bool) -> torch.memory_format:
 # ---------------------------------------------------------------- from images to embeddings
 
 
-def make_loader(images: dataset.ImageList, image_size: int, batch_size: int, workers: int, device, skip_bad):
-    """A loader of this process's share of the images, all in order, for embed."""
+def make_loader(
+    images: dataset.ImageList | None, image_size: int, batch_size: int, workers: int, device, skip_bad: bool
+) -> DataLoader | None:
+    """A loader of this process's share of the images, all in order, for embed. None for None, a gallery that is not."""
+    if images is None:
+        return None
     return dataset.make_eval_loader(
         images,
         dataset.eval_transform(image_size),
@@ -132,31 +137,21 @@ def embed(
     return embedded
 
 
+def embed_split(
+    network: net.EmbeddingNet,
+    query_loader: DataLoader,
+    gallery_loader: DataLoader | None,
+    device: torch.device,
+    **options,
+) -> tuple[Embedded, Embedded | None]:
+    """(query, gallery) of a test split; gallery None where the queries search among themselves. options: of embed."""
+    if gallery_loader is None:
+        return embed(network, query_loader, device, **options), None
+    query = embed(network, query_loader, device, description="embed queries", **options)
+    return query, embed(network, gallery_loader, device, description="embed gallery", **options)
+
+
 # ---------------------------------------------------------------- from embeddings to scores
-
-
-def evaluate(
-    network,
-    query_loader,
-    gallery_loader,
-    ks,
-    device,
-    amp=False,
-    channels_last=False,
-    memory_gib=1.0,
-    precision=False,
-    after_batch=lambda: None,
-) -> tuple[metrics.Retrieval, Embedded, Embedded | None]:
-    """Embed the loaders and search, every query among the gallery or, if that is None, among all other queries.
-
-    Returns the scores and what was embedded: (Retrieval, query, gallery or None).
-    """
-    options = dict(amp=amp, channels_last=channels_last, after_batch=after_batch)
-    query = embed(network, query_loader, device, description="embed queries" if gallery_loader else "embed", **options)
-    gallery = None
-    if gallery_loader is not None:
-        gallery = embed(network, gallery_loader, device, description="embed gallery", **options)
-    return score(query, gallery, ks, device, memory_gib, precision), query, gallery
 
 
 def score(query: Embedded, gallery: Embedded | None, ks, device, memory_gib=1.0, precision=False) -> metrics.Retrieval:

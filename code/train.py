@@ -252,13 +252,12 @@ def make_loaders(
         shard=distributed.processes(),
     )
 
-    def loader_of(images):
-        options = (args.image_size, EVALUATION_BATCH, args.nb_workers, device, args.skip_bad_images)
-        return None if images is None else inference.make_loader(images, *options)
-
-    evaluation = [("", loader_of(benchmark.query), loader_of(benchmark.gallery))]
-    if validation_images is not None:
-        evaluation.insert(0, ("val ", loader_of(validation_images), None))
+    options = (args.image_size, EVALUATION_BATCH, args.nb_workers, device, args.skip_bad_images)
+    query, gallery, validation = (
+        inference.make_loader(images, *options) for images in (benchmark.query, benchmark.gallery, validation_images)
+    )
+    evaluation = [("val ", validation, None)] if validation is not None else []
+    evaluation.append(("", query, gallery))  # last: its neighbours are drawn
     return Loaders(train_loader, evaluation)
 
 
@@ -413,10 +412,10 @@ def evaluate(
     scores, searched = {}, None
     options = dict(amp=args.amp == "bf16", channels_last=args.channels_last, after_batch=stop.check)
     for prefix, query_loader, gallery_loader in loaders.evaluation:
-        searched = inference.evaluate(
-            network, query_loader, gallery_loader, ks, device, memory_gib=args.search_memory, **options
-        )
-        scores |= {prefix + name: value for name, value in searched[0].figures().items()}
+        query, gallery = inference.embed_split(network, query_loader, gallery_loader, device, **options)
+        found = inference.score(query, gallery, ks, device, args.search_memory)
+        scores |= {prefix + name: value for name, value in found.figures().items()}
+        searched = found, query, gallery
     return scores, searched
 
 

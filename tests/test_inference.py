@@ -120,21 +120,23 @@ def test_embed_without_images():
         inference.embed(Tiny(), make_loader([], 2)[0], "cpu")
 
 
-def test_evaluate_one_set():
+def test_scores_of_one_set():
     labels = [0, 1, 0, 1, 2, 0, 1]
     loader, images = make_loader(labels, 3)
-    found, query, gallery = inference.evaluate(Tiny(), loader, None, (1, 2), "cpu", precision=True)
+    query, gallery = inference.embed_split(Tiny(), loader, None, "cpu")
+    found = inference.score(query, gallery, (1, 2), "cpu", precision=True)
     expected = metrics.retrieval(images.flatten(1), torch.tensor(labels), ks=(1, 2), precision=True)
     assert found.figures() == expected.figures()
     assert found.num_queries == 7 and found.num_without_positive == 1
     assert query.labels.tolist() == labels and gallery is None
 
 
-def test_evaluate_query_and_gallery():
+def test_scores_of_query_and_gallery():
     query_labels, gallery_labels = [0, 1, 2, -1, 3], [3, 1, 1, 0, -1, 7, 2]
     query_loader, queries = make_loader(query_labels, 2)
     gallery_loader, images = make_loader(gallery_labels, 4, seed=1)
-    found, query, gallery = inference.evaluate(Tiny(), query_loader, gallery_loader, (1, 3), "cpu", memory_gib=1e-5)
+    query, gallery = inference.embed_split(Tiny(), query_loader, gallery_loader, "cpu")
+    found = inference.score(query, gallery, (1, 3), "cpu", memory_gib=1e-5)
     keep_query, keep_gallery = (torch.tensor(labels) >= 0 for labels in (query_labels, gallery_labels))
     sets = [
         queries.flatten(1)[keep_query],
