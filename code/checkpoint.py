@@ -126,7 +126,8 @@ def find(model_path: str, name: str, only: bool) -> Path:
         there = f"it holds the runs {_some(below)}: give one of them"
     else:
         there = "there is no *_best.pth at all"
-    raise FileNotFoundError(f"{path / name}: there is no such checkpoint ({there}); give --model-path a file")
+    wanted = path / (name if only else "*_best.pth")
+    raise FileNotFoundError(f"{wanted}: there is no such checkpoint ({there}); give --model-path a file")
 
 
 def _some(items: list, most: int = 10) -> str:

@@ -29,6 +29,8 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 
+NARROWEST = 1000  # times as long as wide; longer images would take gigabytes once resized
+
 
 class UnreadableImage(ValueError):
     """A file is missing, cut or no image. The message is one line: '<path>: cannot be decoded (<why>)'."""
@@ -204,6 +206,8 @@ def read_rgb(path: str, own: bool = False) -> Image.Image:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("not a regular file")  # opening a pipe would wait for ever
         with Image.open(path) as image:
+            if max(image.size) > NARROWEST * min(image.size):  # its shorter side will be resized to some 256 pixels
+                raise ValueError(f"{image.width:,} × {image.height:,} pixels are narrower than 1 to {NARROWEST:,}")
             return decode(image, own)
     except Exception as error:  # what Pillow raises depends on where the file is broken
         why = str(error) or type(error).__name__
@@ -491,14 +495,18 @@ def fingerprint(images: ImageList) -> dict:
     """What identifies the images of a split, as plain data to be kept with a run.
 
     {'images': N, 'classes': names of the C classes, 'sizes': images of each class, 'class_digests': C short digests of
-    the paths of each class, 'digest': one of the whole list, order included}. Paths count relative to the root.
+    the paths of each class, 'digest': one of the whole list, order included}. Paths count relative to the root; with
+    those of own pictures count the sizes of the files in bytes, which tells most pictures that were replaced.
     """
+    paths = images.paths
+    if images.own:
+        paths = [f"{path} {_file_size(images.root / path)}" for path in paths]
     order = np.argsort(images.labels, kind="stable")
     sizes = np.bincount(images.labels, minlength=images.num_classes)
-    paths = [images.paths[i] for i in order]
+    by_class = [paths[i] for i in order]
     ends = sizes.cumsum().tolist()
-    members = [paths[end - size : end] for end, size in zip(ends, sizes.tolist(), strict=True)]
-    listed = (f"{label} {path}" for label, path in zip(images.labels.tolist(), images.paths, strict=True))
+    members = [by_class[end - size : end] for end, size in zip(ends, sizes.tolist(), strict=True)]
+    listed = (f"{label} {path}" for label, path in zip(images.labels.tolist(), paths, strict=True))
     return {
         "images": len(images),
         "classes": list(images.class_names),
@@ -506,6 +514,13 @@ def fingerprint(images: ImageList) -> dict:
         "class_digests": [_digest(sorted(part))[:8] for part in members],
         "digest": _digest(listed),
     }
+
+
+def _file_size(path: Path) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
 
 
 def _digest(lines: Iterable[str]) -> str:
@@ -523,15 +538,21 @@ def changes(then: dict, now: dict) -> str:
     gone, added = [name for name in old if name not in new], [name for name in new if name not in old]
     places = [[names["classes"].index(name) for name in some] for names, some in ((then, gone), (now, added))]
     if places[0] == places[1] and [old[name][0] for name in gone] == [new[name][0] for name in added]:
-        parts = [f"{len(gone):,} classes were renamed ({_names(gone)} to {_names(added)})"] if gone else []
+        parts = [f"{_classes(gone)} renamed ({_names(gone)} to {_names(added)})"] if gone else []
     else:
-        parts = [f"{len(gone):,} classes are gone ({_names(gone)})"] if gone else []
-        parts += [f"{len(added):,} classes were added ({_names(added)})"] if added else []
+        parts = [f"{_classes(gone)} removed ({_names(gone)})"] if gone else []
+        parts += [f"{_classes(added)} added ({_names(added)})"] if added else []
     changed = [name for name in old if name in new and old[name] != new[name]]
     if changed:
-        example = f"{changed[0]!r} had {old[changed[0]][0]:,} images and has {new[changed[0]][0]:,}"
-        parts.append(f"the images of {len(changed):,} classes changed ({example})")
+        first = changed[0]
+        before, after = old[first][0], new[first][0]
+        how = "same number, other names or sizes" if before == after else f"{before:,} images before, {after:,} now"
+        parts.append(f"images added, removed or replaced in {_classes(changed)} ({first!r}: {how})")
     return "; ".join(parts) or "the same classes and images come in another order"
+
+
+def _classes(names: list[str]) -> str:
+    return "1 class" if len(names) == 1 else f"{len(names):,} classes"
 
 
 def _names(names: list[str]) -> str:

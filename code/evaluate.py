@@ -72,6 +72,8 @@ def main():
 
     # What was reached, on what
     report(args, device, measured, found, scores)
+    if metrics.all_but_one_point(query.embeddings):
+        print(f"warning: {metrics.ONE_POINT}", file=sys.stderr)
     if args.pictures:
         args.pictures.mkdir(parents=True, exist_ok=True)
         pictures.search(args.pictures, found.per_query, query, benchmark.query, gallery, benchmark.gallery)
@@ -224,15 +226,24 @@ def read_embeddings(args, given):
                 for prefix in ("", "gallery_")
                 if not prefix or f"{prefix}embeddings" in arrays
             ]
-            ks = tuple(int(k) for k in arrays["ks"]) if "ks" in arrays else dataset.recall_at("folder")
-            name = str(arrays["dataset"]) if "dataset" in arrays else None
+            ks = arrays["ks"] if "ks" in arrays else np.array(dataset.recall_at("folder"))
+            name = arrays["dataset"].item() if "dataset" in arrays else None
+            half = "gallery_labels" in arrays and len(parts) == 1
     except OSError:
         raise
     except Exception as error:  # a damaged archive fails in many ways
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path}: no embeddings that --save-embeddings wrote ({reason})") from error
+    if half:
+        raise ValueError(f"{path}: gallery_labels without gallery_embeddings")
+    if ks.dtype.kind not in "iu" or ks.ndim != 1:
+        raise ValueError(f"{path}: ks must be whole numbers, one for each R@K")
+    ks = tuple(ks.tolist())
     if "dataset" in given:
-        name, ks = args.dataset, dataset.recall_at(args.dataset)
+        if name not in (None, args.dataset):
+            print(f"warning: {path} says that its embeddings are of {name}; --dataset {args.dataset} only sets K",
+                  file=sys.stderr)  # fmt: skip
+        name, ks = name or args.dataset, dataset.recall_at(args.dataset)
     embedded = [embedded_from_arrays(path, *arrays) for arrays in parts]
     query, gallery = embedded[0], embedded[1] if len(embedded) > 1 else None
     splits = {
@@ -251,9 +262,8 @@ def embedded_from_arrays(path: Path, embeddings: np.ndarray, labels: np.ndarray)
     if labels.dtype.kind not in "iu":
         kind = "text" if labels.dtype.kind in "US" else str(labels.dtype)
         raise ValueError(f"{path}: labels must be whole numbers, they are {kind}: number the classes from 0")
-    if embeddings.dtype.itemsize > 8:  # float128, which torch does not have
-        embeddings = embeddings.astype(np.float64)
-    labels = labels.astype(np.int64)
+    wide = np.float64 if embeddings.dtype.itemsize > 8 else embeddings.dtype  # torch has no float128
+    embeddings, labels = embeddings.astype(np.dtype(wide).newbyteorder("=")), labels.astype(np.int64)
     return inference.Embedded(torch.from_numpy(embeddings), torch.from_numpy(labels), torch.arange(len(labels)))
 
 

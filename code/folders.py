@@ -18,6 +18,10 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(s for s, name in known.items() if name in Image.OPEN and name not in only_by_name)
 
 
+def has_image_suffix(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in image_suffixes()
+
+
 # Why an entry of a folder gives no image: one of them, several of them
 SKIPPED = {
     "other": ("file that is not an image", "files that are not images"),
@@ -93,7 +97,7 @@ def find_images(folder: Path, prefix: str, above: tuple[Path, ...] = ()) -> tupl
             levels.append((name, entries(entry.path)))
         elif kind != "file":
             skipped[kind] += 1
-        elif os.path.splitext(entry.name)[1].lower() in image_suffixes():
+        elif has_image_suffix(entry.name):
             found.append(name)
         else:
             skipped["other"] += 1

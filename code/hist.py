@@ -244,7 +244,11 @@ class HISTLoss(nn.Module):
 
         'incidence': mean of H over pairs of a sample and a class that is not its own; near 1 all samples belong to all
         hyperedges, and the HGNN averages over the whole batch. 'variance': mean of sigma^2, at least 1.
+
+        Raises ValueError where no call has made a hypergraph yet, as with ls = 0.
         """
+        if self._incidence is None:
+            raise ValueError("HISTLoss: there is no hypergraph yet: call the loss first, with ls above 0")
         H, same = self._incidence
         others = (~same).sum().clamp(min=1)
         variance = self.cds2hg.log_vars.clamp(0, 6).exp().mean()

@@ -16,6 +16,7 @@ import io
 import os
 import posixpath
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from emoji import ensure_emoji
 from facts import BENCHMARKS, DATASETS
-from folders import SKIPPED, class_folders, describe_skipped, file_id, find_images, kind_of, scan
+from folders import SKIPPED, class_folders, describe_skipped, file_id, find_images, has_image_suffix, kind_of, scan
 from glyphs import ensure_glyphs
 
 
@@ -83,7 +84,12 @@ def read_class_folders(root: Path, inside: str, notes: list[str]) -> list[tuple[
     """The images of root/inside/<class>/ with the folder's name as the class id (inside may be '')."""
     top, pairs, nested = root / inside, [], []
     entries = [(entry.name, kind_of(entry)) for entry in scan(top)]
-    skipped = Counter(kind for _, kind in entries if kind in SKIPPED)  # files next to the class folders are not meant
+    skipped = Counter(kind for _, kind in entries if kind in SKIPPED)
+    loose = [name for name, kind in entries if kind == "file" and has_image_suffix(name)]
+    if loose:
+        notes.append(
+            f"{top}: images beside the class folders have no class, not used: {len(loose):,} ({shorten(loose)})"
+        )
     for name in (name for name, kind in entries if kind == "folder"):
         prefix = f"{inside}/{name}" if inside else name
         found, more = find_images(top / name, prefix, (root, top))
@@ -99,10 +105,9 @@ def read_class_folders(root: Path, inside: str, notes: list[str]) -> list[tuple[
     if nested:
         folder, inner = nested[0]
         others = f" (and {len(nested) - 1:,} more class folders like it)" if len(nested) > 1 else ""
-        shown = ", ".join(inner[:3]) + (", …" if len(inner) > 3 else "")
         notes.append(
-            f"{folder}{others}: holds no images itself but {len(inner):,} folders of them ({shown}), all taken as one "
-            f"class; if each of these is a class, move them into {top}"
+            f"{folder}{others}: holds no images itself but {len(inner):,} folders of them ({shorten(inner)}), all "
+            f"taken as one class; if each of these is a class, move them into {top}"
         )
     return pairs
 
@@ -502,6 +507,27 @@ def missing_files(listing: Listing) -> list[str]:
     return missing
 
 
+def shorten(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def similar_names(listing: Listing) -> list[str]:
+    """A line if class names differ in letter case, in blanks around them or in how Unicode writes them, and only so."""
+    alike: dict[str, dict[str, str]] = {}
+    for split, pairs in listing.splits.items():
+        for name in {class_id for _, class_id in pairs if isinstance(class_id, str)}:
+            alike.setdefault(unicodedata.normalize("NFC", name).strip().casefold(), {}).setdefault(name, split)
+    found = [names for names in alike.values() if len(names) > 1]
+    if not found:
+        return []
+    (name, split), (other, other_split) = sorted(found[0].items())[:2]
+    more = f" (and {len(found) - 1:,} more such names)" if len(found) > 1 else ""
+    return [
+        f"{listing.source or listing.root}: {name!a} ({split}) and {other!a} ({other_split}) are taken as two classes"
+        f"{more}; if they are one, give both the same name: classes to test on must not be trained on"
+    ]
+
+
 def split_problems(listing: Listing, training: bool = True) -> list[str]:
     """Lines about what makes the splits useless for training, or else for scoring; none if all is well."""
     source = listing.source or listing.root
@@ -554,7 +580,7 @@ def look_at_test_split(listing: Listing) -> tuple[list[str], list[str]]:
     searched = Counter(class_id for _, class_id in listing.splits.get("gallery", queries))
     at_least, where = (1, " in the gallery") if "gallery" in listing.splits else (2, "")
     lonely = sum(searched[class_id] < at_least for _, class_id in queries)
-    notes, problems = [], []
+    notes, problems = similar_names(listing), []
     if len(searched.keys() | {class_id for _, class_id in queries}) == 1:
         problems.append(f"{listing.root}: only one class to test on, figures say nothing; is it the right folder?")
     if lonely and lonely == len(queries):

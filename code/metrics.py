@@ -13,6 +13,10 @@ from search import INF, Found, search
 from torch import Tensor
 from tqdm import tqdm
 
+ONE_POINT = (
+    "the embeddings are all but one point (mean cosine similarity above 0.99999): scores of their order say little"
+)
+
 
 @dataclass(frozen=True)
 class Retrieval:
@@ -195,6 +199,17 @@ def _closer_and_tied(similarities: Tensor, positives: Tensor) -> tuple[Tensor, T
     """How many of each row's similarities are closer than each of its positives, and as close; both closest first."""
     closer = torch.searchsorted(-similarities, -positives)
     return closer, torch.searchsorted(-similarities, -positives, right=True) - closer
+
+
+def all_but_one_point(embeddings: Tensor) -> bool:
+    """Whether embeddings (N, D) have a mean cosine similarity above 0.99999.
+
+    Then their differences come near the resolution of float32, and R@K ranks rounding errors. A network from random
+    weights with frozen BatchNorm statistics does that.
+    """
+    lengths = embeddings.norm(dim=1).clamp(min=torch.finfo(embeddings.dtype).tiny)
+    mean = lengths.reciprocal() @ embeddings / len(embeddings)  # (D,), of the embeddings scaled to length 1
+    return bool(mean.square().sum() > 1 - 1e-5)
 
 
 def nearest(

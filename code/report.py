@@ -125,7 +125,8 @@ def main():
         runs, reasons = read_runs(folder)
         left_out += reasons
         if runs:
-            sections.append(Section(one_line(resolved.name), runs))
+            alike = [other for other in folders if other.resolve().name == resolved.name]
+            sections.append(Section(one_line(resolved.name if len(alike) == 1 else folder), runs))
     for line in left_out:
         print(f"warning: {line}", file=sys.stderr)
     if not sections:
@@ -190,10 +191,25 @@ def read_run(folder: Path) -> Run:
     chosen_by = "val R@1" if run_flags["val_classes"] else "R@1"
     if chosen_by not in trained[0]:
         raise ValueError(f"results.csv lacks the column {chosen_by}")
-    best = max(trained, key=lambda row: row[chosen_by])  # the first of equals, as train.py keeps it
+    changed_after = max((entry["after_epoch"] for entry in changes_of_data(content)), default=-1)
+    best = max((row for row in trained if row["epoch"] > changed_after), key=lambda row: row[chosen_by], default=None)
+    if best is None:
+        raise ValueError("its images changed and no epoch was trained since")
+    if changed_after >= 0:
+        data, counts = f"{data}, other images until epoch {changed_after}", {}
+    if undecoded := best.get("undecoded"):
+        data = f"{data}, {undecoded:.0f} of them could not be decoded"
+        counts = counts | {"query": (counts["query"][0] - int(undecoded), counts["query"][1])} if counts else {}
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob("*_best_results.txt"))]
     drawn = {path.stem: path.read_bytes() for path in folder.glob("neighbours.png")}
     return Run(folder, run_flags, made_by, data, counts, history, best, plain("\n".join(texts)), drawn)
+
+
+def changes_of_data(content: dict) -> list[dict]:
+    """The resumptions of a run at which its images had changed (--allow-changed-images)."""
+    listed = content.get("resumptions")
+    entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    return [e for e in entries if e.get("data_before") and isinstance(e.get("after_epoch"), int)]
 
 
 def parsed(path: Path, read):
@@ -245,7 +261,9 @@ def read_history(path: Path) -> list[dict]:
     if missing := [name for name in ("phase", "epoch", "R@1") if name not in table]:
         raise ValueError(f"it lacks the column {missing[0]}")
     figures = [name for name in table if re.fullmatch(r"(val )?R@[1-9][0-9]*", name)]
-    numeric = [name for name in ("epoch", "loss", "dist_loss", "ce_loss", "seconds", *figures) if name in table]
+    numeric = [
+        name for name in ("epoch", "loss", "dist_loss", "ce_loss", "seconds", "undecoded", *figures) if name in table
+    ]
     if not all(pd.api.types.is_numeric_dtype(table[name]) for name in numeric):
         raise ValueError("it holds text where there should be numbers")
     trained = table.loc[table["phase"] == "train", figures]
@@ -448,7 +466,7 @@ def other_counts(run: Run) -> str:
     if run.flags["val_classes"]:
         return "its runs held out training classes (--val-classes), the published ones trained on all of them"
     if not run.counts:
-        return "its runs do not say how many images and classes they used"
+        return "its runs do not say how many images and classes they used, or these changed"
     if run.counts != expected:
         theirs = ", ".join(f"{split} {images}/{classes}" for split, (images, classes) in expected.items())
         return f"its runs used {run.data}, the published ones {theirs} (images/classes)"

@@ -18,6 +18,7 @@ import html
 import io
 import os
 import sys
+import zlib
 from pathlib import Path
 from urllib.parse import quote
 
@@ -52,6 +53,8 @@ def main():
                 f"--output {args.output} lies in {searched}, where it would be found next time: name another"
             )
     checkpoint.require_folder(args.output, "--output")
+    if distributed.several():
+        raise ValueError("retrieve.py is one process: start it without torchrun")
     device = distributed.choose_device(args.gpu_id)
     print(f"device: {distributed.describe(device)}")
     loaded = inference.load_network(parser, args, given, run.best_name("DATASET", "MODEL"), False, device)
@@ -144,7 +147,7 @@ def embed_gallery(network, images, states, cache: Path, device, args) -> inferen
             unsaved = 0
     bad = np.flatnonzero(~known)
     if len(bad):
-        print(f"warning: {len(bad):,} images of the gallery left out, the first:", file=sys.stderr)
+        print(f"warning: left out of the gallery: {len(bad):,} that cannot be decoded, the first:", file=sys.stderr)
     for row in bad[:MOST_SHOWN]:
         print(f"warning: {why_not(images, row)}", file=sys.stderr)
     if not known.any():
@@ -156,12 +159,14 @@ def embed_gallery(network, images, states, cache: Path, device, args) -> inferen
 
 def look_at_files(images) -> tuple[np.ndarray, np.ndarray]:
     """What changes when a file does (N, 3): size in bytes, times of its content and of its entry in ns; and what file
-    it is (N, 2), whatever links lead to it. -1 where there is no file."""
+    it is (N, 2), whatever links lead to it. -1 where there is no file. Some network drives number no files: there a
+    digest of the path stands for the number, without what links hide."""
     found = np.full((len(images), 5), -1, np.int64)
     for row, path in enumerate(tqdm(images.paths, "look at files", unit="file", disable=None, leave=False)):
         with contextlib.suppress(OSError):
             stat = os.stat(images.root / path)
-            found[row] = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, stat.st_ino
+            number = stat.st_ino or zlib.crc32(os.fsencode(os.path.realpath(images.root / path)))
+            found[row] = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, number
     return found[:, :3], found[:, 3:]
 
 

@@ -30,6 +30,7 @@ import checkpoint
 import dataset
 import distributed
 import flags
+import metrics
 import net
 import numpy
 import pictures
@@ -121,7 +122,8 @@ def refuse_other_data(state: dict, data: dict, args: Namespace) -> None:
     """Compare the data of a run with what is there now, fingerprint by fingerprint: {split: dataset.fingerprint(…)}.
 
     Another class, or another order of the classes, would pair every label with the learned mean of another class.
-    Raises ValueError, unless only images changed and --allow-changed-images says to go on.
+    Raises ValueError, unless only images changed and --allow-changed-images says to go on. Then the best epoch is
+    chosen among those to come: the earlier ones were scored on other images.
     """
     then = state.get("data")
     if then is None:
@@ -135,11 +137,12 @@ def refuse_other_data(state: dict, data: dict, args: Namespace) -> None:
         return
     only_images = all(old["classes"] == new["classes"] for _, old, new in splits)
     if only_images and args.allow_changed_images:
-        print(f"warning: the data changed since the run began ({'; '.join(differing)})", file=sys.stderr)
+        print(f"warning: the data changed since the run began ({'; '.join(differing)}); the best epoch is chosen among "
+              "those from here on", file=sys.stderr)  # fmt: skip
         return
     stored_root = checkpoint.stored_flags(state).get("data_root")
     moved = f"it was {stored_root}" if stored_root != str(args.data_root.absolute()) else "it changed since"
-    way_out = "--allow-changed-images goes on all the same" if only_images else "restore it, or start a new run"
+    way_out = "--allow-changed-images resumes anyway" if only_images else "restore it, or start a new run"
     raise ValueError(
         f"{args.resume} was trained on other data than {args.data_root} now holds ({moved}): {'; '.join(differing)}; "
         f"{way_out}"
@@ -251,6 +254,7 @@ class Run:
         self.made_by = {**environment(device), "command": shlex.join(sys.argv)}
         self.wandb, self.wandb_id, self.lock = None, None, None
         self.drawing_seconds, self.started = 0.0, time.monotonic()
+        self.one_point = False  # whether the last embeddings were all but one point
         writes = distributed.processes().rank == 0
         if state:
             self._resume(state)
@@ -295,6 +299,11 @@ class Run:
         self.folder = path.resolve().parent
         self._restore(state, path)
         self.epoch, self.history, self.best = state["epoch"], list(state["history"]), state["best"]
+        here = {"after_epoch": self.epoch}
+        then = state.get("data")
+        if then and then != self.data and not self.done:
+            here |= {"data_before": summary_of(then)}
+            self.best = None  # it was scored on other images
         stored = checkpoint.stored_flags(state)
         self.wandb_id = state.get("wandb_id")
         now = flags.plain(self.args)
@@ -302,7 +311,7 @@ class Run:
         changed = {name: now[name] for name in stored if name in now and name not in kept and now[name] != stored[name]}
         self.flags = stored | changed
         self.first_flags, self.resumptions = self._read_origin() or (stored, [])
-        self.resumptions.append({"after_epoch": self.epoch, "flags": changed, **self.made_by})
+        self.resumptions.append(here | {"flags": changed, **self.made_by})
         self.made_by = state.get("made_by") or self.made_by
 
     def _read_origin(self):
@@ -362,11 +371,8 @@ class Run:
         log_to_wandb(self.wandb, row, self.best)
 
     def _write_origin(self) -> None:
-        summary = {
-            split: {"images": print_["images"], "classes": len(print_["classes"]), "digest": print_["digest"]}
-            for split, print_ in self.data.items()
-        }
-        content = {"flags": self.first_flags, "made_by": self.made_by, "data": summary, "wandb_id": self.wandb_id}
+        content = {"flags": self.first_flags, "made_by": self.made_by, "data": summary_of(self.data)}
+        content |= {"wandb_id": self.wandb_id}
         content |= {"resumptions": self.resumptions} if self.resumptions else {}
         checkpoint.write_text(json.dumps(content, indent=2) + "\n", self.folder / "args.json")
 
@@ -391,6 +397,8 @@ class Run:
     def _results_text(self) -> str:
         lines = [f"Best epoch: {self.best['epoch']}", f"Chosen by: {self.protocol()}"]
         lines += [f"{name}: {100 * value:.4f}" for name, value in self.best.items() if "R@" in name]
+        if "undecoded" in self.best:
+            lines.append(f"Left out, could not be decoded: {self.best['undecoded']}")
         lines += [f"Seed: {self.args.seed}", f"Remark: {self.flags.get('remark', '')}"]
         # The command stays out: a run that was resumed leaves the same text as one that was not.
         made_by = self.made_by | {name: self.best[name] for name in ("commit", "torch") if name in self.best}
@@ -469,14 +477,20 @@ class Run:
         lines.append(f"untrained {' ':<8}{percent(recalls(untrained))}")
         if best and best["R@1"] < untrained["R@1"]:
             lines.append("       better than the best epoch: train longer (--epochs), or look at the learning rates")
+        if self.one_point:
+            lines.append(f"       {metrics.ONE_POINT}; from random weights, train with --bn-freeze 0")
         lowest, chance = min((row["ce_loss"] for row in self.history if "ce_loss" in row), default=0), self.chance()
         if chance and lowest > 0.95 * chance:
             lines.append(
-                f"       the HGNN's cross-entropy never fell below chance ({lowest:.2f}; ln C is {chance:.2f}): the "
+                f"       the HGNN's cross-entropy stayed at chance (lowest {lowest:.2f}; ln C is {chance:.2f}): the "
                 "hypergraph did nothing in this run; try a larger --alpha or a smaller --lr-ds"
             )
         if num_bad:
-            lines.append(f"{num_bad} training images could not be decoded and were replaced")
+            lines.append(f"training images that could not be decoded and were replaced: {num_bad:,}")
+        if "undecoded" in last:
+            lines.append(
+                f"test images that could not be decoded and were left out of the scores: {last['undecoded']:,}"
+            )
         lines.append(f"files  {os.path.relpath(self.folder)}")
         if best:
             words = ["--model-path", os.path.relpath(self.best_path)]
@@ -489,6 +503,14 @@ class Run:
             words = ["--model-path", os.path.relpath(self.folder), "--gallery", args.data_root]
             lines.append(f"search {command_for('retrieve.py', *words)} --query IMAGE_OR_FOLDER")
         return "\n".join(lines)
+
+
+def summary_of(data: dict) -> dict:
+    """The counts and digests of fingerprints, for args.json."""
+    return {
+        split: {"images": found["images"], "classes": len(found["classes"]), "digest": found["digest"]}
+        for split, found in data.items()
+    }
 
 
 def command_for(script: str, *words) -> str:
@@ -538,6 +560,8 @@ def console_line(row: dict, num_epochs: int) -> str:
     if "loss" in row:
         parts.append(f"lr {row['lr']:.3g}  {row['images_per_s']:.0f} img/s")
     parts.append(f"{row['seconds']:.1f} s")
+    if "undecoded" in row:
+        parts.append(f"without {row['undecoded']:,} images that could not be decoded")
     return "   ".join(parts)
 
 

@@ -24,6 +24,7 @@ import dataset
 import distributed
 import flags
 import inference
+import metrics
 import net
 import numpy as np
 import run
@@ -101,7 +102,8 @@ def main() -> None:
     log = run.Run(args, device, parts, data, state)
     print(f"run: {log.folder}" + (f", resumed after epoch {log.epoch}" if state else ""))
     if state and log.done:
-        print(f"nothing left to do, {log.epoch} of {args.nb_epochs} epochs are done: --epochs N goes on longer")
+        wanted = max(log.epoch, args.nb_epochs)
+        print(f"nothing left to do, {log.epoch} of {wanted} epochs are done: --epochs N goes on longer")
 
     # Epochs: warm-up epochs count up to 0, training epochs from 1
     stop = StopSignals()
@@ -394,6 +396,7 @@ def finish_epoch(
     row |= scores | {"seconds": time.monotonic() - started}
     if distributed.processes().rank == 0:
         log.add(row)
+        log.one_point = metrics.all_but_one_point(searched[1].embeddings)
         log.draw(loaders.train, benchmark, searched)
 
 
@@ -409,14 +412,16 @@ def evaluate(
 
     Returns ({'R@1': …, 'R@2': …, 'val R@1': …}, (Retrieval, query, gallery or None) of the test split).
     """
-    scores, searched = {}, None
+    scores, searched, undecoded = {}, None, 0
     options = dict(amp=args.amp == "bf16", channels_last=args.channels_last, after_batch=stop.check)
     for prefix, query_loader, gallery_loader in loaders.evaluation:
         query, gallery = inference.embed_split(network, query_loader, gallery_loader, device, **options)
         found = inference.score(query, gallery, ks, device, args.search_memory)
         scores |= {prefix + name: value for name, value in found.figures().items()}
         searched = found, query, gallery
-    return scores, searched
+        undecoded += len(query_loader.dataset) - len(query.rows)
+        undecoded += len(gallery_loader.dataset) - len(gallery.rows) if gallery else 0
+    return scores | ({"undecoded": undecoded} if undecoded else {}), searched
 
 
 if __name__ == "__main__":

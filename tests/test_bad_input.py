@@ -39,6 +39,9 @@ def tree(tmp_path_factory):
         "bool": np.zeros(40, bool),
     }.items():
         np.savez(root / f"labels_{name}.npz", embeddings=np.ones((40, 8), np.float32), labels=array)
+    arrays = dict(embeddings=np.ones((40, 8), np.float32), labels=np.arange(40) % 4)
+    np.savez(root / "half.npz", **arrays, gallery_labels=np.arange(4))
+    np.savez(root / "ks.npz", **arrays, ks=np.array([1.5, 3]))
     for kind in (complex, int):
         np.savez(root / f"{kind.__name__}.npz", embeddings=np.ones((40, 8), kind), labels=np.arange(40) % 4)
     make_folder(root / "classes", "classes", 4, 2, 8)
@@ -193,6 +196,8 @@ CASES = [
     ("evaluate.py", "--embeddings {root}/labels_bool.npz", None, r"labels must be whole numbers, they are bool"),
     ("evaluate.py", "--embeddings {root}/complex.npz", None, r"embeddings must be floating point, they are complex128"),
     ("evaluate.py", "--embeddings {root}/int.npz", None, r"embeddings must be floating point, they are int64"),
+    ("evaluate.py", "--embeddings {root}/half.npz", None, r"half\.npz: gallery_labels without gallery_embeddings"),
+    ("evaluate.py", "--embeddings {root}/ks.npz", None, r"ks\.npz: ks must be whole numbers"),
     ("evaluate.py", "--embeddings {root}/lonely.npz --model-path {run}", None, r"exclude each other"),
     ("evaluate.py", CUB + " --metrics speed", None, r"invalid choice: 'speed'"),
     ("retrieve.py", SEARCH, None, r"--query"),
@@ -228,7 +233,7 @@ def params():
         yield pytest.param(*case, id=f"{case[0]} {case[1]} {number}", marks=[pytest.mark.slow] * trains)
 
 
-@pytest.mark.parametrize("name, words, breaks, match", params())
+@pytest.mark.parametrize("name, words, breaks, match", list(params()))
 def test_one_line_and_nothing_lost(request, refused, tree, tmp_path, name, words, breaks, match):
     root = tree
     if breaks:

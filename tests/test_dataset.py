@@ -579,6 +579,16 @@ def test_skipping_bad_images_in_evaluation(tmp_path, workers):
     assert loader.dataset.bad_paths == ["images/003.Bird_3/Bird_3_0001.jpg"]
 
 
+@pytest.mark.parametrize("size, narrow", [((1, 1000), False), ((1001, 1), True)])
+def test_pictures_too_narrow_to_resize_are_named(tmp_path, size, narrow):
+    Image.new("RGB", size).save(tmp_path / "strip.png")
+    if not narrow:
+        assert dataset.read_rgb(tmp_path / "strip.png").size == size
+        return
+    with pytest.raises(dataset.UnreadableImage, match=r"strip\.png: .*1,001 × 1 pixels are narrower than 1 to 1,000"):
+        dataset.read_rgb(tmp_path / "strip.png")
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     suffix=st.sampled_from(["jpg", "png", "gif", "bmp", "webp", "tiff"]),

@@ -74,7 +74,10 @@ def test_pictures_that_changed_in_place_are_noticed(call, refused, trained, pict
     checkpoint = trained_on(pictures, trained[1], tmp_path)
     save(pictures / "class 6" / "new.png", 6, 9)
     done = call(*score(checkpoint))
-    assert done.code == 0 and "not the test images of the training run: the images of 1 classes changed" in done.err
+    assert (
+        done.code == 0
+        and "not the test images of the training run: images added, removed or replaced in 1 class" in done.err
+    )
     save(pictures / "a class" / "0.png", 9, 0)
     save(pictures / "a class" / "1.png", 9, 1)
     refused(*score(checkpoint), match=r"'class 3'\): .*mine changed since")
@@ -165,6 +168,34 @@ def test_embeddings_are_scored_at_the_k_of_their_data_set(call, tmp_path):
     assert "R@3 " in call("evaluate.py", "--embeddings", with_ks, "--gpu-id", -1).out
     assert "data: unknown in" in call("evaluate.py", "--embeddings", with_ks, "--gpu-id", -1).out
     assert "R@1000" in call("evaluate.py", "--embeddings", with_ks, "--dataset", "sop", "--gpu-id", -1).out
+
+
+def test_a_file_of_another_data_set_is_said_to_be_one(call, tmp_path):
+    path = write_embeddings(tmp_path / "e.npz", dataset=np.array("cub"))
+    done = call("evaluate.py", "--embeddings", path, "--dataset", "SOP", "--gpu-id", -1)
+    assert f"warning: {path} says that its embeddings are of cub; --dataset SOP only sets K" in done.err
+    assert "data: cub in" in done.out and "R@1000" in done.out
+
+
+def test_arrays_of_the_other_byte_order(call, tmp_path):
+    plain = write_embeddings(tmp_path / "plain.npz")
+    arrays = dict(np.load(plain))
+    np.savez(
+        tmp_path / "big.npz", **{name: array.astype(array.dtype.newbyteorder(">")) for name, array in arrays.items()}
+    )
+    figures = [
+        [line for line in call("evaluate.py", "--embeddings", path, "--gpu-id", -1).out.splitlines() if "R@" in line]
+        for path in (plain, tmp_path / "big.npz")
+    ]
+    assert figures[0] == figures[1] and len(figures[0]) == 6
+
+
+def test_embeddings_that_are_all_but_one_point_are_doubted(call, tmp_path):
+    noise = np.random.RandomState(0).randn(40, 8).astype(np.float32)
+    for scale, doubted in ((1e-4, True), (1e-1, False)):
+        path = write_embeddings(tmp_path / "e.npz", embeddings=1 + scale * noise)
+        done = call("evaluate.py", "--embeddings", path, "--gpu-id", -1)
+        assert done.code == 0 and ("warning: the embeddings are all but one point" in done.err) == doubted
 
 
 # Files that cannot be written are refused before the work ------------------------------------------------------------

@@ -666,3 +666,10 @@ def test_settings_that_mean_nothing_are_refused(setting, message):
     with pytest.raises(ValueError, match=f"^HISTLoss: {message}"):
         HISTLoss(5, 8, **setting)
     HISTLoss(5, 8, alpha=0, ls=0)
+
+
+def test_there_is_no_summary_without_a_hypergraph():
+    criterion = HISTLoss(3, 2, ls=0)
+    criterion(torch.randn(4, 2), torch.tensor([0, 1, 2, 0]))
+    with pytest.raises(ValueError, match="there is no hypergraph yet"):
+        criterion.hypergraph_summary()

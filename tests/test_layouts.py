@@ -862,6 +862,25 @@ TREES = {
 KS = {"SOP": [1, 10, 100, 1000], "Inshop": [1, 10, 20, 30, 40, 50]}
 
 
+@pytest.mark.parametrize(
+    "one, other", [("Cat", "cat"), ("\u00e9", "e\u0301"), ("cat", "cat "), ("STRASSE", "stra\u00dfe")]
+)
+def test_class_names_that_look_alike_are_pointed_out(tmp_path, one, other):
+    trees.make_folder(tmp_path, "train+test", 8, 2, 8)
+    (tmp_path / "train" / "thing_1").rename(tmp_path / "train" / one)
+    (tmp_path / "test" / "thing_5").rename(tmp_path / "test" / other)
+    (line,) = dataset.load_benchmark("folder", tmp_path).warnings
+    assert f"{one!a} (train)" in line and f"{other!a} (test)" in line and "taken as two classes;" in line
+
+
+def test_pictures_beside_the_class_folders_are_counted(tmp_path):
+    trees.make_folder(tmp_path, "train+test", 8, 2, 8)
+    trees.save(tmp_path / "train" / "loose.png", 1, 1)
+    (tmp_path / "train" / "notes.txt").write_text("not an image")
+    expected = f"{tmp_path / 'train'}: images beside the class folders have no class, not used: 1 (loose.png)"
+    assert dataset.load_benchmark("folder", tmp_path).warnings == (expected,)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", TREES)
 def test_trains_and_scores(call, tmp_path, layout):

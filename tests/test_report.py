@@ -503,6 +503,38 @@ def test_one_folder_named_in_two_ways_is_one_section(tmp_path, call, monkeypatch
     assert len(pd.read_csv(tmp_path / "out" / "report.csv")) == 1
 
 
+def test_two_folders_of_one_name_are_told_apart(tmp_path, call, monkeypatch):
+    for parent in ("one", "two"):
+        make_run(tmp_path / parent / "cub" / "run_1", {1: [0.5]})
+    monkeypatch.chdir(tmp_path)
+    assert call("report.py", "one/cub", "two/cub", "--output", "out").code == 0
+    assert pd.read_csv(tmp_path / "out" / "report.csv")["dataset"].tolist() == ["one/cub", "two/cub"]
+
+
+def test_images_that_changed_during_a_run_keep_it_apart(tmp_path):
+    """Only epochs after the change count, the run is in a group of its own, and nothing published is beside it."""
+    change = {"after_epoch": 1, "data_before": whole("cub", "0f")}
+    make_run(tmp_path / "cub" / "run_1", {1: [0.9, 0.6, 0.7]}, more={"resumptions": [change]})
+    make_run(tmp_path / "cub" / "run_2", {1: [0.5, 0.6, 0.6]}, seed=2)
+    make_run(tmp_path / "cub" / "run_3", {1: [0.5]}, more={"resumptions": [change]})
+    runs, reasons = report.read_runs(tmp_path / "cub")
+    assert [(run.name, run.best["epoch"]) for run in runs] == [("run_1", 3), ("run_2", 2)]
+    assert "run_3: left out, its images changed and no epoch was trained since" in reasons[0]
+    made = report.Section("cub", runs)
+    assert len(made.groups) == 2 and "other images until epoch 1" in runs[0].data
+    assert "or these changed" in "".join(made.lines())
+
+
+def test_images_that_were_left_out_count(tmp_path):
+    for number in (1, 2):
+        make_run(tmp_path / "cub" / f"run_{number}", {1: [0.5]}, seed=number)
+    table = pd.read_csv(tmp_path / "cub" / "run_2" / "results.csv").assign(undecoded=[None, 3, 3])
+    table.to_csv(tmp_path / "cub" / "run_2" / "results.csv", index=False)
+    made = section(tmp_path / "cub")
+    assert len(made.groups) == 2 and made.runs[1].counts["query"] == (5921, 100)
+    assert "3 of them could not be decoded" in "".join(made.lines())
+
+
 def test_a_resumed_run_says_how_often_and_counts_all_its_epochs(tmp_path):
     resumptions = [{"command": "train.py --resume", "made_by": {}, "after_epoch": 3}, {"after_epoch": 5}]
     make_run(tmp_path / "cub" / "run_1", {1: [0.5, 0.6, 0.7]}, nb_epochs=2, more={"resumptions": resumptions})

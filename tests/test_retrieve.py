@@ -84,6 +84,26 @@ def test_a_query_in_the_gallery_does_not_find_itself_whatever_links_lead_to_it(f
     assert sorted(Path(row["neighbour"]).name for row in rows) == ["0.png", "1.png", "3.png", "4.png", "5.png"]
 
 
+def test_a_file_system_without_file_numbers(find, gallery, monkeypatch):
+    real = os.stat
+
+    def unnumbered(path, *more, **options):
+        found = real(path, *more, **options)
+        return os.stat_result(
+            (*found[:1], 0, *found[2:]), {"st_mtime_ns": found.st_mtime_ns, "st_ctime_ns": found.st_ctime_ns}
+        )
+
+    monkeypatch.setattr(retrieve.os, "stat", unnumbered)
+    _, rows = find(gallery, gallery / "class 5" / "2.png", "--top-k", 24)
+    assert len(rows) == 23 and str(gallery / "class 5" / "2.png") not in [row["neighbour"] for row in rows]
+
+
+def test_torchrun_is_refused(find, gallery, monkeypatch):
+    monkeypatch.setattr(retrieve.distributed, "several", lambda: True)
+    outcome, _ = find(gallery, gallery)
+    assert outcome.code == 1
+
+
 def embedded(monkeypatch):
     """Notes which images are embedded."""
     seen, embed = [], retrieve.embed
@@ -181,7 +201,7 @@ def test_pictures_that_cannot_be_decoded_are_named_and_left_out(find, gallery, t
     for _ in range(2):  # with and without a cache
         outcome, rows = find(gallery, queries, "--top-k", 2)
         assert outcome.code == 0
-        assert "1 images of the gallery left out" in outcome.err
+        assert "left out of the gallery: 1 that cannot be decoded" in outcome.err
         assert "bad.jpg: cannot be decoded" in outcome.err
         assert f"note: {gallery}: 1 broken link was skipped" in outcome.err
         assert "b <i>.jpg: cannot be decoded" in outcome.err

@@ -7,10 +7,11 @@ import subprocess
 import sys
 
 import checkpoint
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, TINY
-from trees import make_classes, make_cub, save
+from trees import make_classes, make_cub, picture, save
 
 
 @pytest.fixture
@@ -76,14 +77,19 @@ def remove_image(pictures):
     (pictures / "class 6" / "3.png").unlink()
 
 
+def replace_image(pictures):
+    picture(1, 9).resize((50, 50)).save(pictures / "class 6" / "3.png")
+
+
 @pytest.mark.parametrize(
     "change, match, only_images",
     [
-        (add_class_before, r"train: .*classes were (added|renamed) \('Class 0'", False),
-        (rename_class, r"train: 1 classes were renamed \('class 1' to 'class 1b'\)", False),
+        (add_class_before, r"train: 1 class removed \('class 3'\); 1 class added \('Class 0'\)", False),
+        (rename_class, r"train: 1 class renamed \('class 1' to 'class 1b'\)", False),
         (remove_class, r"'class 1'", False),
-        (add_image, r"train: the images of 1 classes changed \('class 1' had 6 images and has 7\)", True),
-        (remove_image, r"query: the images of 1 classes changed \('class 6' had 6 images and has 5\)", True),
+        (add_image, r"train: images added, .* in 1 class \('class 1': 6 images before, 7 now\)", True),
+        (remove_image, r"query: images added, .* in 1 class \('class 6': 6 images before, 5 now\)", True),
+        (replace_image, r"query: .* replaced in 1 class \('class 6': same number, other names or sizes\)", True),
     ],
 )
 @pytest.mark.parametrize("elsewhere", [False, True])
@@ -103,12 +109,40 @@ def test_resuming_on_other_data_is_refused(call, refused, run_folder, change, ma
     assert done.code == 0 and "warning: the data changed since the run began" in done.err
 
 
+def test_the_best_epoch_is_chosen_among_those_scored_on_the_same_images(call, run_folder):
+    pictures, folder = run_folder
+    last = checkpoint.load(folder / "last.pth")
+    last["best"]["R@1"] = 1.0  # nothing could be better
+    checkpoint.save(last, folder / "last.pth")
+    remove_image(pictures)
+    assert call(*resume(folder, "--data-root", pictures, "--allow-changed-images")).code == 0
+    assert "Best epoch: 2" in (folder / "folder_resnet18_best_results.txt").read_text()
+    said = json.loads((folder / "args.json").read_text())
+    assert said["data"]["query"]["images"] == 23
+    assert said["resumptions"][0]["after_epoch"] == 1
+    assert said["resumptions"][0]["data_before"]["query"]["images"] == 24
+
+
+def test_test_images_that_cannot_be_decoded_are_counted(call, trained, tmp_path):
+    pictures = shutil.copytree(trained[0], tmp_path / "mine")
+    for c in (5, 6):
+        (pictures / f"class {c}" / "0.png").write_bytes(b"no picture")
+    words = ["--dataset", "folder", "--data-root", pictures, "--log-dir", tmp_path, "--warm", 0, "--epochs", 1]
+    done = call("train.py", *TINY, *words, "--skip-bad-images")
+    assert done.code == 0, done.err
+    assert done.out.count("without 2 images that could not be decoded") == 2  # untrained, epoch 1
+    assert "left out of the scores: 2" in done.out
+    folder = tmp_path / "folder" / "run_1"
+    assert "Left out, could not be decoded: 2" in (folder / "folder_resnet18_best_results.txt").read_text()
+    assert pd.read_csv(folder / "results.csv")["undecoded"].tolist() == [2, 2]
+
+
 def test_images_that_swapped_classes_are_noticed(call, refused, run_folder):
     pictures, folder = run_folder
     for c in (1, 2):
         for path in list((pictures / f"class {c}").iterdir()):
             path.rename(path.with_name(f"{c}-{path.name}"))
-    refused(*resume(folder, "--data-root", pictures), match="the images of 2 classes changed")
+    refused(*resume(folder, "--data-root", pictures), match="added, removed or replaced in 2 classes")
 
 
 def test_listed_classes_are_compared_too(call, refused, tmp_path):
@@ -121,7 +155,7 @@ def test_listed_classes_are_compared_too(call, refused, tmp_path):
     folder.rename(tmp_path / "away")
     refused(
         *resume(tmp_path / "logs" / "cub" / "run_1"),
-        match=f"train: 1 classes are gone .'{folder.name}'.; 1 classes were added .'005.Bird_5'",
+        match=f"train: 1 class removed .'{folder.name}'.; 1 class added .'005.Bird_5'",
     )
 
 
