@@ -72,7 +72,7 @@ def main():
 
     # What was reached, on what
     report(args, device, measured, found, scores)
-    if metrics.all_but_one_point(query.embeddings):
+    if metrics.almost_one_point(query.embeddings):
         print(f"warning: {metrics.ONE_POINT}", file=sys.stderr)
     if args.pictures:
         args.pictures.mkdir(parents=True, exist_ok=True)

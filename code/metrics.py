@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 ONE_POINT = (
-    "the embeddings are all but one point (mean cosine similarity above 0.99999): scores of their order say little"
+    "all embeddings lie almost at one point (mean cosine similarity above 0.99999): scores of their order say little"
 )
 
 
@@ -201,7 +201,7 @@ def _closer_and_tied(similarities: Tensor, positives: Tensor) -> tuple[Tensor, T
     return closer, torch.searchsorted(-similarities, -positives, right=True) - closer
 
 
-def all_but_one_point(embeddings: Tensor) -> bool:
+def almost_one_point(embeddings: Tensor) -> bool:
     """Whether embeddings (N, D) have a mean cosine similarity above 0.99999.
 
     Then their differences come near the resolution of float32, and R@K ranks rounding errors. A network from random

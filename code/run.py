@@ -254,7 +254,7 @@ class Run:
         self.made_by = {**environment(device), "command": shlex.join(sys.argv)}
         self.wandb, self.wandb_id, self.lock = None, None, None
         self.drawing_seconds, self.started = 0.0, time.monotonic()
-        self.one_point = False  # whether the last embeddings were all but one point
+        self.one_point = False  # whether the last embeddings lay almost at one point
         writes = distributed.processes().rank == 0
         if state:
             self._resume(state)

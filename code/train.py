@@ -396,7 +396,7 @@ def finish_epoch(
     row |= scores | {"seconds": time.monotonic() - started}
     if distributed.processes().rank == 0:
         log.add(row)
-        log.one_point = metrics.all_but_one_point(searched[1].embeddings)
+        log.one_point = metrics.almost_one_point(searched[1].embeddings)
         log.draw(loaders.train, benchmark, searched)
 
 
