@@ -19,11 +19,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "code"))
 import checkpoint  # noqa: E402
+import distributed  # noqa: E402
 import run  # noqa: E402
 import train  # noqa: E402
 
 PIECES = {
-    "loss and terms read, progress bar (every step)": [(train, "to_host"), (tqdm, "set_postfix"), (tqdm, "update")],
+    "loss and terms read, progress bar (every step)": [
+        (distributed, "to_host"),
+        (tqdm, "set_postfix"),
+        (tqdm, "update"),
+    ],
     "console, results.csv, text files": [(run, "console_line"), (tqdm, "write"), (run, "csv_text")]
     + [(checkpoint, "write_text")],
     "wandb offline": [(run, "log_to_wandb")],

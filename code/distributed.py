@@ -10,7 +10,10 @@ loss of the whole batch. On one process the functions here do nothing.
 import datetime
 import functools
 import os
+import signal
 import sys
+import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -163,6 +166,34 @@ class _GatherEmbeddings(torch.autograd.Function):
         return grad[ctx.rows] * dist.get_world_size()
 
 
+class Interrupted(Exception):
+    """SIGTERM or Ctrl-C came, and the step under way is done."""
+
+
+class StopSignals:
+    """Notes the first SIGTERM or Ctrl-C, for the loops to stop after the step; another Ctrl-C ends at once.
+
+    One request can arrive twice: `timeout` signals its child and then the whole process group, torchrun passes on what
+    the processes have received already. So SIGTERM is only ever noted, and a second Ctrl-C counts after a moment.
+    """
+
+    def __init__(self):
+        self.number, self.since = 0, 0.0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame):
+        now, moment = time.monotonic(), 5.0 if several() else 0.2
+        if self.number and number == signal.SIGINT and now - self.since > moment:
+            os._exit(128 + number)
+        self.number, self.since = self.number or number, self.since or now
+
+    def check(self) -> None:
+        """Raise Interrupted; of several processes none may leave by itself, they agree in gather_batch."""
+        if self.number and processes().count == 1:
+            raise Interrupted
+
+
 def gather_batch(embeddings: Tensor, labels: Tensor, stop_number: int) -> tuple[Tensor, Tensor, int]:
     """The whole batch from each process's share: embeddings (N, D), labels (N,) beside them, and a stop signal.
 
@@ -179,6 +210,16 @@ def gather_batch(embeddings: Tensor, labels: Tensor, stop_number: int) -> tuple[
     if embeddings.is_cuda:  # DistributedDataParallel would move them, and make the host wait for the device
         labels = labels.pin_memory().to(embeddings.device, non_blocking=True)
     return _GatherEmbeddings.apply(embeddings), labels, int(together[:, -1].max())
+
+
+def to_host(values: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None]]:
+    """Start a copy to the host: (tensor there, function that waits until it has arrived)."""
+    host = values.to("cpu", non_blocking=True)
+    if values.device.type != "cuda":
+        return host, lambda: None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(values.device))
+    return host, event.synchronize
 
 
 def from_first(value):

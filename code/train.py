@@ -29,6 +29,7 @@ import net
 import numpy as np
 import run
 import torch
+from distributed import Interrupted, StopSignals
 from hist import HISTLoss
 from torch import nn
 from torch.utils.data import DataLoader
@@ -37,34 +38,6 @@ from tqdm import tqdm
 EVALUATION_BATCH = 150  # as evaluate.py's default, so that both compute the same scores, on the CPU to the bit
 RATES = ("lr", "lr_embedding", "lr_ds", "lr_hgnn")  # columns of results.csv, one per parameter group
 PAIR_LOSSES = ("multi_similarity", "triplet", "contrastive")  # learn from images of one class in a batch
-
-
-class Interrupted(Exception):
-    """SIGTERM or Ctrl-C came, and the step under way is done."""
-
-
-class StopSignals:
-    """Notes the first SIGTERM or Ctrl-C, for the loops to stop after the step; another Ctrl-C ends at once.
-
-    One request can arrive twice: `timeout` signals its child and then the whole process group, torchrun passes on what
-    the processes have received already. So SIGTERM is only ever noted, and a second Ctrl-C counts after a moment.
-    """
-
-    def __init__(self):
-        self.number, self.since = 0, 0.0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
-
-    def _note(self, number, frame):
-        now, moment = time.monotonic(), 5.0 if distributed.several() else 0.2
-        if self.number and number == signal.SIGINT and now - self.since > moment:
-            os._exit(128 + number)
-        self.number, self.since = self.number or number, self.since or now
-
-    def check(self) -> None:
-        """Raise Interrupted; of several processes none may leave by itself, they agree in gather_batch."""
-        if self.number and distributed.processes().count == 1:
-            raise Interrupted
 
 
 def main() -> None:
@@ -319,7 +292,7 @@ def train_epoch(
             embeddings, labels, stop_number = distributed.gather_batch(embeddings, labels, stop.number)
             loss = loss_of(embeddings, labels)
             names, values = zip(*terms_of(loss, criterion).items(), strict=True)
-            terms, arrived = to_host(torch.stack(values))
+            terms, arrived = distributed.to_host(torch.stack(values))
             optimizer.zero_grad()
             loss.backward()
             # The terms were known before the backward pass began, so this does not hold up a busy GPU.
@@ -354,16 +327,6 @@ def terms_of(loss: torch.Tensor, criterion: nn.Module) -> dict[str, torch.Tensor
     """The loss of a step, and the terms that HIST makes it of: {column of results.csv: scalar on the device}."""
     terms = {name: getattr(criterion, name, None) for name in ("dist_loss", "ce_loss")}
     return {"loss": loss.detach()} | {name: value for name, value in terms.items() if value is not None}
-
-
-def to_host(values: torch.Tensor) -> tuple[torch.Tensor, Callable]:
-    """Start a copy to the host: (tensor there, function that waits until it has arrived)."""
-    host = values.to("cpu", non_blocking=True)
-    if values.device.type != "cuda":
-        return host, lambda: None
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(values.device))
-    return host, event.synchronize
 
 
 def diverged_in_step(terms: dict, rates: dict, title: str, step: int, loader: DataLoader) -> ValueError:
