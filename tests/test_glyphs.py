@@ -84,6 +84,7 @@ def test_interrupted_set_is_not_taken_for_whole(tmp_path, monkeypatch):
     assert len(list(glyphs.ensure_glyphs(tmp_path, **SMALL).rglob("*.png"))) == 24
 
 
+@pytest.mark.slow
 def test_processes_that_start_at_once_both_succeed(tmp_path):
     line = f"import glyphs; print(glyphs.ensure_glyphs({str(tmp_path)!r}, 30, 20, 32, progress=False))"
     both = [subprocess.Popen([sys.executable, "-c", line], cwd=CODE, stdout=subprocess.PIPE, text=True) for _ in "ab"]
@@ -102,6 +103,7 @@ def test_parameters_that_make_no_set(tmp_path, change):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_raw_pixels_tell_about_a_third(tmp_path):
     """The last 100 classes: a third of the images has an image of its class as the nearest on raw pixels."""
     folder = glyphs.ensure_glyphs(tmp_path, progress=False)

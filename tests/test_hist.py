@@ -556,6 +556,7 @@ print((after - before) * 1024 / (4 * N * C * D))
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_batch_times_classes_times_size():
     """100,000 classes: the whole of forward and backward takes less than half of one (N, C, D) tensor (1.6 GB)."""
     code = str(Path(sys.modules["hist"].__file__).parent)

@@ -347,6 +347,7 @@ def labels_of(draw, size, num_classes):
     return torch.tensor(draw(st.lists(st.integers(0, num_classes - 1), min_size=size, max_size=size)))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(st.data())
 def test_twin_without_ties(data):
@@ -415,6 +416,7 @@ def test_the_twins_agree(groups):
     assert figures_place_by_place(groups, ks) == pytest.approx(figures_order_by_order(groups, ks), abs=1e-12)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(st.data())
 def test_ties_place_by_place(data):
@@ -450,6 +452,7 @@ def test_ties_of_copied_images(data):
     assert_equals_twin(X, T, memory_gib=data.draw(st.sampled_from(BUDGETS)))
 
 
+@pytest.mark.slow
 def test_twin_of_several_full_blocks():
     """Blocks of the usual size, the last of them ragged."""
     T = torch.randint(400, (2300,), generator=torch.Generator().manual_seed(3))

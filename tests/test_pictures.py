@@ -238,6 +238,7 @@ def test_only_own_pictures_are_turned(tmp_path):
     assert pictures.read_thumbnail(tmp_path / "turned.jpg", own=True).shape == (60, 20, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gallery", [False, True])
 def test_search_draws_the_nearest_of_each_query(tmp_path, images, gallery):
     class Images:

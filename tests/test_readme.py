@@ -150,6 +150,7 @@ def test_every_page_is_linked_from_the_readme():
     assert [page.name for page in PAGES[1:] if f"({page.relative_to(ROOT)}" not in text] == []
 
 
+@pytest.mark.slow
 def test_the_loss_learns_in_other_peoples_loops():
     """The examples of docs/your_own_loop.md, one after the other, in one namespace, as they are written."""
     examples = blocks(ROOT / "docs" / "your_own_loop.md", "python")

@@ -654,6 +654,7 @@ def in_browser(source, folder):
     return json.loads(html.unescape(re.search(r'<pre id="said">(.*?)</pre>', done.stdout, re.DOTALL)[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_page_in_a_browser(written, tmp_path):
     """Clicks sort, numbers as numbers and blanks last; nothing is requested and nothing breaks the page's policy."""
@@ -686,6 +687,7 @@ def test_page_in_a_browser(written, tmp_path):
     assert len(said["images"]) == 8 and min(said["images"]) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 @pytest.mark.parametrize("width", [360, 1280])
 @pytest.mark.parametrize("which", ["written", "hostile"])
