@@ -207,8 +207,7 @@ def almost_one_point(embeddings: Tensor) -> bool:
     Then their differences come near the resolution of float32, and R@K ranks rounding errors. A network from random
     weights with frozen BatchNorm statistics does that.
     """
-    lengths = embeddings.norm(dim=1).clamp(min=torch.finfo(embeddings.dtype).tiny)
-    mean = lengths.reciprocal() @ embeddings / len(embeddings)  # (D,), of the embeddings scaled to length 1
+    mean = unit_vectors(embeddings, "embeddings").mean(dim=0, dtype=torch.float64)  # (D,)
     return bool(mean.square().sum() > 1 - 1e-5)
 
 

@@ -640,6 +640,15 @@ def test_nearest_without_itself():
     assert [sorted(row) for row in indices.tolist()] == [[j for j in range(6) if j != i] for i in range(6)]
 
 
+@pytest.mark.parametrize(
+    "dtype, scale", [(torch.float16, 1), (torch.float32, 1e25), (torch.float32, 1e-30), (torch.float64, 1e39)]
+)
+def test_almost_one_point_whatever_the_length(dtype, scale):
+    noise = torch.randn(50, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for spread, expected in ((1e-4, True), (0.1, False)):
+        assert metrics.almost_one_point(((1 + spread * noise) * scale).to(dtype)) == expected
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_nearest_counts_nan_and_inf(bad):
     good, broken = randn(40, 4), randn(40, 4)
