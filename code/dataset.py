@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from facts import BENCHMARKS, RECALL_AT
+from folders import shorten
 from layouts import (
     Listing,
     compare_counts,
@@ -556,7 +557,7 @@ def _classes(names: list[str]) -> str:
 
 
 def _names(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (", …" if len(names) > 3 else "")
+    return shorten([repr(name) for name in names])
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import numpy as np
 import pictures
 import run
 import torch
+from folders import shorten
 
 
 def main():
@@ -132,7 +133,7 @@ def compare_with_training(args, given, loaded, benchmark) -> None:
             cause = f"--data-root {args.data_root} divides them otherwise, or has classes of the same name"
         else:
             cause = f"{args.data_root} changed since"
-        names = ", ".join(map(repr, seen[:3])) + (", …" if len(seen) > 3 else "")
+        names = shorten([repr(name) for name in seen])
         raise ValueError(
             f"{loaded.path} was trained on {len(seen):,} of the {len(tested):,} classes to score on ({names}): "
             f"{cause}; a score on them says nothing about unseen classes"

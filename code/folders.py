@@ -38,6 +38,11 @@ def describe_skipped(folder: Path, skipped: Counter) -> str:
     return f"{folder}: {' and '.join(parts)} {'were' if skipped.total() > 1 else 'was'} skipped"
 
 
+def shorten(names: list[str]) -> str:
+    """The first three names, for a line to the user."""
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
 def scan(folder: str | Path) -> list[os.DirEntry]:
     """What the folder holds, sorted by name. Hidden names are left out: macOS puts a ._name next to each name."""
     with os.scandir(folder) as entries:

@@ -24,7 +24,17 @@ from pathlib import Path
 import numpy as np
 from emoji import ensure_emoji
 from facts import BENCHMARKS, DATASETS
-from folders import SKIPPED, class_folders, describe_skipped, file_id, find_images, has_image_suffix, kind_of, scan
+from folders import (
+    SKIPPED,
+    class_folders,
+    describe_skipped,
+    file_id,
+    find_images,
+    has_image_suffix,
+    kind_of,
+    scan,
+    shorten,
+)
 from glyphs import ensure_glyphs
 
 
@@ -505,10 +515,6 @@ def missing_files(listing: Listing) -> list[str]:
             if name not in files[folder] and not os.path.isfile(listing.root / path):
                 missing.append(path)
     return missing
-
-
-def shorten(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def similar_names(listing: Listing) -> list[str]:
