@@ -45,7 +45,6 @@ FRAMES = {
     False: dict(color=RED, linewidth=3, linestyle=(0, (2.5, 1.5))),
     None: dict(color="#57606a", linewidth=1),
     "query": dict(color="black", linewidth=1.5),
-    "none": dict(linewidth=0),
 }
 
 FONTS = ["DejaVu Sans"]
@@ -414,7 +413,7 @@ def contact_sheet(columns: Sequence[tuple[str, Sequence]], path: Path, own: bool
             caption = _plain(cut(legible(caption), int(column * 12)))
             axes.text(left, top + caption_height / 2, caption, va="center", fontsize=8.5)
             for place, file in enumerate(files):
-                _draw_image(axes, file, left + place * step, top + caption_height, FRAMES["none"], own)
+                _draw_image(axes, file, left + place * step, top + caption_height, dict(linewidth=0), own)
             top += step + caption_height
         left += column + gap
     _save(figure, path)

@@ -46,6 +46,8 @@ def main():
     # Flags, images, network
     parser = flags.retrieve_parser()
     args, given = parser.parse()
+    if distributed.several():
+        raise ValueError("retrieve.py is one process: start it without torchrun")
     queries, galleries = list_images(args.query, "--query"), list_images(args.gallery, "--gallery")
     for searched in [args.gallery, args.query]:
         if searched.is_dir() and args.output.resolve().is_relative_to(searched.resolve()):
@@ -53,8 +55,6 @@ def main():
                 f"--output {args.output} lies in {searched}, where it would be found next time: name another"
             )
     checkpoint.require_folder(args.output, "--output")
-    if distributed.several():
-        raise ValueError("retrieve.py is one process: start it without torchrun")
     device = distributed.choose_device(args.gpu_id)
     print(f"device: {distributed.describe(device)}")
     loaded = inference.load_network(parser, args, given, run.best_name("DATASET", "MODEL"), False, device)

@@ -156,11 +156,8 @@ def describe_data(name: str, images: dict[str, dataset.ImageList | None]) -> str
 def make_network(args: Namespace, weights: str, device: torch.device) -> net.EmbeddingNet:
     """The network on its device. Sets args.image_size to the network's own where no flag said it."""
     if weights not in ("imagenet", "none"):
-        places = (
-            Path(weights),
-            args.data_root / weights,
-            flags.DATA / weights,
-        )  # prepare.py puts them below a data root
+        # prepare.py puts them below a data root, which own pictures are not in
+        places = (Path(weights), args.data_root / weights, flags.DATA / weights)
         weights = next((place for place in places if place.is_file()), weights)
     network = net.build(args.model, args.sz_embedding, weights, args.add_gmp, args.layer_norm, args.bn_freeze)
     args.image_size = args.image_size or network.image_size
