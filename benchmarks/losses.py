@@ -1,7 +1,7 @@
 """HIST, HIST without its HGNN, and the losses that train.py --loss knows, under the same conditions on one recipe.
 
     python benchmarks/losses.py                             # ten losses, three seeds: over an hour on two cores
-    python benchmarks/losses.py --search                    # each loss at its own learning rates: about five hours
+    python benchmarks/losses.py --search                    # each loss at its own learning rates: about three hours
     python benchmarks/losses.py --recipe emoji --search     # with pretrained weights
     python benchmarks/losses.py --losses hist hist_without_hgnn --seeds 1 2 3 4 5
     python benchmarks/losses.py -- --gpu-id -1              # flags of train.py after --
@@ -9,16 +9,17 @@
 Everything is that of the recipe for all of them; what a loss has of its own is as in its paper (code/losses.py). Losses
 that compare the images of a batch get four of each class in it. Without --search all train at the recipe's rates.
 
---search tries nine pairs of rates for every loss: those of LR_FACTORS times the recipe's --lr, with each of LR_DS. The
-losses without parameters of their own have no --lr-ds and get the nine values of PAIR_LR_FACTORS instead. A try is a
-whole run that holds out 30 % of the training classes (val R@1 at its best epoch counts) with seed 100, which no
-reported run has. Then the losses train on all training classes, at the rates found, once for each of --seeds.
+--search tries five pairs of rates for every loss: each of LR_DS with the recipe's --lr, then the best of them with
+LR_FACTORS times that --lr. The losses without parameters of their own have no --lr-ds and get the five values of
+PAIR_LR_FACTORS instead. A try is a whole run that holds out 30 % of the training classes (val R@1 at its best epoch
+counts) with seed 100, which no reported run has; --search-epochs makes it shorter. Then the losses train on all
+training classes, at the rates found, once for each of --seeds.
 
 Runs go to OUTPUT/LOSS and OUTPUT/search, the tables to OUTPUT/losses_DATASET.md. Stopped, the same command goes on (see
-experiments.py).
+experiments.py). On a machine with few cores, two of these at a time with --threads 1, one --output and different
+--losses train faster than one after the other; the same command with all losses then makes the table.
 """
 
-import itertools
 import statistics
 import sys
 from pathlib import Path
@@ -36,16 +37,8 @@ from train import PAIR_LOSSES  # noqa: E402
 
 ENTRIES = {"hist": ["--loss", "hist"], "hist_without_hgnn": ["--loss", "hist", "--ls", 0]}
 ENTRIES |= {loss: ["--loss", loss, *(["--IPC", 4] * (loss in PAIR_LOSSES))] for loss in flags.LOSSES[1:]}
-LR_FACTORS, LR_DS = (0.3, 1, 3), (1e-3, 1e-2, 1e-1)
-PAIR_LR_FACTORS = (0.03, 0.1, 0.2, 0.3, 0.5, 1, 2, 3, 10)
+LR_DS, LR_FACTORS, PAIR_LR_FACTORS = (1e-3, 1e-2, 1e-1), (0.3, 3), (0.1, 0.3, 1, 3, 10)
 SEARCH_SEED, HELD_OUT = 100, 0.3
-
-
-def grid(loss: str, lr: float) -> list[dict[str, float]]:
-    """The learning rates that --search tries, around a recipe's lr: nine for every loss."""
-    if loss in PAIR_LOSSES:
-        return [{"lr": factor * lr} for factor in PAIR_LR_FACTORS]
-    return [{"lr": factor * lr, "lr-ds": lr_ds} for factor, lr_ds in itertools.product(LR_FACTORS, LR_DS)]
 
 
 def recipe_rates(loss: str, recipe) -> dict[str, float]:
@@ -55,7 +48,8 @@ def recipe_rates(loss: str, recipe) -> dict[str, float]:
 def train(bench: experiments.Experiments, loss: str, rates: dict[str, float], seed: int, held_out: float | None = None):
     """The training epochs of a run (None if it diverged); its setting is named after loss and rates."""
     words = ENTRIES[loss] + [f"--{name}={rate:g}" for name, rate in rates.items()]
-    words += [] if held_out is None else ["--val-classes", held_out]
+    if held_out is not None:
+        words += ["--val-classes", held_out, "--epochs", bench.args.search_epochs or bench.flags.nb_epochs]
     return bench.train(setting(loss, rates, held_out), words, seed)
 
 
@@ -65,12 +59,23 @@ def setting(loss: str, rates: dict[str, float], held_out: float | None = None) -
 
 
 def search(bench: experiments.Experiments, loss: str) -> dict[str, float]:
-    """The rates of the grid with the best val R@1. Raises ValueError if training diverges at all of them."""
-    tried = [(rates, train(bench, loss, rates, SEARCH_SEED, HELD_OUT)) for rates in grid(loss, bench.flags.lr)]
-    reached = [(experiments.best(rows)["val R@1"], rates) for rates, rows in tried if rows]
+    """The rates with the best val R@1 among five. Raises ValueError if training diverges at all of them."""
+    recipe, reached = recipe_rates(loss, bench.flags), []
+
+    def best_of(tries: list[dict[str, float]]) -> dict[str, float]:
+        for rates in tries:
+            if rows := train(bench, loss, rates, SEARCH_SEED, HELD_OUT):
+                reached.append((experiments.best(rows)["val R@1"], rates))
+        return max(reached, key=lambda pair: pair[0])[1] if reached else recipe
+
+    if loss in PAIR_LOSSES:
+        chosen = best_of([{"lr": factor * recipe["lr"]} for factor in PAIR_LR_FACTORS])
+    else:
+        chosen = best_of([recipe | {"lr-ds": rate} for rate in LR_DS])
+        chosen = best_of([chosen | {"lr": factor * recipe["lr"]} for factor in LR_FACTORS])
     if not reached:
         raise ValueError(f"{loss}: training diverged at every learning rate that --search tries")
-    return max(reached, key=lambda pair: pair[0])[1]
+    return chosen
 
 
 def line(bench: experiments.Experiments, loss: str, rates: dict[str, float], runs: dict[int, list[dict]]) -> list[str]:
@@ -99,6 +104,7 @@ def main() -> None:
     parser = experiments.parser_of(__doc__.splitlines()[0], "losses")
     parser.add_argument("--losses", nargs="+", choices=ENTRIES, default=list(ENTRIES), metavar="NAME", help="which")
     parser.add_argument("--search", action="store_true", help="first choose the learning rates of each loss")
+    parser.add_argument("--search-epochs", type=flags.whole(1), metavar="N", help="of a try; default: as the runs have")
     bench = experiments.Experiments(parser)
     if bench.args.search and SEARCH_SEED in bench.args.seeds:
         raise ValueError(f"--seeds {SEARCH_SEED}: the search uses this seed, report others")
