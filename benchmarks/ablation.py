@@ -1,6 +1,6 @@
 """The replication study's ablations: one setting at a time around a recipe, beside its figures for Cars-196.
 
-    python benchmarks/ablation.py                                    # 23 settings, 3 seeds: hours on two cores
+    python benchmarks/ablation.py                                    # the recipe and 23 settings, 3 seeds: hours
     python benchmarks/ablation.py --only tau,layers --seeds 1        # two of the tables
     python benchmarks/ablation.py --recipe emoji --epochs 4          # other data, shorter
     python benchmarks/ablation.py --recipe cars -- --data-root DIR   # the study's own data; flags of train.py after --

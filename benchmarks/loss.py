@@ -243,9 +243,7 @@ def main() -> None:
 
     print(machine(args.device, args.threads))
     rows = [measure_size(*size, args) for size in sizes]
-    print(
-        "\nForward and backward of the whole loss; what is counted as extra memory stands in the head of this script\n"
-    )
+    print("\nForward and backward of the whole loss; what counts as extra memory: see the top of this script\n")
     head = ["N × C × D", "ours ms", "textbook ms", "ratio", "ours MB", "textbook MB", "ratio"]
     print(table(head, [comparison_row(found) for found in rows]))
     print("\nRelative differences\n")

@@ -1,4 +1,4 @@
-"""The emoji benchmark: one class per sign, drawn by up to nine artists.
+"""The emoji benchmark: one class per sign, from up to nine icon sets.
 
 Real pictures that package registries carry, in CUB-200-2011's layout and about its size, with few pictures a class
 as in Stanford Online Products: 1,203 classes, 9,392 pictures. The first 602 classes (4,706 pictures) train, the
