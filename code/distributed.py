@@ -8,7 +8,6 @@ loss of the whole batch. On one process the functions here do nothing.
 """
 
 import datetime
-import functools
 import os
 import signal
 import sys
@@ -20,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 _control = None  # a group that talks over the hosts' network: asking a GPU for a number would make the host wait for it
 
@@ -56,16 +54,16 @@ def start(gpu_id: int) -> torch.device:
         return choose_device(gpu_id)
     rank, local_rank = (_from_environment(name) for name in ("RANK", "LOCAL_RANK"))
     on_gpu = torch.cuda.is_available() and gpu_id >= 0
-    if on_gpu and local_rank >= torch.cuda.device_count():
-        raise ValueError(f"process {local_rank} of this machine has no GPU, there are {torch.cuda.device_count()}: "
+    here, count = _from_environment("LOCAL_WORLD_SIZE", local_rank + 1), torch.cuda.device_count()
+    if on_gpu and here > count:  # seen by all processes of the machine, so that the first one says it
+        raise ValueError(f"{here} processes were started on this machine, which has {count} GPU{'s' * (count != 1)}: "
                          "start fewer with --nproc-per-node, or use --gpu-id -1")  # fmt: skip
     device = choose_device(local_rank if on_gpu else -1)
     global _control
     dist.init_process_group("nccl" if on_gpu else "gloo")
     _control = dist.new_group(backend="gloo")
     if rank != 0:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # a progress bar shows itself on a terminal only
     return device
 
 
@@ -238,14 +236,12 @@ def all_reduce(values: Tensor, how: str) -> None:
 
 
 def all_gather(values: Tensor) -> Tensor:
-    """The values (n,) of all processes, one after another; n may differ."""
+    """The values of all processes (count, …), of one shape everywhere."""
     if not dist.is_initialized():
-        return values
-    sizes = [values.new_zeros(1) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, values.new_tensor([len(values)]))
-    parts = [values.new_zeros(int(max(sizes))) for _ in sizes]
-    dist.all_gather(parts, nn.functional.pad(values, (0, len(parts[0]) - len(values))))
-    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
+        return values[None]
+    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, values.contiguous())
+    return torch.stack(parts)
 
 
 def gather_shares(share: Tensor, total: int) -> Tensor:

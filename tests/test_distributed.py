@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import distributed
 import metrics
 import numpy as np
 import pandas as pd
@@ -269,6 +270,16 @@ def test_a_mistake_that_only_one_process_sees_is_said(cub, tmp_path):
     assert done.returncode != 0
     assert len(re.findall(f"train.py: error: {images[2]}: cannot be decoded", done.stderr)) == 1, done.stderr
     assert done.stderr.count("train.py: error: ") == 1, done.stderr
+
+
+def test_more_processes_than_gpus_are_refused_by_all_of_them(monkeypatch):
+    """Also by the first, the only one that speaks before they have met."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for variable, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match="2 processes were started on this machine, which has 1 GPU: start fewer"):
+        distributed.start(0)
 
 
 @pytest.mark.parametrize(
