@@ -135,7 +135,9 @@ def _plain(text: str) -> str:
 # ---------------------------------------------------------------- the course of a run
 
 
-def curves(history: Sequence[dict], path: Path, title: str = "", chance: float | None = None) -> None:
+def curves(
+    history: Sequence[dict], path: Path, title: str = "", chance: float | None = None, best: int | None = None
+) -> None:
     """Loss, with HIST its two terms, and R@K in percent, over the epochs of a run.
 
     Args:
@@ -145,13 +147,14 @@ def curves(history: Sequence[dict], path: Path, title: str = "", chance: float |
             'R@1', …, with held-out classes 'val R@1'.
         title: which run this is.
         chance: cross-entropy of guessing, the logarithm of the number of training classes.
+        best: the epoch that was chosen, 0 for none; without it the one of the highest R@1.
     """
     hypergraph_rows = any("incidence" in row or "variance" in row for row in history)
     heights = (1, 1, 0.5) if hypergraph_rows else (1, 1)
     figure = Figure(figsize=(7.4, 2.7 * sum(heights)), dpi=DPI, layout="constrained")
     all_axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     _draw_losses(all_axes[0], history, chance)
-    _draw_recalls(all_axes[1], history)
+    _draw_recalls(all_axes[1], history, best)
     if hypergraph_rows:
         _draw_classes(all_axes[2], history)
     warm = [row["epoch"] for row in history if row["phase"] == "warm-up"]
@@ -203,7 +206,7 @@ def _draw_losses(axes, history: Sequence[dict], chance: float | None) -> None:
         axes.text(0.5, 0.5, "no epoch trained yet", transform=axes.transAxes, ha="center", color="grey")
 
 
-def _draw_recalls(axes, history: Sequence[dict]) -> None:
+def _draw_recalls(axes, history: Sequence[dict], best: int | None) -> None:
     names = list(dict.fromkeys(name for row in history for name in row if name.startswith("R@")))
     shades = colormaps["viridis"](np.linspace(0, 0.85, len(names)))
     for name, shade in reversed(list(zip(names, shades, strict=True))):  # in the legend as they lie above each other
@@ -216,13 +219,14 @@ def _draw_recalls(axes, history: Sequence[dict]) -> None:
     if untrained:
         hollow = {"s": 45, "marker": "s", "facecolors": "none", "edgecolors": "grey", "zorder": 3, "clip_on": False}
         axes.scatter(*zip(*untrained, strict=True), label="untrained", **hollow)
-    trained = [row for row in history if row["phase"] == "train" and "R@1" in row]
+    trained = [row for row in history if row["phase"] == "train" and "R@1" in row and best in (None, row["epoch"])]
     if trained:
-        best = max(trained, key=lambda row: row.get("val R@1", row["R@1"]))
-        chosen_by = "R@1 of held-out classes" if "val R@1" in best else "test R@1"
+        chosen = max(trained, key=lambda row: row.get("val R@1", row["R@1"]))
+        chosen_by = "R@1 of held-out classes" if "val R@1" in chosen else "test R@1"
         star = {"s": 200, "marker": "*", "color": "#bf8700", "zorder": 5, "clip_on": False}
-        axes.scatter(best["epoch"], 100 * best["R@1"], label=f"best epoch {best['epoch']}", **star)
-        axes.set_title(f"R@1 {100 * best['R@1']:.2f} % in epoch {best['epoch']}, the best by {chosen_by}", fontsize=10)
+        axes.scatter(chosen["epoch"], 100 * chosen["R@1"], label=f"best epoch {chosen['epoch']}", **star)
+        title = f"R@1 {100 * chosen['R@1']:.2f} % in epoch {chosen['epoch']}, the best by {chosen_by}"
+        axes.set_title(title, fontsize=10)
     axes.set_ylabel("R@K, test (%)")
     axes.set_ylim(0, 102)  # a line at 100 stays whole
     axes.set_yticks(range(0, 101, 20))

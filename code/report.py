@@ -69,8 +69,9 @@ SOURCES = {
 }
 EXPLANATION = (
     "R@K in percent, at the epoch that each run chose. A group holds the runs that differ only in their seed: mean ± "
-    "standard deviation (n − 1). data: images/classes of each split and a digest of them, unknown for runs that do not "
-    "record it; a group never mixes data. s/epoch: median seconds of a training epoch, scoring included."
+    "standard deviation (n − 1); report.csv says which commit and torch made each. data: images/classes of each split "
+    "and a digest of them, unknown for runs that do not record it; a group never mixes data. s/epoch: median seconds "
+    "of a training epoch, scoring included."
 )
 COMPARISON = (
     "Δ: our mean minus the published figure, in points. within: no larger than the published ±, or, where none was "
@@ -179,23 +180,28 @@ def read_run(folder: Path) -> Run:
         raise ValueError(f"args.json: nb_epochs is {run_flags['nb_epochs']!r}")
     data, counts = read_data(content.get("data"))
     made_by = {plain(name): plain(value) for name, value in content["made_by"].items()}
-    if isinstance(resumed := content.get("resumptions"), list) and resumed:
-        after = [plain(entry.get("after_epoch", "?")) if isinstance(entry, dict) else "?" for entry in resumed]
+    listed = content.get("resumptions")
+    resumed = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    if resumed:
+        after = [plain(entry.get("after_epoch", "?")) for entry in resumed]
         made_by["resumed"] = f"{len(resumed)} ×, after epoch {', '.join(after)}"
 
     history = parsed(folder / "results.csv", read_history)
     trained = [row for row in history if row["phase"] == "train"]
-    if len(trained) < run_flags["nb_epochs"] or not trained:
-        raise ValueError(f"not finished, {len(trained)} of {run_flags['nb_epochs']} epochs")
-    run_flags["nb_epochs"] = len(trained)  # a resumed run may have gone on for longer
+    wanted = [entry["flags"].get("nb_epochs") for entry in resumed if isinstance(entry.get("flags"), dict)]
+    wanted = [run_flags["nb_epochs"], *(number for number in wanted if isinstance(number, int))][-1]  # the last word
+    if len(trained) < wanted or not trained:
+        raise ValueError(f"not finished, {len(trained)} of {wanted} epochs")
+    run_flags["nb_epochs"] = len(trained)
     chosen_by = "val R@1" if run_flags["val_classes"] else "R@1"
     if chosen_by not in trained[0]:
         raise ValueError(f"results.csv lacks the column {chosen_by}")
-    changed_after = max((entry["after_epoch"] for entry in changes_of_data(content)), default=-1)
-    best = max((row for row in trained if row["epoch"] > changed_after), key=lambda row: row[chosen_by], default=None)
-    if best is None:
+    changed_after = max(changes_of_data(resumed), default=None)
+    trained = [row for row in trained if row["epoch"] > (changed_after or 0)]
+    if not trained:
         raise ValueError("its images changed and no epoch was trained since")
-    if changed_after >= 0:
+    best = max(trained, key=lambda row: row[chosen_by])
+    if changed_after is not None:
         data, counts = f"{data}, other images until epoch {changed_after}", {}
     if undecoded := best.get("undecoded"):
         data = f"{data}, {undecoded:.0f} of them could not be decoded"
@@ -205,11 +211,10 @@ def read_run(folder: Path) -> Run:
     return Run(folder, run_flags, made_by, data, counts, history, best, plain("\n".join(texts)), drawn)
 
 
-def changes_of_data(content: dict) -> list[dict]:
-    """The resumptions of a run at which its images had changed (--allow-changed-images)."""
-    listed = content.get("resumptions")
-    entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
-    return [e for e in entries if e.get("data_before") and isinstance(e.get("after_epoch"), int)]
+def changes_of_data(resumptions: list[dict]) -> list[int]:
+    """After which epochs a run went on with other images (--allow-changed-images)."""
+    epochs = [entry.get("after_epoch") for entry in resumptions if entry.get("data_before")]
+    return [epoch for epoch in epochs if isinstance(epoch, int)]
 
 
 def parsed(path: Path, read):
@@ -576,7 +581,7 @@ def html_table(table: pd.DataFrame) -> str:
 def pngs(run: Run) -> dict[str, str]:
     """Its curves, and its neighbours if they were drawn, in base64."""
     with tempfile.TemporaryDirectory() as folder:
-        pictures.curves(run.history, Path(folder) / "curves.png")
+        pictures.curves(run.history, Path(folder) / "curves.png", best=run.best["epoch"])
         drawn = {"curves": (Path(folder) / "curves.png").read_bytes()} | run.drawn
     return {name: base64.b64encode(content).decode() for name, content in drawn.items()}
 

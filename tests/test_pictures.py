@@ -108,6 +108,14 @@ def test_curves_say_which_run_and_what_chance_is(figures):
     assert len(figures[1].axes[0].lines) == 1
 
 
+def test_curves_star_the_epoch_that_was_chosen(figures):
+    rows = [{"phase": "train", "epoch": epoch, "R@1": recall} for epoch, recall in ((1, 0.9), (2, 0.6), (3, 0.7))]
+    for best, epoch in ((None, 1), (3, 3), (0, None)):
+        pictures.curves(rows, "c.png", best=best)
+        title = figures[-1].axes[1].get_title()
+        assert title.startswith(f"R@1 {100 * rows[epoch - 1]['R@1']:.2f} % in epoch {epoch}") if epoch else title == ""
+
+
 def test_curves_at_100_percent_are_not_cut(figures):
     rows = [{"phase": "train", "epoch": epoch, "R@1": 1.0, "val R@1": 1.0} for epoch in (1, 2)]
     pictures.curves(rows, "c.png")

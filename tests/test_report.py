@@ -545,6 +545,16 @@ def test_a_resumed_run_says_how_often_and_counts_all_its_epochs(tmp_path):
     assert "resumed: 2 ×, after epoch 3, 5" in Page(report.page([made], [])).text
 
 
+def test_the_last_word_on_the_number_of_epochs_counts(tmp_path):
+    """A run that was made longer, or shorter, by --resume --epochs N."""
+    for number, epochs in ((1, 20), (2, 2), (3, "many")):
+        more = {"resumptions": [{"after_epoch": 1, "flags": {"nb_epochs": epochs}}, {"after_epoch": 2, "flags": {}}]}
+        make_run(tmp_path / "cub" / f"run_{number}", {1: [0.5, 0.6]}, nb_epochs=3 - number % 3, more=more)
+    runs, reasons = report.read_runs(tmp_path / "cub")
+    assert [run.name for run in runs] == ["run_2"] and "run_1: left out, not finished, 2 of 20 epochs" in reasons[0]
+    assert "run_3: left out, not finished, 2 of 3 epochs" in reasons[1]
+
+
 @pytest.mark.parametrize("resumptions", [None, [], {}, "x", 3, [None, 4, "x", {"after_epoch": ["<b>"]}], [[]], [{}]])
 def test_any_resumptions_are_tolerated(tmp_path, resumptions):
     make_run(tmp_path / "cub" / "run_1", {1: [0.5]}, more={"resumptions": resumptions})
