@@ -7,8 +7,8 @@
         args.json                                                 what made the run: flags, commit, versions, data
         curves.png, neighbours.png, hypergraph.png, embedding.png
 
-Every file appears whole or not at all. The checkpoint of the best epoch is written before last.pth: a run killed in
-between does that epoch again when it is resumed.
+Every file appears whole or not at all. last.pth is written first: what a kill kept from following it, the checkpoint of
+the best epoch among it, is made from it when the run is resumed.
 """
 
 import csv
@@ -263,11 +263,13 @@ class Run:
         self.folder = distributed.from_first(self.folder if writes else None)
         self.best_path = self.folder / best_name(args.dataset, args.model)
         self.results_path = self.folder / f"{self.best_path.stem}_results.txt"
-        finished = self.done and bool(self.history)
-        if not writes or (finished and self._files_are_complete()):
+        finished, has_best = self.done and bool(self.history), self._has_best()
+        if not writes or (finished and has_best and self._files_are_complete()):
             return
         self.lock = self.lock or lock(self.folder)
         checkpoint.remove_leftovers(self.folder)
+        if not has_best:
+            self._mend_best(state)
         if not finished:
             self._start_wandb()
         self._write_origin()
@@ -311,6 +313,9 @@ class Run:
         changed = {name: now[name] for name in stored if name in now and name not in kept and now[name] != stored[name]}
         self.flags = stored | changed
         self.first_flags, self.resumptions = self._read_origin() or (stored, [])
+        for entry in self.resumptions:  # from there on no epoch was completed on the other images
+            if entry.get("after_epoch") == self.epoch:
+                entry.pop("data_before", None)
         self.resumptions.append(here | {"flags": changed, **self.made_by})
         self.made_by = state.get("made_by") or self.made_by
 
@@ -318,7 +323,8 @@ class Run:
         """(flags that made the run, list of its resumptions) of args.json, or None where that is not to be had."""
         try:
             content = json.loads((self.folder / "args.json").read_text(encoding="utf-8"))
-            return dict(content["flags"]), list(content.get("resumptions", []))
+            resumptions = [entry for entry in content.get("resumptions", []) if isinstance(entry, dict)]
+            return dict(content["flags"]), resumptions
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
 
@@ -358,15 +364,18 @@ class Run:
             "wandb_id": self.wandb_id,
         }
         chosen_by = "val R@1" if self.args.val_classes > 0 else "R@1"
-        if row["phase"] == "train" and (self.best is None or row[chosen_by] > self.best[chosen_by]):
+        is_best = row["phase"] == "train" and (self.best is None or row[chosen_by] > self.best[chosen_by])
+        if is_best:
             self.best = self.history[-1]
-            checkpoint.save(common, self.best_path)
-            checkpoint.write_text(self._results_text(), self.results_path)
         progress = {
             f"{name}_state_dict": self.parts[name].state_dict() for name in ("criterion", "optimizer", "scheduler")
         }
         progress |= {"random_states": checkpoint.random_states(), "history": self.history, "best": self.best}
+        # last.pth goes first: a best.pth that a kill or a full disk kept from following can be made from it.
         checkpoint.save(common | progress, self.folder / "last.pth")
+        if is_best:
+            checkpoint.save(common, self.best_path)
+            checkpoint.write_text(self._results_text(), self.results_path)
         self._write_table()
         log_to_wandb(self.wandb, row, self.best)
 
@@ -385,6 +394,22 @@ class Run:
             self._write_table()
         if self.best:
             checkpoint.write_text(self._results_text(), self.results_path)
+
+    def _has_best(self) -> bool:
+        """Whether the best checkpoint is that of the best epoch so far."""
+        try:
+            return self.best is None or checkpoint.load(self.best_path).get("epoch") == self.best["epoch"]
+        except (OSError, ValueError):
+            return False
+
+    def _mend_best(self, state: dict) -> None:
+        """Make the best checkpoint from the state, the last one, if it is of that epoch; warn where it is not."""
+        if self.best["epoch"] == self.epoch:
+            progress = STATE - {"flags", "epoch"}
+            checkpoint.save({name: state[name] for name in state if name not in progress}, self.best_path)
+        else:
+            print(f"warning: {self.best_path} is not the network of epoch {self.best['epoch']}, which scored best; it "
+                  "stays so until an epoch scores better", file=sys.stderr)  # fmt: skip
 
     def _files_are_complete(self) -> bool:
         table = self.folder / "results.csv"
@@ -427,10 +452,10 @@ class Run:
         self.drawing_seconds += time.monotonic() - begun
 
     def _curve_options(self) -> dict:
-        """Title, and the cross-entropy of guessing where there is an HGNN to compare with it."""
+        """Title, the cross-entropy of guessing where there is an HGNN to compare with it, and the best epoch."""
         args = self.args
         title = f"{args.dataset}/{self.folder.name}: {args.model}, {args.loss}, seed {args.seed}"
-        return {"title": title, "chance": self.chance()}
+        return {"title": title, "chance": self.chance(), "best": self.best["epoch"] if self.best else 0}
 
     def chance(self) -> float | None:
         """ln C, the HGNN's cross-entropy while it only guesses; None without an HGNN."""
@@ -487,6 +512,8 @@ class Run:
             )
         if num_bad:
             lines.append(f"training images that could not be decoded and were replaced: {num_bad:,}")
+        if "val undecoded" in last:
+            lines.append(f"held-out images that could not be decoded and were left out: {last['val undecoded']:,}")
         if "undecoded" in last:
             lines.append(
                 f"test images that could not be decoded and were left out of the scores: {last['undecoded']:,}"

@@ -3,7 +3,7 @@
     python code/train.py @recipes/glyphs.args                  # offline, minutes on two CPU cores
     python code/train.py @recipes/cub.args                     # the paper's recipe for CUB-200-2011
     python code/train.py @recipes/cub.args --seed 2 --tau 24   # later flags override earlier ones
-    python code/train.py --resume                              # resume the newest run of --dataset
+    python code/train.py --resume                              # resume the last run of --dataset
 
 A run leaves in logs/DATASET/run_N: DATASET_MODEL_best.pth and its _results.txt, last.pth (to resume from),
 results.csv (one row per epoch), args.json (what made it) and pictures.
@@ -108,8 +108,9 @@ def main() -> None:
         sys.exit(128 + stop.number)
     finally:
         log.finish()
+    num_bad = replaced_images(loaders.train.dataset, device)
     if processes.rank == 0:  # the others keep no history
-        print(log.summary(loaders.train.dataset.num_bad))
+        print(log.summary(num_bad))
     distributed.stop()
 
 
@@ -360,6 +361,15 @@ def finish_epoch(
         log.draw(loaders.train, benchmark, searched)
 
 
+def replaced_images(images: dataset.ImageDataset, device: torch.device) -> int:
+    """How many training images could not be decoded in any of the processes."""
+    if images.bad is None:
+        return 0
+    bad = images.bad.to(device)
+    distributed.all_reduce(bad, "max")
+    return int(bad.sum())
+
+
 def evaluate(
     network: net.EmbeddingNet,
     loaders: Loaders,
@@ -370,18 +380,20 @@ def evaluate(
 ) -> tuple[dict[str, float], tuple]:
     """Score the test split, and before it the held-out classes if there are any.
 
-    Returns ({'R@1': …, 'R@2': …, 'val R@1': …}, (Retrieval, query, gallery or None) of the test split).
+    Returns ({'R@1': …, 'R@2': …, 'val R@1': …, perhaps 'undecoded' and 'val undecoded'}, (Retrieval, query, gallery or
+    None) of the test split).
     """
-    scores, searched, undecoded = {}, None, 0
+    scores, searched = {}, None
     options = dict(amp=args.amp == "bf16", channels_last=args.channels_last, after_batch=stop.check)
     for prefix, query_loader, gallery_loader in loaders.evaluation:
         query, gallery = inference.embed_split(network, query_loader, gallery_loader, device, **options)
         found = inference.score(query, gallery, ks, device, args.search_memory)
         scores |= {prefix + name: value for name, value in found.figures().items()}
         searched = found, query, gallery
-        undecoded += len(query_loader.dataset) - len(query.rows)
+        undecoded = len(query_loader.dataset) - len(query.rows)
         undecoded += len(gallery_loader.dataset) - len(gallery.rows) if gallery else 0
-    return scores | ({"undecoded": undecoded} if undecoded else {}), searched
+        scores |= {f"{prefix}undecoded": undecoded} if undecoded else {}
+    return scores, searched
 
 
 if __name__ == "__main__":

@@ -123,6 +123,59 @@ def test_the_best_epoch_is_chosen_among_those_scored_on_the_same_images(call, ru
     assert said["resumptions"][0]["data_before"]["query"]["images"] == 24
 
 
+def test_an_abandoned_resumption_on_other_images_leaves_no_mark(call, run_folder):
+    pictures, folder = run_folder
+    content = json.loads((folder / "args.json").read_text())
+    content["resumptions"] = [{"after_epoch": 1, "data_before": {"query": {"images": 1}}}, "x"]
+    (folder / "args.json").write_text(json.dumps(content))
+    assert call(*resume(folder, "--data-root", pictures)).code == 0
+    resumptions = json.loads((folder / "args.json").read_text())["resumptions"]
+    assert [entry["after_epoch"] for entry in resumptions] == [1, 1]
+    assert not any("data_before" in entry for entry in resumptions)
+
+
+@pytest.mark.parametrize("spoil", ["missing", "damaged", "of another epoch"])
+def test_the_best_checkpoint_is_made_again_from_the_last_one(call, run_folder, spoil):
+    """What is left by a kill, or a full disk, after last.pth was written."""
+    pictures, folder = run_folder
+    best = folder / "folder_resnet18_best.pth"
+    before = checkpoint.load(best)
+    if spoil == "missing":
+        best.unlink()
+    elif spoil == "damaged":
+        best.write_bytes(best.read_bytes()[:100])
+    else:
+        checkpoint.save(before | {"epoch": 0, "model_state_dict": {}}, best)
+    done = call("train.py", "--resume", folder, "--data-root", pictures)
+    assert done.code == 0 and "nothing left to do" in done.out and "warning" not in done.err
+    after = checkpoint.load(best)
+    assert after.keys() == before.keys() and after["figures"] == before["figures"]
+    assert all(torch.equal(tensor, after["model_state_dict"][k]) for k, tensor in before["model_state_dict"].items())
+
+
+def test_a_best_checkpoint_that_cannot_be_made_again_is_missed(call, run_folder):
+    pictures, folder = run_folder
+    (folder / "folder_resnet18_best.pth").unlink()
+    last = checkpoint.load(folder / "last.pth")
+    checkpoint.save(last | {"best": last["best"] | {"epoch": 0, "R@1": 2.0}}, folder / "last.pth")
+    done = call(*resume(folder, "--data-root", pictures))
+    assert done.code == 0 and "best.pth is not the network of epoch 0, which scored best" in done.err
+
+
+def test_held_out_images_that_cannot_be_decoded_are_counted_apart(call, trained, tmp_path):
+    """Which classes are held out depends on the seed: in the count of the test images it would keep seeds apart."""
+    pictures = shutil.copytree(trained[0], tmp_path / "mine")
+    for c in range(4):
+        (pictures / f"class {c}" / "0.png").write_bytes(b"no picture")
+    words = ["--dataset", "folder", "--data-root", pictures, "--log-dir", tmp_path, "--warm", 0, "--epochs", 1]
+    words += ["--batch-size", 4, "--val-classes", 0.5]
+    done = call("train.py", *TINY, *words, "--skip-bad-images")
+    assert done.code == 0, done.err
+    assert "held-out images that could not be decoded and were left out: 2" in done.out
+    assert "left out of the scores" not in done.out
+    assert "undecoded" not in pd.read_csv(tmp_path / "folder" / "run_1" / "results.csv")
+
+
 def test_test_images_that_cannot_be_decoded_are_counted(call, trained, tmp_path):
     pictures = shutil.copytree(trained[0], tmp_path / "mine")
     for c in (5, 6):
