@@ -260,6 +260,8 @@ def embedded_from_arrays(path: Path, embeddings: np.ndarray, labels: np.ndarray)
     """Arrays of a file as tensors. Raises ValueError unless they are real numbers and whole numbers."""
     if embeddings.dtype.kind != "f":
         raise ValueError(f"{path}: embeddings must be floating point, they are {embeddings.dtype}")
+    if labels.ndim != 1:
+        raise ValueError(f"{path}: labels (N,) are needed, they have the shape {labels.shape}")
     if labels.dtype.kind not in "iu":
         kind = "text" if labels.dtype.kind in "US" else str(labels.dtype)
         raise ValueError(f"{path}: labels must be whole numbers, they are {kind}: number the classes from 0")

@@ -78,7 +78,10 @@ class Parser(argparse.ArgumentParser):
         )
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
-        return shlex.split(line, comments=True)
+        try:
+            return shlex.split(line, comments=True)
+        except ValueError as error:
+            self.error(f"a file of flags has the line {line!r}: {str(error).lower()}")
 
     def parse_known_args(self, args=None, namespace=None):
         args = [self._locate(arg) for arg in (sys.argv[1:] if args is None else args)]
@@ -337,7 +340,7 @@ def add_data_flags(parser: Parser, batch_size: int):
     group.add_argument(
         "--skip-bad-images",
         action="store_true",
-        help="skip and count images that cannot be decoded, instead of stopping at the first",
+        help="go on past images that cannot be decoded, and count them: scoring leaves them out, training takes others",
     )
     return group
 
@@ -399,8 +402,8 @@ def train_parser() -> Parser:
         type=real(0, 1),
         default=0.0,
         metavar="SHARE",
-        help="share of the training classes to hold out; they choose the best epoch. 0: the test split chooses it, as "
-        "in the paper's protocol",
+        help="share of the training classes to hold out, drawn by --seed; they choose the best epoch. 0: the test "
+        "split chooses it, as in the paper's protocol",
     )
     network = add_network_flags(parser)
     network.add_argument(
@@ -409,7 +412,7 @@ def train_parser() -> Parser:
         default="imagenet",
         metavar="imagenet|none|FILE",
         help="initial weights of the backbone: imagenet (IMAGENET1K_V1, downloaded), none (random), or a file (a "
-        "state dict of the backbone, or a checkpoint), its path as seen from here or from the data root",
+        "state dict of the backbone, or a checkpoint), its path as seen from here, the data root or data/",
     )
     network.add_argument(
         "--bn-freeze",
@@ -542,7 +545,7 @@ def train_parser() -> Parser:
         const="",
         metavar="RUN",
         help="resume an interrupted run: RUN is its folder or its last.pth; without RUN the run of --run-num, else the "
-        "newest of --dataset. The run's own flags apply",
+        "one of --dataset with the highest number. The run's own flags apply",
     )
     run.add_argument(
         "--allow-changed-images",

@@ -133,6 +133,8 @@ def fetch(url: str, part: Path, bar: tqdm) -> bool:
         raise OSError(f"{url}: the server says {error.code} {error.reason}") from None
     except urllib.error.URLError as error:
         raise OSError(f"{url}: {error.reason}") from None
+    except (http.client.InvalidURL, UnicodeError) as error:
+        raise ValueError(f"{url}: this is no address ({error})") from None
     except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError):
         return False
 
@@ -242,7 +244,8 @@ def download(name: str, data_root: Path, url: str | None = None) -> None:
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno:  # the disk's trouble, not the server's
             raise
-        raise type(error)(f"{error}. {facts.mirrors}") from None
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{error}. {facts.mirrors}") from None
     extract(archive, home)
     print(f"{home} is ready; {archive} is not needed any more")
 
@@ -288,12 +291,13 @@ def build_parser() -> Parser:
     parser = Parser("Check, download and look at the benchmarks.")
     commands = parser.add_subparsers(dest="command", required=True)
     for command, text in (
-        ("check", "compare what is on disk with what was published; exit status 1 if off"),
+        ("check", "compare what is on disk with what was published; exit status 1 if anything is off"),
         ("download", f"fetch cub, SOP, emoji or {WEIGHTS} (ImageNet weights); say how to get cars and Inshop"),
         ("show", "draw a contact sheet of some classes of each split"),
     ):
         sub = commands.add_parser(command, help=text, description=text)
-        sub.add_argument("name", metavar="NAME", help=f"one of {', '.join(DATASETS)}, in any letter case")
+        names = [*BENCHMARKS, WEIGHTS] if command == "download" else DATASETS
+        sub.add_argument("name", metavar="NAME", help=f"one of {', '.join(names)}")
         sub.add_argument(
             "--data-root",
             type=Path,

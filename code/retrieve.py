@@ -166,6 +166,7 @@ def look_at_files(images) -> tuple[np.ndarray, np.ndarray]:
         with contextlib.suppress(OSError):
             stat = os.stat(images.root / path)
             number = stat.st_ino or zlib.crc32(os.fsencode(os.path.realpath(images.root / path)))
+            number &= 2**63 - 1  # some file systems use all 64 bits, the array has signed ones
             found[row] = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, number
     return found[:, :3], found[:, 3:]
 

@@ -27,6 +27,7 @@ def tree(tmp_path_factory):
     torch.save({"model_state_dict": {"model.fc.weight": torch.zeros(3)}}, root / "other.pth")
     (root / "text.pth").write_text("not a checkpoint")
     (root / "empty.pth").touch()
+    (root / "quote.args").write_text("--dataset cub\n--remark don't\n")
     np.savez(root / "nan.npz", embeddings=np.full((4, 3), np.nan, np.float32), labels=np.array([0, 0, 1, 1]))
     np.savez(root / "shapes.npz", embeddings=np.zeros((4, 3), np.float32), labels=np.array([0, 0, 1]))
     np.savez(root / "keys.npz", x=np.zeros(3))
@@ -37,6 +38,7 @@ def tree(tmp_path_factory):
         "float": np.zeros(40),
         "complex": np.zeros(40, complex),
         "bool": np.zeros(40, bool),
+        "scalar": np.array(3),
     }.items():
         np.savez(root / f"labels_{name}.npz", embeddings=np.ones((40, 8), np.float32), labels=array)
     arrays = dict(embeddings=np.ones((40, 8), np.float32), labels=np.arange(40) % 4)
@@ -193,6 +195,7 @@ CASES = [
     ("evaluate.py", "--embeddings {root}/labels_text.npz", None, r"labels must be whole numbers, they are text"),
     ("evaluate.py", "--embeddings {root}/labels_float.npz", None, r"labels must be whole numbers, they are float64"),
     ("evaluate.py", "--embeddings {root}/labels_complex.npz", None, r"labels must be whole numbers, .* complex128"),
+    ("evaluate.py", "--embeddings {root}/labels_scalar.npz", None, r"labels \(N,\) are needed, .* shape \(\)"),
     ("evaluate.py", "--embeddings {root}/labels_bool.npz", None, r"labels must be whole numbers, they are bool"),
     ("evaluate.py", "--embeddings {root}/complex.npz", None, r"embeddings must be floating point, they are complex128"),
     ("evaluate.py", "--embeddings {root}/int.npz", None, r"embeddings must be floating point, they are int64"),
@@ -222,6 +225,8 @@ CASES = [
     ),
     ("prepare.py", f"check {FOLDER}/own --train-classes=0.7", None, r"--train-classes 0\.7: .* has a split of its own"),
     ("prepare.py", f"show {FOLDER}/own --train-classes=0.7", None, r"--train-classes 0\.7: .* has a split of its own"),
+    ("prepare.py", "download cub --data-root {root}/own --url http://127.0.0.1:9/ä.tgz", None, r"this is no address"),
+    ("train.py", "@{root}/quote.args", None, r"a file of flags has the line \"--remark don't\": no closing quotation"),
     ("prepare.py", "download cub --data-root {root}/own --url http://127.0.0.1:9/a.tgz", None, r"127\.0\.0\.1:9"),
 ]
 

@@ -296,3 +296,16 @@ def test_page_in_a_browser(find, gallery, tmp_path):
     assert len(said["sections"]) == 7
     assert all("similarity" in text for text in said["sections"][:6])
     assert "cannot be decoded" in said["sections"][6]
+
+
+def test_file_numbers_of_64_bits_are_taken(trained, monkeypatch):
+    """Some union file systems number files by 64-bit digests."""
+    images = retrieve.list_images(trained[0], "--gallery")
+    stat = os.stat
+
+    def digests(path, **options):
+        found = list(stat(path, **options))
+        return os.stat_result([found[0], 2**64 - 1, *found[2:]], {"st_mtime_ns": 0, "st_ctime_ns": 0})
+
+    monkeypatch.setattr(retrieve.os, "stat", digests)
+    assert set(retrieve.look_at_files(images)[1][:, 1].tolist()) == {2**63 - 1}
