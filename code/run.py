@@ -7,8 +7,8 @@
         args.json                                                 what made the run: flags, commit, versions, data
         curves.png, neighbours.png, hypergraph.png, embedding.png
 
-Every file appears whole or not at all. last.pth is written first: what a kill kept from following it, the checkpoint of
-the best epoch among it, is made from it when the run is resumed.
+Every file appears whole or not at all. After an epoch last.pth is written first. If a kill, or a full disk, keeps the
+other files from following, they are made from it when the run is resumed.
 """
 
 import csv
@@ -263,8 +263,10 @@ class Run:
         self.folder = distributed.from_first(self.folder if writes else None)
         self.best_path = self.folder / best_name(args.dataset, args.model)
         self.results_path = self.folder / f"{self.best_path.stem}_results.txt"
+        if not writes:
+            return
         finished, has_best = self.done and bool(self.history), self._has_best()
-        if not writes or (finished and has_best and self._files_are_complete()):
+        if finished and has_best and self._files_are_complete():
             return
         self.lock = self.lock or lock(self.folder)
         checkpoint.remove_leftovers(self.folder)
@@ -312,11 +314,13 @@ class Run:
         kept = {"resume", "overwrite", "run_num", "allow_changed_images"}
         changed = {name: now[name] for name in stored if name in now and name not in kept and now[name] != stored[name]}
         self.flags = stored | changed
-        self.first_flags, self.resumptions = self._read_origin() or (stored, [])
-        for entry in self.resumptions:  # from there on no epoch was completed on the other images
-            if entry.get("after_epoch") == self.epoch:
-                entry.pop("data_before", None)
-        self.resumptions.append(here | {"flags": changed, **self.made_by})
+        self.first_flags, listed = self._read_origin() or (stored, [])
+        # A resumption that completed no epoch leaves no mark.
+        self.resumptions = [entry for entry in listed if entry.get("after_epoch") != self.epoch]
+        cut_short = self.done and stored.get("nb_epochs", 0) > self.epoch  # it was to be longer, and is complete now
+        if cut_short or not self.done:
+            self.resumptions.append(here | {"flags": changed, **self.made_by})
+        self.origin_is_written = not cut_short and self.resumptions == listed
         self.made_by = state.get("made_by") or self.made_by
 
     def _read_origin(self):
@@ -408,13 +412,14 @@ class Run:
             progress = STATE - {"flags", "epoch"}
             checkpoint.save({name: state[name] for name in state if name not in progress}, self.best_path)
         else:
-            print(f"warning: {self.best_path} is not the network of epoch {self.best['epoch']}, which scored best; it "
-                  "stays so until an epoch scores better", file=sys.stderr)  # fmt: skip
+            print(f"warning: {self.best_path} does not hold the network of epoch {self.best['epoch']}, the best so "
+                  "far, which is lost", file=sys.stderr)  # fmt: skip
 
     def _files_are_complete(self) -> bool:
         table = self.folder / "results.csv"
         return (
-            table.is_file()
+            self.origin_is_written
+            and table.is_file()
             and table.read_bytes() == csv_text(self.history).encode()
             and (self.best is None or self.results_path.is_file())
         )
@@ -587,8 +592,8 @@ def console_line(row: dict, num_epochs: int) -> str:
     if "loss" in row:
         parts.append(f"lr {row['lr']:.3g}  {row['images_per_s']:.0f} img/s")
     parts.append(f"{row['seconds']:.1f} s")
-    if "undecoded" in row:
-        parts.append(f"without {row['undecoded']:,} images that could not be decoded")
+    if undecoded := row.get("undecoded", 0) + row.get("val undecoded", 0):
+        parts.append(f"without {undecoded:,} images that could not be decoded")
     return "   ".join(parts)
 
 

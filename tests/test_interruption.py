@@ -113,20 +113,22 @@ def killed_half_way(content, path):
         file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
     global count
-    count += path.name == "last.pth"
-    checkpoint.write(half, path) if count == 4 else save(content, path)
+    count += path.name == {name!r}
+    checkpoint.write(half, path) if count == {number} else save(content, path)
 checkpoint.save = killed_half_way
 sys.argv = ["train.py", *sys.argv[1:]]
 flags.run_script(train.main)
 """
 
 
-def test_killed_while_the_checkpoint_is_written(call, cub, whole, tmp_path):
-    program = KILL_WHILE_WRITING.format(code=str(ROOT / "code"))
+@pytest.mark.parametrize("name, number", [("last.pth", 4), ("cub_resnet18_best.pth", 1)])
+def test_killed_while_a_checkpoint_is_written(call, cub, whole, tmp_path, name, number):
+    program = KILL_WHILE_WRITING.format(code=str(ROOT / "code"), name=name, number=number)
     command = [sys.executable, "-c", program, *map(str, options(cub, tmp_path, "--epochs", 4))]
     assert subprocess.run(command, capture_output=True, timeout=300).returncode == -signal.SIGKILL
     run = tmp_path / "cub" / "run_1"
-    assert load(run / "last.pth")["epoch"] == 1  # untrained, warm-up and epoch 1 are whole, epoch 2 was cut
+    # untrained, warm-up and epoch 1 are whole; cut was epoch 2, or what follows last.pth in epoch 1
+    assert load(run / "last.pth")["epoch"] == 1
     assert call("train.py", "--resume", run / "last.pth").code == 0
     assert_same_run(run, whole)
 

@@ -5,11 +5,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import checkpoint
 import pandas as pd
 import pytest
+import report
 import torch
+import train
 from conftest import ROOT, TINY
 from trees import make_classes, make_cub, picture, save
 
@@ -109,14 +112,16 @@ def test_resuming_on_other_data_is_refused(call, refused, run_folder, change, ma
     assert done.code == 0 and "warning: the data changed since the run began" in done.err
 
 
-def test_the_best_epoch_is_chosen_among_those_scored_on_the_same_images(call, run_folder):
-    pictures, folder = run_folder
+def test_the_best_epoch_is_chosen_among_those_scored_on_the_same_images(call, run_folder, monkeypatch):
+    stars, (pictures, folder) = [], run_folder
+    monkeypatch.setattr("pictures.curves", lambda *_, best, **options: stars.append(best))
     last = checkpoint.load(folder / "last.pth")
     last["best"]["R@1"] = 1.0  # nothing could be better
     checkpoint.save(last, folder / "last.pth")
     remove_image(pictures)
     assert call(*resume(folder, "--data-root", pictures, "--allow-changed-images")).code == 0
     assert "Best epoch: 2" in (folder / "folder_resnet18_best_results.txt").read_text()
+    assert stars[0] == 0 and stars[-1] == 2
     said = json.loads((folder / "args.json").read_text())
     assert said["data"]["query"]["images"] == 23
     assert said["resumptions"][0]["after_epoch"] == 1
@@ -130,8 +135,23 @@ def test_an_abandoned_resumption_on_other_images_leaves_no_mark(call, run_folder
     (folder / "args.json").write_text(json.dumps(content))
     assert call(*resume(folder, "--data-root", pictures)).code == 0
     resumptions = json.loads((folder / "args.json").read_text())["resumptions"]
-    assert [entry["after_epoch"] for entry in resumptions] == [1, 1]
-    assert not any("data_before" in entry for entry in resumptions)
+    assert [entry["after_epoch"] for entry in resumptions] == [1] and "data_before" not in resumptions[0]
+
+
+def test_an_abandoned_extension_of_a_finished_run_leaves_no_mark(call, run_folder):
+    pictures, folder = run_folder
+    before = json.loads((folder / "args.json").read_text())
+    entry = {"after_epoch": 1, "data_before": {"query": {"images": 1}}, "flags": {"nb_epochs": 9}}
+    (folder / "args.json").write_text(json.dumps(before | {"resumptions": [entry], "data": {}}))
+    assert "nothing left to do" in call("train.py", "--resume", folder, "--data-root", pictures, "--epochs", 1).out
+    after = json.loads((folder / "args.json").read_text())
+    assert after["data"] == before["data"] and "data_before" not in str(after)
+    assert "resumptions" not in after and report.read_runs(folder.parent)[1] == []
+    last = checkpoint.load(folder / "last.pth")  # as it is after some of the further epochs
+    checkpoint.save(last | {"flags": last["flags"] | {"nb_epochs": 9}}, folder / "last.pth")
+    assert "nothing left to do" in call("train.py", "--resume", folder, "--data-root", pictures, "--epochs", 1).out
+    (entry,) = json.loads((folder / "args.json").read_text())["resumptions"]
+    assert entry["flags"]["nb_epochs"] == 1
 
 
 @pytest.mark.parametrize("spoil", ["missing", "damaged", "of another epoch"])
@@ -159,7 +179,7 @@ def test_a_best_checkpoint_that_cannot_be_made_again_is_missed(call, run_folder)
     last = checkpoint.load(folder / "last.pth")
     checkpoint.save(last | {"best": last["best"] | {"epoch": 0, "R@1": 2.0}}, folder / "last.pth")
     done = call(*resume(folder, "--data-root", pictures))
-    assert done.code == 0 and "best.pth is not the network of epoch 0, which scored best" in done.err
+    assert done.code == 0 and "best.pth does not hold the network of epoch 0, the best so far" in done.err
 
 
 def test_held_out_images_that_cannot_be_decoded_are_counted_apart(call, trained, tmp_path):
@@ -171,9 +191,21 @@ def test_held_out_images_that_cannot_be_decoded_are_counted_apart(call, trained,
     words += ["--batch-size", 4, "--val-classes", 0.5]
     done = call("train.py", *TINY, *words, "--skip-bad-images")
     assert done.code == 0, done.err
+    assert done.out.count("without 2 images that could not be decoded") == 2  # untrained, epoch 1
     assert "held-out images that could not be decoded and were left out: 2" in done.out
     assert "left out of the scores" not in done.out
     assert "undecoded" not in pd.read_csv(tmp_path / "folder" / "run_1" / "results.csv")
+
+
+def test_replaced_images_are_counted_over_all_processes(monkeypatch):
+    def other_process(values, how):
+        assert how == "max"
+        values |= torch.tensor([0, 1, 1], dtype=torch.uint8)
+
+    monkeypatch.setattr(train.distributed, "all_reduce", other_process)
+    images = SimpleNamespace(bad=torch.tensor([0, 0, 1], dtype=torch.uint8))
+    assert train.replaced_images(images, torch.device("cpu")) == 2
+    assert train.replaced_images(SimpleNamespace(bad=None), torch.device("cpu")) == 0
 
 
 def test_test_images_that_cannot_be_decoded_are_counted(call, trained, tmp_path):
