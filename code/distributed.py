@@ -48,7 +48,8 @@ def start(gpu_id: int) -> torch.device:
     From here on only process 0 speaks: the standard output, warnings and progress bars of the others are silenced.
 
     Raises:
-        ValueError: no GPU of that number, or an environment that is not torchrun's.
+        ValueError: no GPU of that number, fewer GPUs than processes on this machine, or an environment that is not
+            torchrun's.
     """
     if not several():
         return choose_device(gpu_id)

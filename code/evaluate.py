@@ -257,7 +257,7 @@ def read_embeddings(args, given):
 
 
 def embedded_from_arrays(path: Path, embeddings: np.ndarray, labels: np.ndarray) -> inference.Embedded:
-    """Arrays of a file as tensors. Raises ValueError unless they are real numbers and whole numbers."""
+    """Arrays of a file as tensors. Raises ValueError unless they are floating point and whole numbers."""
     if embeddings.dtype.kind != "f":
         raise ValueError(f"{path}: embeddings must be floating point, they are {embeddings.dtype}")
     if labels.ndim != 1:

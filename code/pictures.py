@@ -147,7 +147,7 @@ def curves(
             'R@1', …, with held-out classes 'val R@1'.
         title: which run this is.
         chance: cross-entropy of guessing, the logarithm of the number of training classes.
-        best: the epoch that was chosen, 0 for none; without it the one of the highest R@1.
+        best: the epoch that was chosen, 0 for none; without it the one of the highest R@1, or 'val R@1'.
     """
     hypergraph_rows = any("incidence" in row or "variance" in row for row in history)
     heights = (1, 1, 0.5) if hypergraph_rows else (1, 1)

@@ -1,5 +1,6 @@
 """The report: exact numbers on runs made by hand, every file readable by what it is for, a page that stays at home."""
 
+import base64
 import csv
 import dataclasses
 import html.parser
@@ -511,7 +512,7 @@ def test_two_folders_of_one_name_are_told_apart(tmp_path, call, monkeypatch):
     assert pd.read_csv(tmp_path / "out" / "report.csv")["dataset"].tolist() == ["one/cub", "two/cub"]
 
 
-def test_images_that_changed_during_a_run_keep_it_apart(tmp_path):
+def test_images_that_changed_during_a_run_keep_it_apart(tmp_path, monkeypatch):
     """Only epochs after the change count, the run is in a group of its own, and nothing published is beside it."""
     change = {"after_epoch": 1, "data_before": whole("cub", "0f")}
     make_run(tmp_path / "cub" / "run_1", {1: [0.9, 0.6, 0.7]}, more={"resumptions": [change]})
@@ -520,6 +521,8 @@ def test_images_that_changed_during_a_run_keep_it_apart(tmp_path):
     runs, reasons = report.read_runs(tmp_path / "cub")
     assert [(run.name, run.best["epoch"]) for run in runs] == [("run_1", 3), ("run_2", 2)]
     assert "run_3: left out, its images changed and no epoch was trained since" in reasons[0]
+    monkeypatch.setattr(report.pictures, "curves", lambda history, path, best: path.write_text(f"star in epoch {best}"))
+    assert base64.b64decode(report.pngs(runs[0])["curves"]) == b"star in epoch 3"
     made = report.Section("cub", runs)
     assert len(made.groups) == 2 and "other images until epoch 1" in runs[0].data
     assert "or these changed" in "".join(made.lines())
@@ -547,12 +550,13 @@ def test_a_resumed_run_says_how_often_and_counts_all_its_epochs(tmp_path):
 
 def test_the_last_word_on_the_number_of_epochs_counts(tmp_path):
     """A run that was made longer, or shorter, by --resume --epochs N."""
-    for number, epochs in ((1, 20), (2, 2), (3, "many")):
-        more = {"resumptions": [{"after_epoch": 1, "flags": {"nb_epochs": epochs}}, {"after_epoch": 2, "flags": {}}]}
-        make_run(tmp_path / "cub" / f"run_{number}", {1: [0.5, 0.6]}, nb_epochs=3 - number % 3, more=more)
+    for number, first, then in ((1, 2, 20), (2, 3, 2), (3, 1, 2), (4, 3, "many")):
+        more = {"resumptions": [{"after_epoch": 1, "flags": {"nb_epochs": then}}, {"after_epoch": 2, "flags": {}}]}
+        make_run(tmp_path / "cub" / f"run_{number}", {1: [0.5, 0.6]}, nb_epochs=first, more=more)
     runs, reasons = report.read_runs(tmp_path / "cub")
-    assert [run.name for run in runs] == ["run_2"] and "run_1: left out, not finished, 2 of 20 epochs" in reasons[0]
-    assert "run_3: left out, not finished, 2 of 3 epochs" in reasons[1]
+    assert [run.name for run in runs] == ["run_2", "run_3"]
+    assert "run_1: left out, not finished, 2 of 20 epochs" in reasons[0]
+    assert "run_4: left out, not finished, 2 of 3 epochs" in reasons[1]
 
 
 @pytest.mark.parametrize("resumptions", [None, [], {}, "x", 3, [None, 4, "x", {"after_epoch": ["<b>"]}], [[]], [{}]])
