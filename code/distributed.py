@@ -155,10 +155,8 @@ class _GatherEmbeddings(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, local: Tensor) -> Tensor:
-        parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, local.contiguous())
         ctx.rows = slice(dist.get_rank() * len(local), (dist.get_rank() + 1) * len(local))
-        return torch.cat(parts)
+        return torch.cat(all_gather(local))
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
@@ -202,9 +200,7 @@ def gather_batch(embeddings: Tensor, labels: Tensor, stop_number: int) -> tuple[
     if not dist.is_initialized():
         return embeddings, labels, stop_number
     message = torch.cat([labels, labels.new_tensor([stop_number])])
-    parts = [torch.empty_like(message) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, message, group=_control)
-    together = torch.stack(parts)
+    together = torch.stack(all_gather(message, _control))
     labels = together[:, :-1].flatten()
     if embeddings.is_cuda:  # DistributedDataParallel would move them, and make the host wait for the device
         labels = labels.pin_memory().to(embeddings.device, non_blocking=True)
@@ -236,13 +232,13 @@ def all_reduce(values: Tensor, how: str) -> None:
         dist.all_reduce(values, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[how])
 
 
-def all_gather(values: Tensor) -> Tensor:
-    """The values of all processes (count, …), of one shape everywhere."""
+def all_gather(values: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """The values of every process, of one shape everywhere, in order of process."""
     if not dist.is_initialized():
-        return values[None]
+        return [values]
     parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, values.contiguous())
-    return torch.stack(parts)
+    dist.all_gather(parts, values.contiguous(), group=group)
+    return parts
 
 
 def gather_shares(share: Tensor, total: int) -> Tensor:
@@ -251,6 +247,4 @@ def gather_shares(share: Tensor, total: int) -> Tensor:
         return share
     padded = share.new_zeros(-(-total // dist.get_world_size()), *share.shape[1:])
     padded[: len(share)] = share
-    parts = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, padded)
-    return torch.stack(parts, dim=1).flatten(0, 1)[:total]
+    return torch.stack(all_gather(padded), dim=1).flatten(0, 1)[:total]

@@ -186,7 +186,7 @@ def _keep_closest(rivals: Tensor, block: Tensor) -> None:
 
 
 def _closest_of_all_processes(rivals: Tensor) -> Tensor:
-    return torch.cat(list(distributed.all_gather(rivals)), dim=1).topk(rivals.shape[1], dim=1).values
+    return torch.cat(distributed.all_gather(rivals), dim=1).topk(rivals.shape[1], dim=1).values
 
 
 def _tied_at_end(S: Similarities, positives: Tensor, rivals: Tensor) -> Tensor:
