@@ -102,7 +102,7 @@ def load_benchmark(args, given, loaded) -> dataset.Benchmark:
         raise ValueError(f"{loaded.path} does not say what it was trained on: --dataset is needed")
     if args.dataset == "folder" and "data_root" not in given:
         if "data_root" not in stored or stored.get("dataset") != "folder":
-            raise ValueError("--dataset folder needs --data-root, your folder of class folders or a CSV file")
+            raise ValueError(flags.NO_FOLDER)
         if not args.data_root.exists():
             raise ValueError(f"{loaded.path} was trained on {args.data_root}, which is not there; give --data-root")
     benchmark = dataset.load_benchmark(

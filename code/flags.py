@@ -44,6 +44,7 @@ BOOKKEEPING = {
     "wandb",
     "remark",
 }
+NO_FOLDER = "--dataset folder needs --data-root, your folder of class folders or a CSV file"
 # hist is in hist.py, the others in losses.py, which is imported only when one of them is asked for.
 LOSSES = (
     "hist",

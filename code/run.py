@@ -64,7 +64,7 @@ def parse_flags() -> tuple[Namespace, dict | None]:
             raise ValueError("--allow-changed-images only has a meaning with --resume")
         args.run_num = args.run_num if "run_num" in given else None
         if args.dataset == "folder" and "data_root" not in given:
-            raise ValueError("--dataset folder needs --data-root, your folder of class folders or a CSV file")
+            raise ValueError(flags.NO_FOLDER)
         return args, None
     if args.overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
