@@ -587,11 +587,8 @@ def _project(X: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, str, li
 
 def _principal_components(X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """X (n, D) -> its first two principal components (n, 2), and the shares of the variance that they hold (2,)."""
-    from sklearn.decomposition import PCA  # slow to import
-
-    with np.errstate(all="ignore"):  # points that are all equal have no variance to share
-        pca = PCA(min(2, *X.shape), svd_solver="full").fit(X)
-        plane, shares = pca.transform(X), np.nan_to_num(pca.explained_variance_ratio_)
+    U, S, _ = np.linalg.svd(X - X.mean(axis=0), full_matrices=False)
+    plane, shares = (U * S)[:, :2], (S**2 / max((S**2).sum(), 1e-300))[:2]  # equal points have no variance to share
     missing = 2 - len(shares)  # a single point or dimension has no second one
     return np.pad(plane, ((0, 0), (0, missing))), np.pad(shares, (0, missing))
 
