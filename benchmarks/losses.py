@@ -109,7 +109,7 @@ def main() -> None:
     if bench.args.search and SEARCH_SEED in bench.args.seeds:
         raise ValueError(f"--seeds {SEARCH_SEED}: the search uses this seed, report others")
     if bench.args.search_epochs and not bench.args.search:
-        raise ValueError("--search-epochs only has a meaning with --search")
+        raise ValueError("--search-epochs requires --search")
     rates = {loss: search(bench, loss) if bench.args.search else recipe_rates(loss, bench.flags)
              for loss in bench.args.losses}  # fmt: skip
     runs = {loss: {} for loss in rates}

@@ -156,9 +156,9 @@ def load(path: Path) -> dict:
         if refusals:
             reason = refusals[0].removeprefix("WeightsUnpickler error: ").strip().partition(". ")[0]
             raise ValueError(f"{path}: refused, it holds more than tensors and plain values ({reason})") from error
-        raise ValueError(f"{path}: this is no checkpoint, or a damaged one ({type(error).__name__})") from error
+        raise ValueError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: this is no checkpoint, it holds a {type(content).__name__}")
+        raise ValueError(f"{path}: not a checkpoint, it holds a {type(content).__name__}")
     return content
 
 
@@ -166,7 +166,7 @@ def network_state(content: dict, path: Path) -> dict[str, torch.Tensor]:
     """The network's state dict of a checkpoint, ours or a published one. Raises ValueError if it has none."""
     state = content.get("model_state_dict")
     if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{path}: this is no checkpoint of this project, it has no 'model_state_dict' of tensors")
+        raise ValueError(f"{path}: not a checkpoint of this project, it has no 'model_state_dict' of tensors")
     return state
 
 

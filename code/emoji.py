@@ -1,6 +1,6 @@
 """The emoji benchmark: one class per sign, from up to nine icon sets.
 
-Real pictures that package registries carry, in CUB-200-2011's layout and about its size, with few pictures a class
+Artists' drawings that package registries carry, in CUB-200-2011's layout and about its size, with few pictures a class
 as in Stanford Online Products: 1,203 classes, 9,392 pictures. The first 602 classes (4,706 pictures) train, the
 other 601 (4,686 pictures) are retrieved.
 

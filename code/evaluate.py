@@ -82,9 +82,9 @@ def main():
 
 
 def check_flags(args):
-    """Refuse what cannot work before the work begins: flags that exclude each other, files that cannot be written."""
+    """Refuse what cannot work before the work begins: contradictory flags, files that cannot be written."""
     if args.embeddings and args.model_path:
-        raise ValueError("--embeddings and --model-path exclude each other: a file is scored, or a network")
+        raise ValueError("--embeddings and --model-path cannot be combined: a file is scored, or a network")
     for option in ("pictures", "export", "save_embeddings"):
         if args.embeddings and getattr(args, option):
             raise ValueError(f"--{option.replace('_', '-')} needs a network: give --model-path instead of --embeddings")

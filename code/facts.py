@@ -111,4 +111,4 @@ def dataset_name(text: str) -> str:
     try:
         return names[text.lower().replace("-", "")]
     except KeyError:
-        raise ValueError(f"{text!r} is no dataset; there are {', '.join(DATASETS)}") from None
+        raise ValueError(f"{text!r} is not a dataset; choose from {', '.join(DATASETS)}") from None

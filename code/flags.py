@@ -160,7 +160,7 @@ def plain(args: argparse.Namespace) -> dict[str, object]:
 def one_line(error: BaseException) -> str:
     """What an error says, on one line."""
     if isinstance(error, torch.OutOfMemoryError):
-        return "the GPU's memory is full: a smaller --batch-size or --amp bf16 needs less"
+        return "the GPU's memory is full: a smaller --batch-size or --image-size, or --amp bf16, needs less"
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     text = str(error).strip()
@@ -309,7 +309,7 @@ def add_image_flags(group, batch_size: int) -> None:
         type=whole(0),
         default=4,
         metavar="N",
-        help="processes that decode images, for each process that computes; does not change results",
+        help="processes that decode images, for each process that computes; at most one a core; results do not change",
     )
 
 
@@ -375,7 +375,7 @@ def add_device_flags(parser: Parser):
         type=real(positive=True),
         default=1.0,
         metavar="GIB",
-        help="memory that the nearest-neighbour search may take, in GiB",
+        help="memory that the nearest-neighbour search may take in addition to the embeddings, in GiB",
     )
     return group
 
@@ -413,7 +413,7 @@ def train_parser() -> Parser:
         default="imagenet",
         metavar="imagenet|none|FILE",
         help="initial weights of the backbone: imagenet (IMAGENET1K_V1, downloaded), none (random), or a file (a "
-        "state dict of the backbone, or a checkpoint), its path as seen from here, the data root or data/",
+        "state dict of the backbone, or a checkpoint), looked for here, then in the data root, then in data/",
     )
     network.add_argument(
         "--bn-freeze",

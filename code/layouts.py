@@ -59,8 +59,8 @@ class Listing:
 
 def not_there(name: str, path: Path) -> FileNotFoundError:
     return FileNotFoundError(
-        f"{path} is not there; `python code/prepare.py download {name}` fetches it or says where it is, "
-        f"--data-root names the folder that holds {BENCHMARKS[name].home}"
+        f"{path} is not there; `python code/prepare.py download {name}` fetches it or says where to get it, "
+        f"and --data-root names the folder that holds {BENCHMARKS[name].home}"
     )
 
 
@@ -423,7 +423,7 @@ def read_listing(name: str, data_root: Path) -> Listing:
         return read_folder(Path(data_root))
     readers = {"cars": read_cars, "SOP": read_sop, "Inshop": read_inshop}
     if name not in BENCHMARKS:
-        raise ValueError(f"{name!r} is no dataset; there are {', '.join(DATASETS)}")
+        raise ValueError(f"{name!r} is not a dataset; choose from {', '.join(DATASETS)}")
     home = find_home(name, data_root)
     listing = readers[name](home) if name in readers else read_cub(home, name)
     listing.last_train_class = BENCHMARKS[name].last_train_class

@@ -99,9 +99,9 @@ def check(name: str, data_root: Path, decode: bool = False, train_classes: float
     if decode:
         problems += decode_all(listing)
     for problem in problems:
-        print(f"off: {problem}")
+        print(f"problem: {problem}")
     if not problems:
-        print(f"{name}: nothing is off{'' if decode else ' (images not opened; --decode opens them)'}")
+        print(f"{name}: no problems found{'' if decode else ' (images were not opened; --decode opens them)'}")
     return not problems
 
 
@@ -134,7 +134,7 @@ def fetch(url: str, part: Path, bar: tqdm) -> bool:
     except urllib.error.URLError as error:
         raise OSError(f"{url}: {error.reason}") from None
     except (http.client.InvalidURL, UnicodeError) as error:
-        raise ValueError(f"{url}: this is no address ({error})") from None
+        raise ValueError(f"{url}: not a valid address ({error})") from None
     except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError):
         return False
 
@@ -156,8 +156,8 @@ def fetch_archive(archive: Archive, url: str, data_root: Path, attempts: int = 5
                 in_vain = 0 if size > earlier else in_vain + 1
                 if in_vain == attempts:
                     raise OSError(
-                        f"{url}: the line was cut {attempts} times; {size:,} bytes are in {part}, "
-                        "the same command goes on from there"
+                        f"{url}: the connection broke {attempts} times; {size:,} bytes are in {part}, "
+                        "run the same command to go on from there"
                     )
                 time.sleep(pause * (in_vain + 1))
         found = calculate_md5(part)
@@ -247,7 +247,7 @@ def download(name: str, data_root: Path, url: str | None = None) -> None:
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"{error}. {facts.mirrors}") from None
     extract(archive, home)
-    print(f"{home} is ready; {archive} is not needed any more")
+    print(f"{home} is ready; {archive} can be deleted")
 
 
 # ---------------------------------------------------------------- show

@@ -61,13 +61,13 @@ def parse_flags() -> tuple[Namespace, dict | None]:
         if args.overwrite and "run_num" not in given:
             raise ValueError("--overwrite needs --run-num N, the run to replace")
         if args.allow_changed_images:
-            raise ValueError("--allow-changed-images only has a meaning with --resume")
+            raise ValueError("--allow-changed-images requires --resume")
         args.run_num = args.run_num if "run_num" in given else None
         if args.dataset == "folder" and "data_root" not in given:
             raise ValueError(flags.NO_FOLDER)
         return args, None
     if args.overwrite:
-        raise ValueError("--resume and --overwrite exclude each other")
+        raise ValueError("--resume and --overwrite cannot be combined")
     path = last_checkpoint(args, given)
     state = checkpoint.load(path)
     if missing := STATE - state.keys():
@@ -114,7 +114,9 @@ def newest_run_folder(parent: Path) -> Path:
     """The run_N of the highest N that can be resumed. Raises FileNotFoundError."""
     runs = [folder for folder in run_folders(parent) if (folder / "last.pth").exists()]
     if not runs:
-        raise FileNotFoundError(f"{parent}: no run to resume, none of its run_N folders holds a last.pth")
+        raise FileNotFoundError(
+            f"{parent}: no run to resume (no run_N/last.pth); give --dataset, --log-dir or --resume RUN"
+        )
     return runs[-1]
 
 
@@ -189,7 +191,7 @@ def lock(folder: Path) -> TextIO:
             file.seek(0)
             owner = file.read().strip()
             file.close()
-            raise ValueError(f"{folder}: another process{f' ({owner})' * bool(owner)} is at work in this run") from None
+            raise ValueError(f"{folder}: another process{f' ({owner})' * bool(owner)} is using this run") from None
         try:
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 break
@@ -438,7 +440,7 @@ class Run:
     def protocol(self) -> str:
         if self.args.val_classes > 0:
             return f"R@1 on {self.args.val_classes:g} of the training classes, held out (--val-classes)"
-        return "R@1 on the test split, the paper's protocol (it flatters; --val-classes 0.1 does not)"
+        return "R@1 on the test split, the paper's protocol (optimistic; --val-classes 0.1 is not)"
 
     # ------------------------------------------------------------ pictures
 
@@ -492,10 +494,10 @@ class Run:
 
     def kept(self) -> str:
         if not self.history:
-            return f"No epoch was completed, nothing is in {self.folder} to resume from."
+            return f"No epoch was completed, so there is nothing to resume in {self.folder}."
         resume = command_for("train.py", "--resume", os.path.relpath(self.folder / "last.pth"))
         last = self.history[-1]
-        return f"Kept: {last['phase']} epoch {last['epoch']} in {self.folder}. Go on with: {resume}"
+        return f"Kept: {last['phase']} epoch {last['epoch']} in {self.folder}. Resume with: {resume}"
 
     def summary(self, num_bad: int) -> str:
         args, best, last, untrained = self.args, self.best, self.history[-1], self.history[0]

@@ -3,7 +3,7 @@
     python code/train.py @recipes/glyphs.args                  # offline, minutes on two CPU cores
     python code/train.py @recipes/cub.args                     # the paper's recipe for CUB-200-2011
     python code/train.py @recipes/cub.args --seed 2 --tau 24   # later flags override earlier ones
-    python code/train.py --resume                              # resume the last run of --dataset
+    python code/train.py --resume logs/glyphs/run_1            # go on with a run
 
 A run leaves in logs/DATASET/run_N: DATASET_MODEL_best.pth and its _results.txt, last.pth (to resume from),
 results.csv (one row per epoch), args.json (what made it) and pictures.
@@ -76,7 +76,7 @@ def main() -> None:
     print(f"run: {log.folder}" + (f", resumed after epoch {log.epoch}" if state else ""))
     if state and log.done:
         wanted = max(log.epoch, args.nb_epochs)
-        print(f"nothing left to do, {log.epoch} of {wanted} epochs are done: --epochs N goes on longer")
+        print(f"nothing left to do, {log.epoch} of {wanted} epochs are done; a larger --epochs trains longer")
 
     # Epochs: warm-up epochs count up to 0, training epochs from 1
     stop = StopSignals()

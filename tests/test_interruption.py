@@ -172,7 +172,7 @@ def test_signal_finishes_the_step_and_says_how_to_go_on(call, cub, whole, tmp_pa
     _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     assert "Traceback" not in err and f"{number.name}: stopped. Kept: train epoch" in err
-    resume = err.strip().splitlines()[-1].partition("Go on with: ")[2].split()
+    resume = err.strip().splitlines()[-1].partition("Resume with: ")[2].split()
     assert resume[2] == "--resume"
     run = tmp_path / "cub" / "run_1"
     assert call("train.py", "--resume", run / "last.pth").code == 0
@@ -200,7 +200,7 @@ def test_signal_to_the_whole_group_ends_like_one_to_the_main_process(cub, tmp_pa
     _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     lines = [line for line in err.splitlines() if line.strip() and not line.startswith("warning")]
-    assert len(lines) == 1 and re.search(f"{number.name}: stopped. Kept: train epoch .* Go on with: ", lines[0]), err
+    assert len(lines) == 1 and re.search(f"{number.name}: stopped. Kept: train epoch .* Resume with: ", lines[0]), err
     with pytest.raises(ProcessLookupError):  # no worker is left behind
         for _ in range(100):
             os.killpg(process.pid, 0)
@@ -257,7 +257,7 @@ def test_resume_takes_the_newest_run_and_refuses_other_flags(call, refused, cub,
     refused("train.py", *where, "--lr", 1e-5, match="made with other flags .*lr 1e-05 instead of 0.001")
     assert "run_2, resumed after epoch 1" in call("train.py", *where, "--epochs", 2).out
     assert "run_1, resumed" in call("train.py", *where, "--run-num", 1).out
-    refused("train.py", *where, "--run-num", 1, "--overwrite", match="exclude each other")
+    refused("train.py", *where, "--run-num", 1, "--overwrite", match="cannot be combined")
     (tmp_path / "cub" / "run_1").rename(tmp_path / "kept")
     kept = call("train.py", "--resume", tmp_path / "kept" / "last.pth", "--epochs", 3)
     assert kept.code == 0 and f"run: {tmp_path / 'kept'}, resumed after epoch 1" in kept.out

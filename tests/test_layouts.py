@@ -577,7 +577,7 @@ def test_names_in_any_letter_case(text, name):
 
 @pytest.mark.parametrize("text", ["", "birds", "cub200", "ſop", " cub"])
 def test_names_that_are_none(text):
-    with pytest.raises(ValueError, match="is no dataset; there are cub, cars, SOP, Inshop, glyphs, "):
+    with pytest.raises(ValueError, match="is not a dataset; choose from cub, cars, SOP, Inshop, glyphs, "):
         facts.dataset_name(text)
 
 
@@ -783,7 +783,7 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, case):
 @pytest.mark.parametrize(
     "name, share, words",
     [
-        ("CUB", 0.5, "'CUB' is no dataset; there are cub, cars"),
+        ("CUB", 0.5, "'CUB' is not a dataset; choose from cub, cars"),
         ("cub", 0.4, "split of its own"),
         ("folder", 0.4, "of its own"),
         ("folder", 1.0, "between 0 and 1"),

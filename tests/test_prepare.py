@@ -34,7 +34,7 @@ def test_check_is_content_with_what_was_published(tmp_path, monkeypatch, capsys,
     published = trees.publish(monkeypatch, name, tmp_path)
     assert prepare.check(name, tmp_path, decode=True)
     out = capsys.readouterr().out
-    assert "nothing is off" in out and "off:" not in out
+    assert "no problems found" in out and "problem:" not in out
     splits = ("train", "query", "gallery") if name == "Inshop" else ("train", "test")
     for split in splits:
         images, classes = published[split]
@@ -52,7 +52,7 @@ def test_check_finds_all_that_is_off_at_once(tmp_path, monkeypatch, capsys):
     assert not prepare.check("SOP", tmp_path, decode=True)
     out = capsys.readouterr().out
     assert "counts differ" in out and "share 1 classes" in out
-    assert out.count("off: ") == 2 + 6 + 8  # counts, classes; five missing files and the rest; eight not decoded
+    assert out.count("problem: ") == 2 + 6 + 8  # counts, classes; five missing files and the rest; eight not decoded
     assert "... and 2 more files" in out
     assert "111000000001_5.JPG: cannot be decoded (not an image" in out
 
@@ -69,12 +69,12 @@ def test_check_knows_the_2010_edition(tmp_path, monkeypatch, capsys):
 def test_check_command(tmp_path, call, script):
     trees.make_cub(tmp_path, classes=4, images=3, size=8)
     status, out, err = script("prepare.py", "check", "cub", "--data-root", tmp_path, "--decode")
-    assert status == 1 and "off: cub: the counts differ" in out and err == ""
+    assert status == 1 and "problem: cub: the counts differ" in out and err == ""
     status, out, err = call("prepare.py", "check", "cars", "--data-root", tmp_path)
     assert status == 1 and err.startswith("prepare.py: error: ") and err.count("\n") == 1 and "cars_annos.mat" in err
     trees.make_folder(tmp_path / "own", "train+test", 4, 3, 8)
     status, out, err = call("prepare.py", "check", "folder", "--data-root", tmp_path / "own")
-    assert status == 0 and "folder: nothing is off" in out and err == ""
+    assert status == 0 and "folder: no problems found" in out and err == ""
 
 
 REFUSED = {
@@ -97,7 +97,7 @@ def test_check_refuses_what_training_refuses(tmp_path, call, case):
     with pytest.raises((ValueError, OSError)) as caught:
         dataset.load_benchmark("folder", root)
     status, out, err = call("prepare.py", "check", "folder", "--data-root", root)
-    assert status == 1 and str(caught.value) in out + err and "nothing is off" not in out
+    assert status == 1 and str(caught.value) in out + err and "no problems found" not in out
 
 
 def test_check_says_all_that_is_wrong_with_the_splits_at_once(tmp_path, call):
@@ -105,7 +105,7 @@ def test_check_says_all_that_is_wrong_with_the_splits_at_once(tmp_path, call):
     shutil.copytree(root / "train" / "thing_1", root / "test" / "thing_1")
     os.link(root / "train/thing_1/0.png", root / "test/thing_3/9.png")
     _, out, _ = call("prepare.py", "check", "folder", "--data-root", root)
-    assert out.count("off: ") == 2 and "share 1 classes" in out and "are the same file" in out
+    assert out.count("problem: ") == 2 and "share 1 classes" in out and "are the same file" in out
 
 
 def test_check_says_what_training_warns_of(tmp_path, call):
@@ -121,7 +121,7 @@ def test_check_says_what_training_warns_of(tmp_path, call):
     for name in ("thing_4", "thing_5"):
         shutil.rmtree(root / "test" / name)
     status, out, _ = call("prepare.py", "check", "folder", "--data-root", root)
-    assert status == 1 and "off: " + f"{root}: only one class to test on, figures say nothing" in out
+    assert status == 1 and "problem: " + f"{root}: only one class to test on, figures say nothing" in out
 
 
 def test_check_and_show_take_the_share_of_training_classes(tmp_path, call):
@@ -157,7 +157,8 @@ def test_decoding_takes_own_pictures_as_they_are(tmp_path, call):
     trees.make_folder(tmp_path, "train+test", 4, 2, 8)
     Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(tmp_path / "test/thing_3/0.tif")
     status, out, _ = call("prepare.py", "check", "folder", "--data-root", tmp_path, "--decode")
-    assert status == 1 and out.count("off: ") == 1 and "0.tif: cannot be decoded (no pixel has a finite value)" in out
+    assert status == 1 and out.count("problem: ") == 1
+    assert "0.tif: cannot be decoded (no pixel has a finite value)" in out
 
 
 # ---------------------------------------------------------------- download
@@ -289,7 +290,7 @@ def test_download_goes_on_in_a_later_call(tmp_path, server, fetch_cub):
     (tmp_path / "data").mkdir()
     part = tmp_path / "data" / "CUB_200_2011.tgz.part"
     part.write_bytes(content[:1000])
-    with pytest.raises(OSError, match="was cut 5 times; 1,000 bytes are in .*goes on from there"):
+    with pytest.raises(OSError, match="broke 5 times; 1,000 bytes are in .*go on from there"):
         fetch_cub(content)
     assert names(tmp_path / "data") == ["CUB_200_2011.tgz.part"] and part.read_bytes() == content[:1000]
     server.cuts = 0
@@ -455,7 +456,7 @@ def test_show_command(tmp_path, call, script):
     status, out, err = call("prepare.py", "show", "cub", "--data-root", tmp_path, "--output", tmp_path / "sheet.png")
     assert status == 0 and Image.open(tmp_path / "sheet.png").width > 800
     status, out, err = script("prepare.py", "show", "birds", "--data-root", tmp_path)
-    assert status == 1 and err.startswith("prepare.py: error: 'birds' is no dataset") and err.count("\n") == 1
+    assert status == 1 and err.startswith("prepare.py: error: 'birds' is not a dataset") and err.count("\n") == 1
 
 
 def test_spread():

@@ -341,13 +341,13 @@ def test_two_processes_cannot_work_in_one_run(call, refused, run_folder, holder)
     pictures, folder = run_folder
     before = snapshot(folder)
     again = resume(folder, "--data-root", pictures)
-    refused(*again, match=f"another process .*process {holder.pid}. is at work in this run")
+    refused(*again, match=f"another process .*process {holder.pid}. is using this run")
     assert snapshot(folder) == before
     logs = folder.parent / "logs" / "folder"
     logs.mkdir(parents=True)
     folder.rename(logs / "run_1")
     overwrite = [*TINY, "--dataset", "folder", "--data-root", pictures, "--log-dir", logs.parent, "--run-num", 1]
-    refused("train.py", *overwrite, "--overwrite", match="another process .* is at work in this run")
+    refused("train.py", *overwrite, "--overwrite", match="another process .* is using this run")
     assert snapshot(logs / "run_1").keys() == {logs / "run_1" / path.name for path in before}
     # a crash leaves no lock
     holder.send_signal(signal.SIGKILL)
