@@ -105,6 +105,13 @@ def call(monkeypatch, capsys):
 
 
 @pytest.fixture
+def undrawn(request, monkeypatch):
+    """Runs of this process draw no pictures, two of a tiny run's three seconds, but in tests marked drawn."""
+    if not request.node.get_closest_marker("drawn"):
+        monkeypatch.setattr("run.Run.draw", lambda *_: None)
+
+
+@pytest.fixture
 def refused(call):
     """Checks that a script ends with one line of error that matches, no traceback, and a non-zero exit code."""
 

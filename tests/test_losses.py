@@ -13,6 +13,8 @@ from pytorch_metric_learning import losses as library
 
 N, D, C = 24, 16, 6
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def load(path):
     return torch.load(path, map_location="cpu", weights_only=True)
@@ -126,11 +128,20 @@ def test_every_loss_trains_resumes_to_the_same_bits_and_scores(call, cub, tmp_pa
     trained = rows[rows["phase"] != "untrained"]
     assert (trained["loss"] > 0).all() and trained["loss"].nunique() == len(trained)
     assert ("ce_loss" in rows) == ("dist_loss" in rows) == (name == "hist")
-    assert (last.with_name("hypergraph.png")).exists() == (name == "hist")
-    assert (last.with_name("curves.png")).exists()
 
     scored = call("evaluate.py", "--model-path", last, "--data-root", cub, "--workers", 0, "--gpu-id", -1)
     assert scored.code == 0 and f"R@1     {100 * rows['R@1'].iloc[-1]:.4f}" in scored.out
+
+
+@pytest.mark.slow
+@pytest.mark.drawn
+@pytest.mark.parametrize("name", ["hist", "triplet"])
+def test_pictures_of_a_run(call, cub, tmp_path, name):
+    assert call("train.py", *options(cub, tmp_path, "--loss", name, "--IPC", 4, "--epochs", 1)).code == 0
+    drawn = {path.name for path in (tmp_path / "cub" / "run_1").glob("*.png")}
+    assert drawn == {"curves.png", "embedding.png", "neighbours.png"} | (
+        {"hypergraph.png"} if name == "hist" else set()
+    )
 
 
 @pytest.mark.slow

@@ -11,10 +11,13 @@ import checkpoint
 import pandas as pd
 import pytest
 import report
+import run
 import torch
 import train
 from conftest import ROOT, TINY
 from trees import make_classes, make_cub, picture, save
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 @pytest.fixture
@@ -112,6 +115,7 @@ def test_resuming_on_other_data_is_refused(call, refused, run_folder, change, ma
     assert done.code == 0 and "warning: the data changed since the run began" in done.err
 
 
+@pytest.mark.drawn
 def test_the_best_epoch_is_chosen_among_those_scored_on_the_same_images(call, run_folder, monkeypatch):
     stars, (pictures, folder) = [], run_folder
     monkeypatch.setattr("pictures.curves", lambda *_, best, **options: stars.append(best))

@@ -19,6 +19,8 @@ from conftest import TINY
 from PIL import Image
 from trees import make_classes, make_cub
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def load(path):
     return torch.load(path, map_location="cpu", weights_only=True)
