@@ -2,11 +2,11 @@
 
     python benchmarks/variants.py distance=cosine @recipes/glyphs.args
     python benchmarks/variants.py layers=3 @recipes/cub.args --seed 2
-    python benchmarks/variants.py layers=3 --resume logs/cub/run_2
+    python benchmarks/variants.py layers=3 --resume logs/variants/layers=3/cub/run_1
 
 The first argument is the variant, the others are train.py's. The class in hist.py that HISTLoss is made of is replaced,
-then train.py runs as it is. Resume a variant as above, whatever the run's last line says: train.py itself would go on
-with the paper's distance.
+then train.py runs as it is, by default in logs/variants/VARIANT, so that report.py does not take it for the paper's
+loss. Resume a variant as above, whatever the run's last line says: train.py itself refuses it.
 
 The distances, between the unit vectors x of an embedding and m of a class mean:
 
@@ -25,6 +25,7 @@ import itertools
 import sys
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -40,6 +41,8 @@ class Euclidean(hist.CDs2Hg):
     def __init__(self, *sizes, **options):
         super().__init__(*sizes, **options)
         nn.init.zeros_(self.log_vars).requires_grad_(False)
+        # A name in the checkpoint, so that nothing but this variant resumes from it.
+        self.register_buffer(type(self).__name__, torch.ones(()))
 
 
 class Cosine(Euclidean):
@@ -82,7 +85,11 @@ def use(variant: str) -> None:
 
 
 def main() -> None:
-    use(sys.argv.pop(1) if len(sys.argv) > 1 else "")
+    variant = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    use(variant)
+    sys.argv[0] += f" {variant}"  # the run records its command
+    if "--resume" not in sys.argv:
+        sys.argv[1:1] = ["--log-dir", str(flags.CODE.parent / "logs" / "variants" / variant)]
     train.main()
 
 

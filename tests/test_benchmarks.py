@@ -107,6 +107,21 @@ def test_a_variant_trains_and_resumes(call, cub, tmp_path):
     assert call("variants.py", "layers=3", "--resume", tmp_path / "cub" / "run_1", "--epochs", 2).code == 0
     state = checkpoint.load(tmp_path / "cub" / "run_1" / "last.pth")
     assert state["epoch"] == 2 and "hgnn.thetas.2.weight" in state["criterion_state_dict"]
+    assert "layers=3" in state["made_by"]["command"]
+
+
+def test_variants_are_kept_apart_from_the_papers_loss(monkeypatch):
+    """In folders of their own, and by keys of the checkpoint that train.py does not know."""
+    states = {name: criterion_of(name and f"distance={name}").state_dict() for name in ("", "euclidean", "cosine")}
+    assert [states[name].keys() - states[""].keys() for name in states] == [
+        set(), {"cds2hg.Euclidean"}, {"cds2hg.Cosine"},
+    ]  # fmt: skip
+    parsed = []
+    monkeypatch.setattr(variants.train, "main", lambda: parsed.append(flags.train_parser().parse()[0].log_dir))
+    for words in ([], ["--log-dir", "elsewhere"]):
+        monkeypatch.setattr(sys, "argv", ["variants.py", "distance=cosine", *words])
+        variants.main()
+    assert parsed == [ROOT / "logs" / "variants" / "distance=cosine", Path("elsewhere")]
 
 
 # ---------------------------------------------------------------- runs
