@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import os
+import shutil
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -114,14 +116,25 @@ def class_folders(folder: Path) -> list[str]:
 
 
 @contextlib.contextmanager
+def scratch_folder(parent: Path):
+    """A hidden folder in `parent`, removed at the end of the block. Those that kills left there a day ago go, too."""
+    for left in parent.glob(".hist-unfinished-*"):
+        with contextlib.suppress(FileNotFoundError):  # its process is done with it
+            if time.time() - left.stat().st_mtime > 24 * 3600:
+                shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=".hist-unfinished-", dir=parent) as scratch:
+        yield Path(scratch)
+
+
+@contextlib.contextmanager
 def written_whole(target: Path):
     """A folder to write into, which becomes `target` at the end of the block, or is removed if the block fails.
 
     Nobody ever sees half of it. If another process was faster, its folder stays: it holds the same.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-        half_written = Path(scratch) / target.name
+    with scratch_folder(target.parent) as scratch:
+        half_written = scratch / target.name
         half_written.mkdir()
         yield half_written
         try:

@@ -15,7 +15,6 @@ import signal
 import ssl
 import sys
 import tarfile
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -31,6 +30,7 @@ import numpy as np
 from dataset import UnreadableImage, available_cores, load_benchmark, read_rgb
 from facts import BENCHMARKS, DATASETS, Archive, dataset_name
 from flags import DATA, Parser, one_line, real, run_script
+from folders import scratch_folder
 from layouts import (
     Listing,
     compare_counts,
@@ -191,7 +191,7 @@ def extract(archive: Path, home: Path) -> None:
 
     Raises ValueError if the archive is broken, lacks that folder, or holds a path that leads out of it.
     """
-    with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=home.parent) as scratch:
+    with scratch_folder(home.parent) as scratch:
         try:
             size = archive.stat().st_size
             bar = tqdm(desc="unpacking", total=size, unit="B", unit_scale=True, disable=None)
@@ -199,16 +199,16 @@ def extract(archive: Path, home: Path) -> None:
                 for name, content in archive_members(archive, file):
                     if re.match(r"[A-Za-z]:|[\\/]", name) or ".." in re.split(r"[\\/]", name):
                         raise ValueError(f"{archive}: {name!r} leads out of the folder; nothing was unpacked")
-                    target = Path(scratch) / name
+                    target = scratch / name
                     target.parent.mkdir(parents=True, exist_ok=True)
                     with content, open(target, "wb") as out:
                         shutil.copyfileobj(content, out)
                     bar.update(file.tell() - bar.n)
         except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
             raise ValueError(f"{archive}: broken archive ({one_line(error)}); nothing was unpacked") from None
-        if not (Path(scratch) / home.name).is_dir():
+        if not (scratch / home.name).is_dir():
             raise ValueError(f"{archive}: there is no {home.name} in it")
-        os.rename(Path(scratch) / home.name, home)
+        os.rename(scratch / home.name, home)
 
 
 def download(name: str, data_root: Path, url: str | None = None) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import dataset
 import facts
+import folders
 import layouts
 import numpy as np
 import prepare
@@ -462,3 +463,15 @@ def test_show_command(tmp_path, call, script):
 def test_spread():
     assert prepare.spread(3, 8) == [0, 1, 2]
     assert prepare.spread(100, 3) == [0, 50, 99]
+
+
+def test_what_kills_left_unfinished_goes_after_a_day(tmp_path):
+    old, new = tmp_path / ".hist-unfinished-old", tmp_path / ".hist-unfinished-new"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "0.png").touch()
+    os.utime(old, (0, 0))
+    with folders.scratch_folder(tmp_path) as scratch:
+        (scratch / "1.png").touch()
+        assert set(tmp_path.iterdir()) == {new, scratch}
+    assert list(tmp_path.iterdir()) == [new]
