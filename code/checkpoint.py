@@ -107,8 +107,8 @@ def write_text(text: str, path: Path) -> None:
 def find(model_path: str, name: str, only: bool) -> Path:
     """The checkpoint that --model-path means: a file, or in a folder the file `name` (DATASET_MODEL_best.pth).
 
-    Without that file, and unless `only` that one will do, the only *_best.pth there. Raises ValueError for no path
-    and FileNotFoundError, which lists what is there instead.
+    Without that file the only *_best.pth there, if the folder is that of a run, or unless `only` that one will do.
+    Raises ValueError for no path and FileNotFoundError, which lists what is there instead.
     """
     if not model_path:
         raise ValueError("--model-path is needed: a checkpoint, or a folder that holds DATASET_MODEL_best.pth")
@@ -118,7 +118,7 @@ def find(model_path: str, name: str, only: bool) -> Path:
     if (path / name).exists():
         return path / name
     candidates = sorted(path.glob("*_best.pth"))
-    if len(candidates) == 1 and not only:
+    if len(candidates) == 1 and (not only or (path / "last.pth").exists()):
         return candidates[0]
     if candidates:
         there = f"there are {', '.join(c.name for c in candidates)}"

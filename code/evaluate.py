@@ -31,7 +31,7 @@ def main():
     parser = flags.evaluate_parser()
     args, given = parser.parse()
     names = {"recall", "rp", "map", "nmi"} if "all" in args.metrics else set(args.metrics)
-    check_flags(args)
+    check_flags(args, given)
     device = distributed.start(args.gpu_id)
     processes = distributed.processes()  # started by torchrun they share the work; process 0 writes and speaks
     print(f"device: {distributed.describe(device)}" + (f", {processes.count} processes" * (processes.count > 1)))
@@ -81,13 +81,15 @@ def main():
         print(f"pictures: {args.pictures}/neighbours.png, {args.pictures}/embedding.png")
 
 
-def check_flags(args):
+def check_flags(args, given):
     """Refuse what cannot work before the work begins: contradictory flags, files that cannot be written."""
     if args.embeddings and args.model_path:
         raise ValueError("--embeddings and --model-path cannot be combined: a file is scored, or a network")
     for option in ("pictures", "export", "save_embeddings"):
         if args.embeddings and getattr(args, option):
             raise ValueError(f"--{option.replace('_', '-')} needs a network: give --model-path instead of --embeddings")
+    if args.export and (others := sorted(given & {"json", "pictures", "save_embeddings", "metrics"})):
+        raise ValueError(f"--export scores nothing: leave out --{others[0].replace('_', '-')}")
     for option in ("json", "save_embeddings", "export"):
         checkpoint.require_writable(getattr(args, option), f"--{option.replace('_', '-')}")
     checkpoint.require_folder(args.pictures, "--pictures")

@@ -215,6 +215,11 @@ def test_what_cannot_be_written_is_refused_before_scoring(refused, call, trained
     refused(*score(trained[1], option, wrong), match=f"{option} {wrong}: {match}")
 
 
+def test_a_runs_folder_needs_no_model_beside_its_data_set(call, trained):
+    mine, checkpoint = trained
+    assert call(*score(checkpoint.parent, "--dataset", "folder", "--data-root", mine)).code == 0  # not resnet50's
+
+
 def test_a_folder_of_runs_lists_them(refused, trained):
     runs = trained[1].parents[1]
     refused(*score(runs), match=f"it holds the runs {trained[1].parent}: give one of them")
