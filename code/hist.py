@@ -220,7 +220,8 @@ class HISTLoss(nn.Module):
         if indices_tuple is not None:
             raise ValueError("HISTLoss: the hypergraph is made of the whole batch, it takes no miner's indices_tuple")
         self._check(embeddings, labels)
-        labels = self._check_range(labels).to(embeddings.device, non_blocking=True)
+        # Not waiting is safe towards a GPU only: a copy from one would be read before it has arrived.
+        labels = self._check_range(labels).to(embeddings.device, non_blocking=labels.device.type == "cpu")
         with torch.autocast(embeddings.device.type, enabled=False):
             X = embeddings.to(self.cds2hg.means.dtype)
             distances = self.cds2hg.squared_distances(X)  # (N, C)

@@ -25,7 +25,7 @@ class LibraryLoss(nn.Module):
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """embeddings (N, D), labels (N,) integers, on any device -> scalar."""
-        labels = labels.to(embeddings.device, non_blocking=True)
+        labels = labels.to(embeddings.device, non_blocking=labels.device.type == "cpu")  # from a GPU it waits
         with torch.autocast(embeddings.device.type, enabled=False):
             embeddings = embeddings.float()
             if self.miner is None:
