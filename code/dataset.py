@@ -387,6 +387,10 @@ class RandomBatches(Sampler):
         return self.num_images // self.batch_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return (batch[self.part] for batch in self.whole())
+
+    def whole(self) -> Iterator[list[tuple[int, int]]]:
+        """The batches of all processes together. Every process draws all of them, so that all draw the same."""
         generator = generator_for(self.seed, self.epoch)
         shuffled = torch.randperm(self.num_images, generator=generator)
         for step in range(len(self)):
@@ -394,8 +398,7 @@ class RandomBatches(Sampler):
             if self.images_per_class:
                 batch = self.balanced_batch(generator)
             seeds = torch.randint(2**63 - 1, (self.batch_size,), generator=generator)
-            # Every process draws the whole batch, so that all draw the same one.
-            yield list(zip(batch[self.part].tolist(), seeds[self.part].tolist(), strict=True))
+            yield list(zip(batch.tolist(), seeds.tolist(), strict=True))
 
     def balanced_batch(self, generator: torch.Generator) -> torch.Tensor:
         """(batch_size,) indices, class by class"""

@@ -471,7 +471,7 @@ class Run:
         return math.log(len(self.data["train"]["classes"]))
 
     def _draw_hypergraph(self, train_loader: DataLoader) -> None:
-        items = next(iter(train_loader.batch_sampler))
+        items = next(train_loader.batch_sampler.whole())
         images, labels = zip(*(train_loader.dataset[item] for item in items), strict=True)
         network, criterion = self.parts["network"], self.parts["criterion"]
         with torch.no_grad():

@@ -329,7 +329,7 @@ def terms_of(loss: torch.Tensor, criterion: nn.Module) -> dict[str, torch.Tensor
 
 def diverged_in_step(terms: dict, rates: dict, title: str, step: int, loader: DataLoader) -> ValueError:
     """The error about a loss that is NaN or infinite: where, at which rates, from which images."""
-    paths = [loader.dataset.images.paths[index] for index, _ in list(loader.batch_sampler)[step - 1]]
+    paths = [loader.dataset.images.paths[index] for index, _ in list(loader.batch_sampler.whole())[step - 1]]
     said = [f"{name.removesuffix('_loss')} {value:.4g}" for name, value in terms.items() if name != "loss"]
     return ValueError(
         f"training diverged: the loss is {terms['loss']:.4g} in {title}, step {step} of {len(loader)} "

@@ -413,6 +413,7 @@ def test_parts_of_all_processes_are_the_batches_of_one(cub, count, images_per_cl
         for batch, *shares in zip(whole.batch_sampler, *(loader.batch_sampler for loader in parts), strict=True):
             assert {len(share) for share in shares} == {8 // count}
             assert sum(shares, []) == batch
+        assert all(list(loader.batch_sampler.whole()) == list(whole.batch_sampler) for loader in parts)
         images, labels = next(iter(whole))
         shares = [next(iter(loader)) for loader in parts]
         assert torch.equal(torch.cat([x for x, _ in shares]), images)
