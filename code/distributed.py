@@ -145,6 +145,16 @@ def synchronise_batchnorm(network: nn.Module, device: torch.device) -> None:
         network.synchronise_batchnorm()
 
 
+def share_buffers(network: nn.Module) -> None:
+    """Give all processes the first one's BatchNorm statistics, which checkpoints keep: all score the same network.
+
+    Without synchronised BatchNorm each has those of its own images since DistributedDataParallel last shared them.
+    """
+    if dist.is_initialized():
+        for buffer in network.buffers():
+            dist.broadcast(buffer, 0)
+
+
 class _GatherEmbeddings(torch.autograd.Function):
     """All processes' (n, D) as one (count · n, D), in order of process.
 

@@ -224,6 +224,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "torchvision": torchvision.__version__,
         "numpy": numpy.__version__,
         "device": distributed.describe(device),
+        "processes": str(distributed.processes().count),
     }
 
 

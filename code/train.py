@@ -307,6 +307,7 @@ def train_epoch(
                 raise Interrupted
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    distributed.share_buffers(network)
     seconds = time.monotonic() - started
     row = dict(zip(names, (totals / len(loader)).tolist(), strict=True)) | rates
     if args.loss == "hist" and args.ls:

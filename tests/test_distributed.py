@@ -197,11 +197,15 @@ rank, count = distributed.processes()
 loader = torch.utils.data.DataLoader(data, sampler=range(rank, 2, count), batch_size=1)
 found = inference.embed(Network(), loader, "cpu")
 assert found.embeddings.tolist() == [[0.0, 1.0], [2.0, 3.0]] and found.labels.tolist() == [7, 8], found
+statistics = torch.nn.BatchNorm1d(2)
+statistics.running_mean += rank
+distributed.share_buffers(statistics)
+assert statistics.running_mean.tolist() == [0.0, 0.0], rank
 distributed.stop()
 """
 
 
-def test_fewer_images_than_processes(tmp_path):
+def test_fewer_images_than_processes_and_statistics_of_the_first(tmp_path):
     (tmp_path / "embed.py").write_text(EMBED.format(code=str(ROOT / "code")))
     done = torchrun(3, tmp_path / "embed.py")
     assert done.returncode == 0, done.stderr
