@@ -69,6 +69,10 @@ def parse_flags() -> tuple[Namespace, dict | None]:
     if args.overwrite:
         raise ValueError("--resume and --overwrite cannot be combined")
     path = last_checkpoint(args, given)
+    if "run_num" in given and path.resolve().parent.name != f"run_{args.run_num}":
+        raise ValueError(
+            f"--resume {args.resume} names another run than --run-num {args.run_num}: leave one of them out"
+        )
     state = checkpoint.load(path)
     if missing := STATE - state.keys():
         raise ValueError(
@@ -272,6 +276,8 @@ class Run:
         if finished and has_best and self._files_are_complete():
             return
         self.lock = self.lock or lock(self.folder)
+        if state and checkpoint.load(Path(args.resume))["epoch"] != state["epoch"]:
+            raise ValueError(f"{self.folder}: another process went on with this run meanwhile; give the command again")
         checkpoint.remove_leftovers(self.folder)
         if not has_best:
             self._mend_best(state)

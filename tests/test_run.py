@@ -341,6 +341,17 @@ def holder(run_folder):
     process.wait()
 
 
+def test_a_run_that_another_process_took_further_meanwhile_is_left_alone(refused, run_folder, monkeypatch):
+    """Between reading last.pth and the lock."""
+    pictures, folder = run_folder
+    further = checkpoint.load(folder / "last.pth") | {"epoch": 2}
+    lock = run.lock
+    monkeypatch.setattr(run, "lock", lambda folder: (checkpoint.save(further, folder / "last.pth"), lock(folder))[1])
+    table = (folder / "results.csv").read_bytes()
+    refused(*resume(folder, "--data-root", pictures), match="another process went on with this run meanwhile")
+    assert (folder / "results.csv").read_bytes() == table and checkpoint.load(folder / "last.pth")["epoch"] == 2
+
+
 def test_two_processes_cannot_work_in_one_run(call, refused, run_folder, holder):
     pictures, folder = run_folder
     before = snapshot(folder)
