@@ -52,7 +52,8 @@ class ImageList:
 
     @property
     def num_classes(self) -> int:
-        return len(self.class_names)
+        """Classes that have an image here; class_names of a gallery also holds those of the queries."""
+        return len(np.unique(self.labels))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -506,7 +507,7 @@ def fingerprint(images: ImageList) -> dict:
     if images.own:
         paths = [f"{path} {_file_size(images.root / path)}" for path in paths]
     order = np.argsort(images.labels, kind="stable")
-    sizes = np.bincount(images.labels, minlength=images.num_classes)
+    sizes = np.bincount(images.labels, minlength=len(images.class_names))
     by_class = [paths[i] for i in order]
     ends = sizes.cumsum().tolist()
     members = [by_class[end - size : end] for end, size in zip(ends, sizes.tolist(), strict=True)]
@@ -518,6 +519,17 @@ def fingerprint(images: ImageList) -> dict:
         "class_digests": [_digest(sorted(part))[:8] for part in members],
         "digest": _digest(listed),
     }
+
+
+def digest_of_classes(*parts: dict) -> str:
+    """Of the classes of several fingerprints together, however they are divided between them."""
+    return _digest(
+        sorted(
+            f"{name} {digest}"
+            for part in parts
+            for name, digest in zip(part["classes"], part["class_digests"], strict=True)
+        )
+    )
 
 
 def _file_size(path: Path) -> int:

@@ -253,6 +253,7 @@ def read_data(data) -> tuple[str, dict[str, tuple[int, int]]]:
     if "validation" in names:  # the seed draws the held-out classes: only together are they the same data
         shown["train"] = tuple(map(sum, zip(counts["train"], counts["validation"], strict=True)))
         digests = {name: digests[name] for name in names if name not in ("train", "validation")}
+        digests["train"] = str(data["train"].get("digest_with_validation", ""))
     text = ", ".join(f"{name} {images}/{classes}" for name, (images, classes) in shown.items())
     return f"{text} ({hashlib.sha256(repr(digests).encode()).hexdigest()[:8]})", counts
 

@@ -548,10 +548,13 @@ class Run:
 
 def summary_of(data: dict) -> dict:
     """The counts and digests of fingerprints, for args.json."""
-    return {
-        split: {"images": found["images"], "classes": len(found["classes"]), "digest": found["digest"]}
+    summary = {
+        split: {"images": found["images"], "classes": sum(map(bool, found["sizes"])), "digest": found["digest"]}
         for split, found in data.items()
     }
+    if "validation" in data:  # the seed draws the held-out classes: this one is the same for all seeds
+        summary["train"]["digest_with_validation"] = dataset.digest_of_classes(data["train"], data["validation"])
+    return summary
 
 
 def command_for(script: str, *words) -> str:

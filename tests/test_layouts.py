@@ -14,6 +14,7 @@ import layouts
 import numpy as np
 import pandas as pd
 import pytest
+import run
 import trees
 from conftest import TINY
 from hypothesis import HealthCheck, given, settings
@@ -161,6 +162,9 @@ def test_inshop_query_and_gallery_share_labels_where_a_class_is_in_one_only(tmp_
     list_file.write_text("\n".join(lines))
     benchmark = dataset.load_benchmark("Inshop", tmp_path)
     assert benchmark.query.labels.tolist() == [0, 0, 1, 1, 2, 2] and benchmark.gallery.labels.tolist() == [1, 2]
+    assert (benchmark.query.num_classes, benchmark.gallery.num_classes) == (3, 2)
+    summary = run.summary_of({"gallery": dataset.fingerprint(benchmark.gallery)})
+    assert (summary["gallery"]["images"], summary["gallery"]["classes"]) == (2, 2)
     assert any("line 1 promises 18 images, 17 follow" in line for line in benchmark.warnings)
 
 

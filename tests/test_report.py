@@ -13,6 +13,7 @@ import subprocess
 import pandas as pd
 import pytest
 import report
+import run
 from trees import picture
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -350,6 +351,22 @@ def test_held_out_classes_that_the_seed_draws_are_the_same_experiment(tmp_path):
         make_run(tmp_path / "cub" / f"run_{seed}", {1: [0.5 + seed / 100]}, seed=seed, validation=[0.5])
     make_run(tmp_path / "cub" / "run_3", {1: [0.5]}, seed=3, validation=[0.5], data=whole("cub", "0f"))
     assert [len(group) for group in section(tmp_path / "cub").groups] == [2, 1]
+
+
+def test_held_out_classes_of_changed_images_are_another_experiment(tmp_path):
+    """As many images of as many classes, one of them another picture; the digest of both parts together tells."""
+    for seed, shown in ((1, "a"), (2, "a"), (3, "b")):
+        classes = [f"class {c}" for c in range(10)]
+        digests = dict.fromkeys([*classes, "x", "y"], "1") | {"class 4": shown}
+        data = {}
+        for name, part in {"train": classes[seed:], "validation": classes[:seed], "query": ["x", "y"]}.items():
+            digest = "the same" if name == "query" else f"of seed {seed}"
+            data[name] = {"images": 6 * len(part), "classes": part, "sizes": [6] * len(part), "digest": digest}
+            data[name]["class_digests"] = [digests[c] for c in part]
+        data = run.summary_of(data)
+        make_run(tmp_path / "cub" / f"run_{seed}", {1: [0.5 + seed / 100]}, seed=seed, validation=[0.5], data=data)
+    groups = {tuple(made.name for made in group) for group in section(tmp_path / "cub").groups}
+    assert groups == {("run_1", "run_2"), ("run_3",)}
 
 
 @pytest.mark.parametrize(
