@@ -63,7 +63,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Adds the default to every flag that has one; keeps the description's line breaks."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, "", False) else super()._get_help_string(action)
+        without = action.default is None or action.default is False or action.default == ""
+        return action.help if without else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -186,9 +187,14 @@ def run_script(main) -> None:
             raise
         _fail(one_line(error))
     except RuntimeError as error:
-        if sys.flags.dev_mode or not distributed.lost_another_process(error):
+        if sys.flags.dev_mode:
             raise
-        _fail("another process of this run ended; its own message says why")
+        if distributed.lost_another_process(error):
+            reason = one_line(error)[:300]
+            _fail(f"the other processes were lost ({reason}); if one of them ended, its own message says why")
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        _fail(f"{one_line(error)} Too little memory, or shared memory (docker run --shm-size=8g)? Or give --workers 0")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:

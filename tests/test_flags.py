@@ -1,7 +1,9 @@
 """The command line: the original's flags and values, recipes, and one-line errors."""
 
+import re
 from pathlib import Path
 
+import distributed
 import flags
 import pytest
 import torch
@@ -115,6 +117,36 @@ def test_one_line():
         '  File "a.py", line 1, in f\n    raise OSError\nOSError: the disk: is\nfull\n'
     )
     assert flags.one_line(OSError(wrapped)) == "the disk: is full"
+
+
+@pytest.mark.parametrize(
+    "error, lost, match",
+    [
+        (
+            "DataLoader worker (pid 7) is killed by signal: Bus error.",
+            False,
+            r"killed by signal.*--shm-size.*--workers 0",
+        ),
+        (
+            "NCCL error: unhandled system error",
+            True,
+            r"the other processes were lost \(NCCL error: unhandled system er",
+        ),
+    ],
+)
+def test_errors_of_other_processes_are_one_line(monkeypatch, error, lost, match):
+    monkeypatch.setattr(distributed, "lost_another_process", lambda error: lost)
+
+    def main():
+        raise RuntimeError(error)
+
+    with pytest.raises(SystemExit, match=match):
+        flags.run_script(main)
+
+
+def test_help_names_defaults_of_zero():
+    text = " ".join(flags.train_parser().format_help().split())
+    assert re.search(r"--gpu-id N .{,300}\(default: 0\)", text) and "(default: False)" not in text
 
 
 def test_zero_or_one_flags_take_words():
