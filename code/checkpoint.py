@@ -107,7 +107,7 @@ def write_text(text: str, path: Path) -> None:
 def find(model_path: str, name: str, only: bool) -> Path:
     """The checkpoint that --model-path means: a file, or in a folder the file `name` (DATASET_MODEL_best.pth).
 
-    Without that file the only *_best.pth there, if the folder is that of a run, or unless `only` that one will do.
+    Without that file the only *_best.pth there; with `only`, just where a last.pth shows that the folder is a run's.
     Raises ValueError for no path and FileNotFoundError, which lists what is there instead.
     """
     if not model_path:

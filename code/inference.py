@@ -46,7 +46,7 @@ def load_network(parser, args, given: set[str], name: str, only: bool, device: t
 
     Args:
         parser, args, given: of flags.py; args.model_path is the checkpoint or its folder.
-        name: the file to look for in a folder; only: no other *_best.pth there will do.
+        name, only: what to look for in a folder, see checkpoint.find.
 
     Raises:
         ValueError, OSError: no checkpoint, a damaged one, or one that does not fit the flags.

@@ -303,7 +303,7 @@ def read_folder(root: Path) -> Listing:
     DIR/train/<class>/..., DIR/test/<class>/...             the test images search among themselves
     DIR/train/<class>/..., DIR/query/..., DIR/gallery/...   the queries search in the gallery
     DIR/<class>/...                                         split by class, the first in sorted order train
-    FILE.csv, or a DIR with one and no class folders        see read_csv
+    FILE.csv, or a DIR with one and at most one folder      see read_csv
 
     train, test, query and gallery may be written in any letter case. test alone, or query and gallery, can be scored.
 

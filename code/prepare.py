@@ -79,9 +79,9 @@ def print_counts(name: str, listing: Listing) -> None:
 
 
 def check(name: str, data_root: Path, decode: bool = False, train_classes: float | None = None) -> bool:
-    """Prints a table of the counts and a line for each thing that is off; True if nothing is.
+    """Prints a table of the counts and a line for each problem; True if there is none.
 
-    Whatever training would refuse is off. train_classes: as in load_benchmark.
+    Whatever training would refuse is one. train_classes: as in load_benchmark.
 
     Raises ValueError or OSError if the lists cannot be read at all.
     """
