@@ -22,6 +22,7 @@ normalised.
 
 import functools
 import itertools
+import shlex
 import sys
 from pathlib import Path
 
@@ -85,10 +86,11 @@ def use(variant: str) -> None:
 
 
 def main() -> None:
+    command = shlex.join(sys.argv)
+    train.run.command = lambda: command  # what the run records
     variant = sys.argv.pop(1) if len(sys.argv) > 1 else ""
     use(variant)
-    sys.argv[0] += f" {variant}"  # the run records its command
-    if "--resume" not in sys.argv:
+    if not flags.train_parser().parse()[0].resume:  # a path names the folder by itself
         sys.argv[1:1] = ["--log-dir", str(flags.CODE.parent / "logs" / "variants" / variant)]
     train.main()
 

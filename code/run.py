@@ -69,7 +69,7 @@ def parse_flags() -> tuple[Namespace, dict | None]:
     if args.overwrite:
         raise ValueError("--resume and --overwrite cannot be combined")
     path = last_checkpoint(args, given)
-    if "run_num" in given and path.resolve().parent.name != f"run_{args.run_num}":
+    if args.resume and "run_num" in given and path.absolute().parent.name != f"run_{args.run_num}":
         raise ValueError(
             f"--resume {args.resume} names another run than --run-num {args.run_num}: leave one of them out"
         )
@@ -219,6 +219,11 @@ def best_name(dataset: str, model: str) -> str:
     return f"{dataset}_{model.replace(':', '_').replace('/', '_')}_best.pth"
 
 
+def command() -> str:
+    """The command line that makes a run, for its files."""
+    return shlex.join(sys.argv)
+
+
 def environment(device: torch.device) -> dict[str, str]:
     """Commit, versions and device that make a run or a score, for its files."""
     return {
@@ -258,7 +263,7 @@ class Run:
     def __init__(self, args: Namespace, device: torch.device, parts: dict, data: dict, state: dict | None):
         self.args, self.device, self.parts, self.data = args, device, parts, data
         self.epoch, self.history, self.best = -args.warm, [], None
-        self.made_by = {**environment(device), "command": shlex.join(sys.argv)}
+        self.made_by = {**environment(device), "command": command()}
         self.wandb, self.wandb_id, self.lock = None, None, None
         self.drawing_seconds, self.started = 0.0, time.monotonic()
         self.one_point = False  # whether the last embeddings lay almost at one point
@@ -277,6 +282,7 @@ class Run:
             return
         self.lock = self.lock or lock(self.folder)
         if state and checkpoint.load(Path(args.resume))["epoch"] != state["epoch"]:
+            unlock(self.lock)
             raise ValueError(f"{self.folder}: another process went on with this run meanwhile; give the command again")
         checkpoint.remove_leftovers(self.folder)
         if not has_best:
@@ -483,8 +489,10 @@ class Run:
         network, criterion = self.parts["network"], self.parts["criterion"]
         with torch.no_grad():
             network.eval()
+            parts = torch.stack(images).split(150)  # one process alone may not have the memory for all at once
+            X = torch.cat([network(network.normalise(part.to(self.device))) for part in parts])
             labels = torch.tensor(labels, device=self.device)
-            H = criterion.cds2hg(network(network.normalise(torch.stack(images).to(self.device))), labels)[1]
+            H = criterion.cds2hg(X, labels)[1]
         class_names = train_loader.dataset.images.class_names
         pictures.hypergraph(H.cpu().numpy(), labels.cpu().numpy(), class_names, self.folder / "hypergraph.png")
 

@@ -350,6 +350,7 @@ def test_a_run_that_another_process_took_further_meanwhile_is_left_alone(refused
     table = (folder / "results.csv").read_bytes()
     refused(*resume(folder, "--data-root", pictures), match="another process went on with this run meanwhile")
     assert (folder / "results.csv").read_bytes() == table and checkpoint.load(folder / "last.pth")["epoch"] == 2
+    assert not (folder / ".lock").exists()
 
 
 def test_two_processes_cannot_work_in_one_run(call, refused, run_folder, holder):
