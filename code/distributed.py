@@ -48,8 +48,8 @@ def start(gpu_id: int) -> torch.device:
     From here on only process 0 speaks: the standard output, warnings and progress bars of the others are silenced.
 
     Raises:
-        ValueError: no GPU of that number, fewer GPUs than processes on this machine, or an environment that is not
-            torchrun's.
+        ValueError: no GPU of that number, fewer GPUs than processes on this machine, an environment that is not
+            torchrun's, or processes that cannot reach each other.
     """
     if not several():
         return choose_device(gpu_id)
@@ -61,8 +61,11 @@ def start(gpu_id: int) -> torch.device:
                          "start fewer with --nproc-per-node, or use --gpu-id -1")  # fmt: skip
     device = choose_device(local_rank if on_gpu else -1)
     global _control
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-    _control = dist.new_group(backend="gloo")
+    try:
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+        _control = dist.new_group(backend="gloo")
+    except RuntimeError as error:
+        raise ValueError(f"the {_from_environment('WORLD_SIZE')} processes could not meet: {error}") from error
     if rank != 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # a progress bar shows itself on a terminal only
     return device

@@ -67,12 +67,13 @@ def main():
     if "nmi" in names:
         everything = [torch.cat(parts) for parts in zip(query[:2], gallery[:2], strict=True)] if gallery else query[:2]
         scores["NMI"] = metrics.nmi(*everything, memory_gib=args.search_memory, device=device, progress=True)
+    scored_by = run.environment(device)
     distributed.stop()
     if processes.rank != 0:
         return
 
     # What was reached, on what
-    report(args, device, measured, found, scores)
+    report(args, scored_by, measured, found, scores)
     if metrics.almost_one_point(query.embeddings):
         print(f"warning: {metrics.ONE_POINT}", file=sys.stderr)
     if args.pictures:
@@ -168,14 +169,14 @@ def describe(args, benchmark, loaded, query, gallery) -> dict:
     }
 
 
-def report(args, device, measured, found, scores):
+def report(args, scored_by, measured, found, scores):
     """Print the scores and what they were measured on; write both as JSON if asked to."""
     content = measured | {
         "queries": found.num_queries,
         "gallery": measured["splits"].get("gallery", {}).get("images"),
         "without_positive": found.num_without_positive,
         "figures": scores,
-        "scored_by": run.environment(device),
+        "scored_by": scored_by,
         "scored_with": flags.plain(args),
     }
     print(f"checkpoint: {content['checkpoint']}")

@@ -194,7 +194,8 @@ def run_script(main) -> None:
             _fail(f"the other processes were lost ({reason}); if one of them ended, its own message says why")
         if not str(error).startswith("DataLoader worker"):
             raise
-        _fail(f"{one_line(error)} Too little memory, or shared memory (docker run --shm-size=8g)? Or give --workers 0")
+        reason = one_line(error).rstrip(".")
+        _fail(f"{reason}: too little memory, or shared memory (docker run --shm-size=8g)? --workers 0 needs less")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
@@ -419,7 +420,7 @@ def train_parser() -> Parser:
         default="imagenet",
         metavar="imagenet|none|FILE",
         help="initial weights of the backbone: imagenet (IMAGENET1K_V1, downloaded), none (random), or a file (a "
-        "state dict of the backbone, or a checkpoint), looked for here, then in the data root, then in data/",
+        "state dict of the backbone, or a checkpoint), looked for in the current folder, the data root and data/",
     )
     network.add_argument(
         "--bn-freeze",

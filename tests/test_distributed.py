@@ -176,6 +176,7 @@ def test_evaluate_script_gives_the_same_figures_and_writes_once(cub, alone, tmp_
         done = torchrun(count, ROOT / "code" / "evaluate.py", *words, *files)
         assert done.returncode == 0, done.stderr
         figures[count], said[count] = json.loads((tmp_path / f"{count}.json").read_text()), done.stdout
+    assert [figures[count]["scored_by"]["processes"] for count in (1, 3)] == ["1", "3"]
     assert figures[1]["figures"].keys() == figures[3]["figures"].keys() >= {"R@1", "RP", "MAP@R", "NMI"}
     assert figures[1]["figures"] == pytest.approx(figures[3]["figures"], abs=1e-6)
     assert said[3].count("R@1 ") == 1 and "3 processes" in said[3]

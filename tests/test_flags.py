@@ -127,6 +127,7 @@ def test_one_line():
             False,
             r"killed by signal.*--shm-size.*--workers 0",
         ),
+        ("DataLoader worker (pid(s) 7) exited unexpectedly", False, r"exited unexpectedly: too little memory"),
         (
             "NCCL error: unhandled system error",
             True,

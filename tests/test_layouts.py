@@ -31,7 +31,7 @@ def assert_sound(benchmark):
     for images in lists:
         assert len(images) == len(images.paths) == len(images.labels) > 0
         assert images.labels.dtype == np.int64
-        assert 0 <= images.labels.min() and images.labels.max() < images.num_classes == len(images.class_names)
+        assert 0 <= images.labels.min() and images.labels.max() < len(images.class_names)
         assert all((Path(images.root) / path).is_file() for path in images.paths)
     assert sorted(set(benchmark.train.labels)) == list(range(benchmark.train.num_classes))
     for images in lists[1:]:
