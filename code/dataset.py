@@ -226,8 +226,8 @@ class ImageDataset(Dataset):
     dataset[i] transforms with the random state as it is. dataset[i, seed] seeds torch's CPU generator for the
     transform and restores its state afterwards, so the result depends only on the seed, in any process.
 
-    An image that cannot be decoded raises UnreadableImage. With skip_bad it is remembered (bad_paths and num_bad
-    count over all workers) and replaced. In training, dataset[i, seed] gives another image, of the same class if
+    An image that cannot be decoded raises UnreadableImage. With skip_bad it is marked in `bad` (N,), which all workers
+    share, and replaced. In training, dataset[i, seed] gives another image, of the same class if
     that has a readable one. In scoring, dataset[i] gives zeros and the label -1; rows with this label must be
     dropped before figures are computed.
     """
@@ -240,17 +240,6 @@ class ImageDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.images)
-
-    @property
-    def bad_paths(self) -> list[str]:
-        """Paths of the images that could not be decoded so far, relative to the root of the list."""
-        if self.bad is None:
-            return []
-        return [self.images.paths[i] for i in self.bad.nonzero().flatten().tolist()]
-
-    @property
-    def num_bad(self) -> int:
-        return 0 if self.bad is None else int(self.bad.sum())
 
     def read(self, index: int) -> Image.Image:
         try:
