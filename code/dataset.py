@@ -227,9 +227,9 @@ class ImageDataset(Dataset):
     transform and restores its state afterwards, so the result depends only on the seed, in any process.
 
     An image that cannot be decoded raises UnreadableImage. With skip_bad it is marked in `bad` (N,), which all workers
-    share, and replaced. In training, dataset[i, seed] gives another image, of the same class if
-    that has a readable one. In scoring, dataset[i] gives zeros and the label -1; rows with this label must be
-    dropped before figures are computed.
+    share, and replaced. In training, dataset[i, seed] gives another image, of the same class if that has a readable
+    one. In scoring, dataset[i] gives zeros and the label -1; rows with this label must be dropped before figures are
+    computed.
     """
 
     def __init__(self, images: ImageList, transform, skip_bad: bool = False):

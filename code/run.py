@@ -489,8 +489,9 @@ class Run:
         network, criterion = self.parts["network"], self.parts["criterion"]
         with torch.no_grad():
             network.eval()
-            parts = torch.stack(images).split(150)  # one process alone may not have the memory for all at once
-            X = torch.cat([network(network.normalise(part.to(self.device))) for part in parts])
+            at_once = self.args.sz_batch // distributed.processes().count  # as in training: that much fits the memory
+            parts = torch.stack(images).to(self.device).split(at_once)
+            X = torch.cat([network(network.normalise(part)) for part in parts])
             labels = torch.tensor(labels, device=self.device)
             H = criterion.cds2hg(X, labels)[1]
         class_names = train_loader.dataset.images.class_names
