@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from refused import Refused
 
 TEMPORARY = ".hist-tmp"  # suffix of files that are being written
 
@@ -59,7 +60,7 @@ def require_writable(path: Path | None, option: str) -> None:
     if path is None:
         return
     if path.is_dir():
-        raise ValueError(f"{option} {path}: this is a folder, name a file")
+        raise Refused(f"{option} {path}: this is a folder, name a file")
     _try_writing(path.parent, f"{option} {path}")
 
 
@@ -73,7 +74,7 @@ def require_folder(path: Path | None, option: str) -> None:
     if path is None:
         return
     if path.exists() and not path.is_dir():
-        raise ValueError(f"{option} {path}: this is a file, name a folder")
+        raise Refused(f"{option} {path}: this is a file, name a folder")
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not existing.is_dir():
         raise OSError(f"{option} {path}: cannot be made ({existing} is a file)")
@@ -111,7 +112,7 @@ def find(model_path: str, name: str, only: bool) -> Path:
     Raises ValueError for no path and FileNotFoundError, which lists what is there instead.
     """
     if not model_path:
-        raise ValueError("--model-path is needed: a checkpoint, or a folder that holds DATASET_MODEL_best.pth")
+        raise Refused("--model-path is needed: a checkpoint, or a folder that holds DATASET_MODEL_best.pth")
     path = Path(model_path)
     if not path.is_dir():
         return path
@@ -145,7 +146,7 @@ def load(path: Path) -> dict:
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such checkpoint")
     if path.is_dir():
-        raise ValueError(f"{path}: this is a folder, a checkpoint file is needed")
+        raise Refused(f"{path}: this is a folder, a checkpoint file is needed")
     try:
         with open(path, "rb") as file:
             content = torch.load(file, map_location="cpu", weights_only=True)
@@ -155,10 +156,10 @@ def load(path: Path) -> dict:
         refusals = [line for line in str(error).splitlines() if "GLOBAL" in line]  # a name that code would be run by
         if refusals:
             reason = refusals[0].removeprefix("WeightsUnpickler error: ").strip().partition(". ")[0]
-            raise ValueError(f"{path}: refused, it holds more than tensors and plain values ({reason})") from error
-        raise ValueError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from error
+            raise Refused(f"{path}: refused, it holds more than tensors and plain values ({reason})") from error
+        raise Refused(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a checkpoint, it holds a {type(content).__name__}")
+        raise Refused(f"{path}: not a checkpoint, it holds a {type(content).__name__}")
     return content
 
 
@@ -166,7 +167,7 @@ def network_state(content: dict, path: Path) -> dict[str, torch.Tensor]:
     """The network's state dict of a checkpoint, ours or a published one. Raises ValueError if it has none."""
     state = content.get("model_state_dict")
     if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{path}: not a checkpoint of this project, it has no 'model_state_dict' of tensors")
+        raise Refused(f"{path}: not a checkpoint of this project, it has no 'model_state_dict' of tensors")
     return state
 
 

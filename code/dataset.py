@@ -27,13 +27,14 @@ from layouts import (
     split_problems,
 )
 from PIL import Image, ImageOps
+from refused import Refused
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 
 NARROWEST = 1000  # times as long as wide; longer images would take gigabytes once resized
 
 
-class UnreadableImage(ValueError):
+class UnreadableImage(Refused):
     """A file is missing, cut or no image. The message is one line: '<path>: cannot be decoded (<why>)'."""
 
 
@@ -111,7 +112,7 @@ def load_benchmark(
     listing = read_splits(name, data_root, train_classes, share_given)
     problems = split_problems(listing, training)
     if problems:
-        raise ValueError(problems[0])
+        raise Refused(problems[0])
     if listing.source:
         missing = missing_files(listing)
         if missing:
@@ -134,11 +135,11 @@ def split_validation(images: ImageList, share: float, seed: int) -> tuple[ImageL
     Raises ValueError for a share outside ]0, 1[, or one that leaves fewer than 2 classes on either side.
     """
     if not 0 < share < 1:
-        raise ValueError(f"--val-classes: the validation share is {share}, it must lie between 0 and 1")
+        raise Refused(f"--val-classes: the validation share is {share}, it must lie between 0 and 1")
     count = images.num_classes
     held_out = round(share * count)
     if count < 4:
-        raise ValueError(f"--val-classes: {images.root} has {count} training classes, at least 2 + 2 are needed")
+        raise Refused(f"--val-classes: {images.root} has {count} training classes, at least 2 + 2 are needed")
     unit = 10 ** (len(str(count)) + 1)  # of the share that is proposed
     if held_out < 2:
         advice = f"holds out {held_out}; at least 2 are needed: {-(-2 * unit // count) / unit:g} or more"
@@ -147,7 +148,7 @@ def split_validation(images: ImageList, share: float, seed: int) -> tuple[ImageL
     else:
         advice = ""
     if advice:
-        raise ValueError(f"--val-classes {share:g} of {count} classes {advice}")
+        raise Refused(f"--val-classes {share:g} of {count} classes {advice}")
     order = torch.randperm(count, generator=generator_for(seed)).numpy()
     halves = []
     for classes in (np.sort(order[held_out:]), np.sort(order[:held_out])):
@@ -191,7 +192,7 @@ def scale_to_bytes(image: Image.Image) -> Image.Image:
     values = np.asarray(image, dtype=np.float64)  # (H, W)
     finite = values[np.isfinite(values)]
     if not finite.size:
-        raise ValueError("no pixel has a finite value")
+        raise Refused("no pixel has a finite value")
     low, high = finite.min(), finite.max()
     # Pillow opens 16 bits as mode I, too, from some formats.
     if image.mode.startswith("I;16") or (image.mode == "I" and low >= 0 and 257 <= high <= 65535):
@@ -206,10 +207,10 @@ def read_rgb(path: str, own: bool = False) -> Image.Image:
     """Decodes an image file of any format to 8-bit RGB, see decode. Raises UnreadableImage."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError("not a regular file")  # opening a pipe would wait for ever
+            raise Refused("not a regular file")  # opening a pipe would wait for ever
         with Image.open(path) as image:
             if max(image.size) > NARROWEST * min(image.size):  # its shorter side will be resized to some 256 pixels
-                raise ValueError(f"{image.width:,} × {image.height:,} pixels are narrower than 1 to {NARROWEST:,}")
+                raise Refused(f"{image.width:,} × {image.height:,} pixels are narrower than 1 to {NARROWEST:,}")
             return decode(image, own)
     except Exception as error:  # what Pillow raises depends on where the file is broken
         why = str(error) or type(error).__name__
@@ -346,16 +347,14 @@ class RandomBatches(Sampler):
     ):
         labels = np.asarray(labels)
         if not 1 <= batch_size <= len(labels):
-            raise ValueError(
+            raise Refused(
                 f"--batch-size {batch_size}: there are {len(labels)} training images, a batch has 1 to {len(labels)}"
             )
         if images_per_class < 0 or images_per_class and batch_size % images_per_class:
-            raise ValueError(
-                f"--IPC {images_per_class}: so many images per class do not divide --batch-size {batch_size}"
-            )
+            raise Refused(f"--IPC {images_per_class}: so many images per class do not divide --batch-size {batch_size}")
         rank, count = shard
         if batch_size % count:
-            raise ValueError(
+            raise Refused(
                 f"--batch-size {batch_size} is the whole batch, it cannot be dealt out to {count} processes evenly"
             )
         self.part = slice(rank * batch_size // count, (rank + 1) * batch_size // count)
@@ -363,7 +362,7 @@ class RandomBatches(Sampler):
         boundaries = np.flatnonzero(np.diff(labels[order])) + 1
         self.members = [torch.from_numpy(part) for part in np.split(order, boundaries)]  # indices of a class
         if images_per_class and batch_size // images_per_class > len(self.members):
-            raise ValueError(
+            raise Refused(
                 f"--batch-size {batch_size} with --IPC {images_per_class} images per class needs "
                 f"{batch_size // images_per_class} classes, there are {len(self.members)}"
             )

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from refused import Refused
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -57,7 +58,7 @@ def start(gpu_id: int) -> torch.device:
     on_gpu = torch.cuda.is_available() and gpu_id >= 0
     here, count = _from_environment("LOCAL_WORLD_SIZE", local_rank + 1), torch.cuda.device_count()
     if on_gpu and here > count:  # seen by all processes of the machine, so that the first one says it
-        raise ValueError(f"{here} processes were started on this machine, which has {count} GPU{'s' * (count != 1)}: "
+        raise Refused(f"{here} processes were started on this machine, which has {count} GPU{'s' * (count != 1)}: "
                          "start fewer with --nproc-per-node, or use --gpu-id -1")  # fmt: skip
     device = choose_device(local_rank if on_gpu else -1)
     global _control
@@ -65,7 +66,7 @@ def start(gpu_id: int) -> torch.device:
         dist.init_process_group("nccl" if on_gpu else "gloo")
         _control = dist.new_group(backend="gloo")
     except RuntimeError as error:
-        raise ValueError(f"the {_from_environment('WORLD_SIZE')} processes could not meet: {error}") from error
+        raise Refused(f"the {_from_environment('WORLD_SIZE')} processes could not meet: {error}") from error
     if rank != 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # a progress bar shows itself on a terminal only
     return device
@@ -78,7 +79,7 @@ def _from_environment(name: str, default: int | None = None) -> int:
         return int(value)
     except (TypeError, ValueError):
         found = "is not set" if value is None else f"is {value!r}"
-        raise ValueError(
+        raise Refused(
             f"WORLD_SIZE is set, but {name} {found}: start several processes with torchrun, or unset WORLD_SIZE"
         ) from None
 
@@ -89,7 +90,7 @@ def choose_device(gpu_id: int) -> torch.device:
     if gpu_id < 0 or count == 0:
         return torch.device("cpu")
     if gpu_id >= count:
-        raise ValueError(f"--gpu-id {gpu_id}: there are {count} GPUs, numbered from 0; -1 is the CPU")
+        raise Refused(f"--gpu-id {gpu_id}: there are {count} GPUs, numbered from 0; -1 is the CPU")
     torch.cuda.set_device(gpu_id)
     # Loss and search are exact in float32. It is the default, unless an environment variable that some containers set
     # says otherwise.

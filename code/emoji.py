@@ -17,6 +17,7 @@ from pathlib import Path
 from folders import written_whole
 from packages import Package, read_packages
 from PIL import Image
+from refused import Refused
 from tqdm import tqdm
 
 CLASSES_FILE = Path(__file__).with_name("emoji_classes.txt")
@@ -90,7 +91,7 @@ def find_renderer():
     try:
         from resvg_py import svg_to_bytes
     except ImportError as error:
-        raise ValueError(f"drawing the emoji needs resvg_py: pip install -r requirements.txt ({error})") from error
+        raise Refused(f"drawing the emoji needs resvg_py: pip install -r requirements.txt ({error})") from error
     return svg_to_bytes
 
 
@@ -133,7 +134,7 @@ def draw(render, svg: str) -> bytes:
     png = render(svg_string=svg, width=SIZE, height=SIZE, background="white", skip_system_fonts=True)
     with Image.open(io.BytesIO(png)) as image:
         if image.convert("L").getextrema() == (255, 255):
-            raise ValueError("nothing but white")
+            raise Refused("nothing but white")
     return png
 
 
@@ -151,7 +152,7 @@ def write_emoji(folder: Path, sources: dict[str, dict], render, progress: bool) 
             try:
                 png = draw(render, svg)
             except ValueError as error:
-                raise ValueError(
+                raise Refused(
                     f"emoji: {name!r} of @iconify-json/{source} cannot be drawn ({error}); "
                     "`pip install -r requirements.txt` brings the resvg_py that draws them all"
                 ) from error

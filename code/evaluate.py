@@ -24,6 +24,7 @@ import pictures
 import run
 import torch
 from folders import shorten
+from refused import Refused
 
 
 def main():
@@ -85,29 +86,29 @@ def main():
 def check_flags(args, given):
     """Refuse what cannot work before the work begins: contradictory flags, files that cannot be written."""
     if args.embeddings and args.model_path:
-        raise ValueError("--embeddings and --model-path cannot be combined: a file is scored, or a network")
+        raise Refused("--embeddings and --model-path cannot be combined: a file is scored, or a network")
     for option in ("pictures", "export", "save_embeddings"):
         if args.embeddings and getattr(args, option):
-            raise ValueError(f"--{option.replace('_', '-')} needs a network: give --model-path instead of --embeddings")
+            raise Refused(f"--{option.replace('_', '-')} needs a network: give --model-path instead of --embeddings")
     if args.export and (others := sorted(given & {"json", "pictures", "save_embeddings", "metrics"})):
-        raise ValueError(f"--export scores nothing: leave out --{others[0].replace('_', '-')}")
+        raise Refused(f"--export scores nothing: leave out --{others[0].replace('_', '-')}")
     for option in ("json", "save_embeddings", "export"):
         checkpoint.require_writable(getattr(args, option), f"--{option.replace('_', '-')}")
     checkpoint.require_folder(args.pictures, "--pictures")
     if args.export and distributed.several():
-        raise ValueError("--export is done by one process: start it without torchrun")
+        raise Refused("--export is done by one process: start it without torchrun")
 
 
 def load_benchmark(args, given, loaded) -> dataset.Benchmark:
     """The data to score on. Raises ValueError where flags, data and checkpoint do not fit each other."""
     stored = checkpoint.stored_flags(loaded.content)
     if "dataset" not in given and "dataset" not in stored:
-        raise ValueError(f"{loaded.path} does not say what it was trained on: --dataset is needed")
+        raise Refused(f"{loaded.path} does not say what it was trained on: --dataset is needed")
     if args.dataset == "folder" and "data_root" not in given:
         if "data_root" not in stored or stored.get("dataset") != "folder":
-            raise ValueError(flags.NO_FOLDER)
+            raise Refused(flags.NO_FOLDER)
         if not args.data_root.exists():
-            raise ValueError(f"{loaded.path} was trained on {args.data_root}, which is not there; give --data-root")
+            raise Refused(f"{loaded.path} was trained on {args.data_root}, which is not there; give --data-root")
     benchmark = dataset.load_benchmark(
         args.dataset, args.data_root, args.train_classes, training=False, share_given="train_classes" in given
     )
@@ -137,7 +138,7 @@ def compare_with_training(args, given, loaded, benchmark) -> None:
         else:
             cause = f"{args.data_root} changed since"
         names = shorten([repr(name) for name in seen])
-        raise ValueError(
+        raise Refused(
             f"{loaded.path} was trained on {len(seen):,} of the {len(tested):,} classes to score on ({names}): "
             f"{cause}; a score on them says nothing about unseen classes"
         )
@@ -237,11 +238,11 @@ def read_embeddings(args, given):
         raise
     except Exception as error:  # a damaged archive fails in many ways
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path}: no embeddings that --save-embeddings wrote ({reason})") from error
+        raise Refused(f"{path}: no embeddings that --save-embeddings wrote ({reason})") from error
     if half:
-        raise ValueError(f"{path}: gallery_labels without gallery_embeddings")
+        raise Refused(f"{path}: gallery_labels without gallery_embeddings")
     if ks.dtype.kind not in "iu" or ks.ndim != 1:
-        raise ValueError(f"{path}: ks must be whole numbers, one for each R@K")
+        raise Refused(f"{path}: ks must be whole numbers, one for each R@K")
     ks = tuple(ks.tolist())
     if "dataset" in given:
         if name not in (None, args.dataset):
@@ -262,12 +263,12 @@ def read_embeddings(args, given):
 def embedded_from_arrays(path: Path, embeddings: np.ndarray, labels: np.ndarray) -> inference.Embedded:
     """Arrays of a file as tensors. Raises ValueError unless they are floating point and whole numbers."""
     if embeddings.dtype.kind != "f":
-        raise ValueError(f"{path}: embeddings must be floating point, they are {embeddings.dtype}")
+        raise Refused(f"{path}: embeddings must be floating point, they are {embeddings.dtype}")
     if labels.ndim != 1:
-        raise ValueError(f"{path}: labels (N,) are needed, they have the shape {labels.shape}")
+        raise Refused(f"{path}: labels (N,) are needed, they have the shape {labels.shape}")
     if labels.dtype.kind not in "iu":
         kind = "text" if labels.dtype.kind in "US" else str(labels.dtype)
-        raise ValueError(f"{path}: labels must be whole numbers, they are {kind}: number the classes from 0")
+        raise Refused(f"{path}: labels must be whole numbers, they are {kind}: number the classes from 0")
     wide = np.float64 if embeddings.dtype.itemsize > 8 else embeddings.dtype  # torch has no float128
     embeddings, labels = embeddings.astype(np.dtype(wide).newbyteorder("=")), labels.astype(np.int64)
     return inference.Embedded(torch.from_numpy(embeddings), torch.from_numpy(labels), torch.arange(len(labels)))

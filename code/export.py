@@ -6,6 +6,7 @@ from pathlib import Path
 import checkpoint
 import numpy as np
 import torch
+from refused import Refused
 
 TOLERANCE = 1e-4  # of the embeddings, onnxruntime against torch
 
@@ -20,7 +21,7 @@ def to_onnx(network, image_size: int, path: Path) -> None:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"--export: {error.name} is not installed (pip install onnx onnxscript)") from error
+        raise Refused(f"--export: {error.name} is not installed (pip install onnx onnxscript)") from error
     network.eval()
     images = torch.randn(3, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     program = _trace(network, images[:2])
@@ -54,7 +55,7 @@ def _trace(network, images: torch.Tensor):
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
             )
         except torch.onnx.OnnxExporterError as error:  # some networks of timm cannot be traced
-            raise ValueError(f"--export: torch cannot export {network.name} ({str(error).strip()[:200]})") from error
+            raise Refused(f"--export: torch cannot export {network.name} ({str(error).strip()[:200]})") from error
 
 
 def _compare(network, images: torch.Tensor, content: bytes) -> str:
@@ -67,5 +68,5 @@ def _compare(network, images: torch.Tensor, content: bytes) -> str:
     with torch.inference_mode():
         difference = np.abs(session.run(None, {"images": images.numpy()})[0] - network(images).numpy()).max()
     if not difference < TOLERANCE:
-        raise ValueError(f"--export: onnxruntime's embeddings differ from torch's by {difference:.1e}, not written")
+        raise Refused(f"--export: onnxruntime's embeddings differ from torch's by {difference:.1e}, not written")
     return f"onnxruntime differs from torch by at most {difference:.1e}"

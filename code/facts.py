@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from refused import Refused
+
 RECALL_AT = (1, 2, 4, 8, 16, 32)
 
 
@@ -111,4 +113,4 @@ def dataset_name(text: str) -> str:
     try:
         return names[text.lower().replace("-", "")]
     except KeyError:
-        raise ValueError(f"{text!r} is not a dataset; choose from {', '.join(DATASETS)}") from None
+        raise Refused(f"{text!r} is not a dataset; choose from {', '.join(DATASETS)}") from None

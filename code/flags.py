@@ -16,6 +16,7 @@ from pathlib import Path
 import distributed
 import facts
 import torch
+from refused import Refused
 
 CODE = Path(__file__).resolve().parent
 DATA = CODE.parent / "data"  # where the benchmarks are looked for
@@ -141,7 +142,7 @@ class Parser(argparse.ArgumentParser):
         """
         for name, option in ARCHITECTURE.items():
             if name in given and name in stored and getattr(args, name) != stored[name]:
-                raise ValueError(
+                raise Refused(
                     f"{path} was trained with {option} {stored[name]}, the command line says {getattr(args, name)}"
                 )
         taken = {name: stored[name] for name in TAKEN_FROM_CHECKPOINT if name in stored}

@@ -17,6 +17,7 @@ import numpy as np
 from folders import written_whole
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
+from refused import Refused
 from tqdm import tqdm
 
 FONT_FILE = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
@@ -119,7 +120,7 @@ def ensure_glyphs(root: Path, num_classes=200, images_per_class=20, size=64, see
     Raises ValueError for parameters that make no set, OSError when root cannot be written.
     """
     if num_classes < 2 or images_per_class < 1 or size < 8 or not 0 <= seed < 2**32:
-        raise ValueError(
+        raise Refused(
             f"glyphs: {num_classes} classes (at least 2), {images_per_class} images per class "
             f"(at least 1), {size} pixels (at least 8), seed {seed} (0 to 2**32 - 1): no set"
         )
@@ -130,7 +131,7 @@ def ensure_glyphs(root: Path, num_classes=200, images_per_class=20, size=64, see
     if target.is_dir():
         return target
     if num_classes > len(distinct_letters()):
-        raise ValueError(f"glyphs: {num_classes} classes wanted, there are {len(distinct_letters())} letters")
+        raise Refused(f"glyphs: {num_classes} classes wanted, there are {len(distinct_letters())} letters")
     with written_whole(target) as folder:
         write_glyphs(folder, num_classes, images_per_class, size, seed, progress)
     return target

@@ -10,12 +10,13 @@ import distributed
 import metrics
 import net
 import torch
+from refused import Refused
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 
-class NotFinite(ValueError):
+class NotFinite(Refused):
     """Embeddings hold NaN or Inf. The message is one line that counts them."""
 
 
@@ -111,7 +112,7 @@ def embed(
     rank, count = distributed.processes()
     total = len(loader.dataset)
     if total == 0:
-        raise ValueError("there is no image to embed")
+        raise Refused("there is no image to embed")
     share, layout = len(range(rank, total, count)), memory_format(channels_last)
     embeddings, labels, done = None, torch.empty(share, dtype=torch.int64), 0
     with tqdm(total=total, desc=description, unit="img", disable=None, leave=False) as bar:

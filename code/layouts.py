@@ -36,6 +36,7 @@ from folders import (
     shorten,
 )
 from glyphs import ensure_glyphs
+from refused import Refused
 
 
 @dataclass
@@ -64,8 +65,8 @@ def not_there(name: str, path: Path) -> FileNotFoundError:
     )
 
 
-def bad_line(list_file: Path, number: int, expected: str, found: str) -> ValueError:
-    return ValueError(f"{list_file}, line {number}: expected {expected}, found {found[:80]!r}")
+def bad_line(list_file: Path, number: int, expected: str, found: str) -> Refused:
+    return Refused(f"{list_file}, line {number}: expected {expected}, found {found[:80]!r}")
 
 
 def is_number(text: str) -> bool:
@@ -79,7 +80,7 @@ def read_lines(path: Path, name: str) -> list[str]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file (byte {error.start} is no UTF-8)") from None
+        raise Refused(f"{path}: not a text file (byte {error.start} is no UTF-8)") from None
     return [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
 
 
@@ -104,7 +105,7 @@ def read_class_folders(root: Path, inside: str, notes: list[str]) -> list[tuple[
         prefix = f"{inside}/{name}" if inside else name
         found, more = find_images(top / name, prefix, (root, top))
         if not found and not more["unreadable"] and not more["again"]:
-            raise ValueError(f"{top / name}: the class folder holds no image; fill it or remove it")
+            raise Refused(f"{top / name}: the class folder holds no image; fill it or remove it")
         pairs += [(path, name) for path in found]
         skipped += more
         folders = sorted({posixpath.dirname(path) for path in found})
@@ -133,13 +134,11 @@ def read_cub(root: Path, name: str) -> Listing:
     for folder in class_folders(root / "images"):
         number = folder.partition(".")[0]
         if not is_number(number) or int(number) < 1:
-            raise ValueError(f"{root / 'images' / folder}: a class folder begins with its number: 001.Name")
+            raise Refused(f"{root / 'images' / folder}: a class folder begins with its number: 001.Name")
         if num_classes and int(number) > num_classes:
-            raise ValueError(
-                f"{root / 'images' / folder}: class {number}, they go from 1 to {num_classes}; take it out"
-            )
+            raise Refused(f"{root / 'images' / folder}: class {number}, they go from 1 to {num_classes}; take it out")
         if int(number) in numbers.values():
-            raise ValueError(f"{root / 'images' / folder}: a second class folder with the number {number}")
+            raise Refused(f"{root / 'images' / folder}: a second class folder with the number {number}")
         numbers[folder] = int(number)
     notes = []
     pairs = [(path, numbers[folder]) for path, folder in read_class_folders(root, "images", notes)]
@@ -156,23 +155,23 @@ def read_mat(path: Path) -> dict:
         return loadmat(path)
     except Exception as error:  # on a broken file, scipy raises whatever it stumbles over
         why = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: not a readable .mat file ({why})") from None
+        raise Refused(f"{path}: not a readable .mat file ({why})") from None
 
 
 def read_car_annotations(path: Path, file_field: str, folder: str = "") -> list[tuple[str, int]]:
     annotations, num_classes = read_mat(path).get("annotations", np.empty(0)), BENCHMARKS["cars"].num_classes
     for wanted in (file_field, "class"):
         if wanted not in (annotations.dtype.names or ()):
-            raise ValueError(f"{path}: its `annotations` have no field {wanted!r}")
+            raise Refused(f"{path}: its `annotations` have no field {wanted!r}")
     pairs = []
     for number, row in enumerate(annotations.ravel(), 1):
         try:
             # Each value is a 1×1 array; int() of one is an error in newer NumPy.
             file, class_id = str(row[file_field].item()), int(row["class"].item())
         except (AttributeError, TypeError, ValueError, OverflowError):
-            raise ValueError(f"{path}: annotation {number} is malformed") from None
+            raise Refused(f"{path}: annotation {number} is malformed") from None
         if not 1 <= class_id <= num_classes:
-            raise ValueError(f"{path}: annotation {number} has class {class_id}, not 1 to {num_classes}")
+            raise Refused(f"{path}: annotation {number} has class {class_id}, not 1 to {num_classes}")
         pairs.append((inside_root(folder + file, path, number), class_id))
     return pairs
 
@@ -332,7 +331,7 @@ def read_folder(root: Path) -> Listing:
     if len(folders) < 2:
         inner = class_folders(root / folders[0]) if folders else []
         advice = f"; is it --data-root {root / folders[0]}, which holds {len(inner)} folders?" if len(inner) > 1 else ""
-        raise ValueError(
+        raise Refused(
             f"{root}: it has {len(folders)} folders and {len(lists)} .csv files; needed are the folders "
             f"train and test, or train, query and gallery, or one per class, or one .csv file{advice}"
         )
@@ -344,7 +343,7 @@ def refuse_benchmarks(root: Path, folders: list[str]) -> None:
     names = {facts.home.lower(): name for name, facts in BENCHMARKS.items()}
     found = [folder for folder in folders if folder.lower() in names and class_folders(root / folder)]
     if found:
-        raise ValueError(
+        raise Refused(
             f"{root}: it holds benchmarks ({', '.join(found)}), not classes; give --dataset "
             f"{names[found[0].lower()]}, or for pictures of your own --data-root {root / 'FOLDER'}, their folder"
         )
@@ -355,14 +354,14 @@ def split_folders(root: Path, folders: list[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in folders:
         if name.lower() in SPLIT_NAMES and found.setdefault(name.lower(), name) != name:
-            raise ValueError(f"{root}: {found[name.lower()]} and {name} are the same split; merge them into one folder")
+            raise Refused(f"{root}: {found[name.lower()]} and {name} are the same split; merge them into one folder")
     for parts in SPLITS:
         if set(parts) <= set(found):
             return {part: found[part] for part in parts}
     if found:
         lacking = {"train": "test, or query and gallery", "query": "gallery", "gallery": "query"}
         first = next(name for name in lacking if name in found)
-        raise ValueError(
+        raise Refused(
             f"{root}: beside {found[first]} there must be {lacking[first]}; needed are train and test, or train, query "
             f"and gallery (if {found[first]} is a class, rename it)"
         )
@@ -395,11 +394,11 @@ def read_csv(list_file: Path) -> Listing:
             path = inside_root(values["path"], list_file, rows.line_num)
             splits.setdefault(split, []).append((path, values["label"]))
     except csv.Error as error:
-        raise ValueError(f"{list_file}, line {rows.line_num}: {error}") from None
+        raise Refused(f"{list_file}, line {rows.line_num}: {error}") from None
     for parts in (("all",), *SPLITS):
         if set(splits) == set(parts):
             return Listing(list_file.parent, {part: splits[part] for part in parts}, str(list_file), own=True)
-    raise ValueError(
+    raise Refused(
         f"{list_file}: the splits in it are {', '.join(splits) or 'none'}; needed are train and test, "
         "or train, query and gallery"
     )
@@ -423,7 +422,7 @@ def read_listing(name: str, data_root: Path) -> Listing:
         return read_folder(Path(data_root))
     readers = {"cars": read_cars, "SOP": read_sop, "Inshop": read_inshop}
     if name not in BENCHMARKS:
-        raise ValueError(f"{name!r} is not a dataset; choose from {', '.join(DATASETS)}")
+        raise Refused(f"{name!r} is not a dataset; choose from {', '.join(DATASETS)}")
     home = find_home(name, data_root)
     listing = readers[name](home) if name in readers else read_cub(home, name)
     listing.last_train_class = BENCHMARKS[name].last_train_class
@@ -439,13 +438,11 @@ def read_splits(name: str, data_root: Path, train_classes: float | None = None, 
     Raises ValueError or FileNotFoundError with one line that names the thing, the place and the way out.
     """
     if train_classes is not None and not 0 < train_classes < 1:
-        raise ValueError(f"--train-classes is {train_classes}, it must lie between 0 and 1")
+        raise Refused(f"--train-classes is {train_classes}, it must lie between 0 and 1")
     listing = read_listing(name, data_root)
     if name != "folder" or "all" not in listing.splits:
         if share_given and train_classes not in (None, 0.5):
-            raise ValueError(
-                f"--train-classes {train_classes}: {listing.root} has a split of its own; leave the flag out"
-            )
+            raise Refused(f"--train-classes {train_classes}: {listing.root} has a split of its own; leave the flag out")
         train_classes = None
     if "all" in listing.splits:
         split_by_class(listing, train_classes or 0.5)
@@ -461,7 +458,7 @@ def split_by_class(listing: Listing, train_classes: float) -> None:
     pairs = listing.splits.pop("all")
     classes = sorted({class_id for _, class_id in pairs})
     if len(classes) < 2:
-        raise ValueError(
+        raise Refused(
             f"{listing.root}: {len(classes)} class with images found, at least 2 are needed: one to train on, "
             "another to test on"
         )

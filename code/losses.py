@@ -12,6 +12,7 @@ import inspect
 import flags
 import torch
 from pytorch_metric_learning import distances, losses, miners
+from refused import Refused
 from torch import Tensor, nn
 
 
@@ -90,14 +91,12 @@ def build(name: str, num_classes: int, embedding_size: int, settings: str = "") 
     for setting in filter(None, settings.split(",")):
         key, _, value = (part.strip() for part in setting.partition("="))
         if key not in known:
-            raise ValueError(
-                f"--loss-args: {name} takes {', '.join(known)} (as in margin=0.1,alpha=32), not {setting!r}"
-            )
+            raise Refused(f"--loss-args: {name} takes {', '.join(known)} (as in margin=0.1,alpha=32), not {setting!r}")
         try:
             given[key] = type(known[key])(value)
         except ValueError:
             kind = "a whole number" if isinstance(known[key], int) else "a number"
-            raise ValueError(f"--loss-args: {key} of {name} must be {kind}, got {value!r}") from None
+            raise Refused(f"--loss-args: {key} of {name} must be {kind}, got {value!r}") from None
         if not (given[key] > 0 or (given[key] == 0 and "margin" in key)) or given[key] == float("inf"):
-            raise ValueError(f"--loss-args: {key} of {name} must be finite and above 0, got {value}")
+            raise Refused(f"--loss-args: {key} of {name} must be finite and above 0, got {value}")
     return make(num_classes, embedding_size, **given)

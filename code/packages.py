@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from refused import Refused
 from tqdm import tqdm
 
 
@@ -62,7 +63,7 @@ def check(package: Package, path: Path, way_out: str) -> bytes:
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if found != package.sha256:
-        raise ValueError(
+        raise Refused(
             f"{path}: not {package.spec} as published, but cut short or another file "
             f"({len(content):,} bytes, sha256 {found[:12]}… instead of {package.sha256[:12]}…); {way_out}"
         )

