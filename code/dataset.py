@@ -3,11 +3,9 @@
 layouts.py knows where the files lie under the data root.
 """
 
-import contextlib
 import hashlib
 import os
 import signal
-import stat
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -16,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from decoding import UnreadableImage, read_rgb
 from facts import BENCHMARKS, RECALL_AT
 from folders import shorten
 from layouts import (
@@ -26,16 +25,10 @@ from layouts import (
     read_splits,
     split_problems,
 )
-from PIL import Image, ImageOps
+from PIL import Image
 from refused import Refused
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
-
-NARROWEST = 1000  # times as long as wide; longer images would take gigabytes once resized
-
-
-class UnreadableImage(Refused):
-    """A file is missing, cut or no image. The message is one line: '<path>: cannot be decoded (<why>)'."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,65 +153,6 @@ def split_validation(images: ImageList, share: float, seed: int) -> tuple[ImageL
 
 
 # ---------------------------------------------------------------- from a file to a tensor
-
-
-def decode(image: Image.Image, own: bool = False) -> Image.Image:
-    """An opened image as 8-bit RGB.
-
-    16-bit images are divided by 257; other integers and floats are scaled from their smallest value to their largest.
-
-    own pictures come out as a viewer shows them: turned as their EXIF data says, and on white where they are
-    transparent. The published benchmarks were scored without either, so by default EXIF data is ignored and the colours
-    under transparent pixels show.
-
-    Raises what Pillow raises; ValueError for a float image without a finite value.
-    """
-    image.load()
-    if own:
-        with contextlib.suppress(Exception):  # damaged EXIF data fails in many ways
-            ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith(("I", "F")):  # Pillow would clip to 0..255 instead of scaling
-        return scale_to_bytes(image).convert("RGB")
-    if own and image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:  # otherwise Pillow warns about each of them
-        return image.convert("RGBA").convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")  # most are: no copy of the pixels
-
-
-def scale_to_bytes(image: Image.Image) -> Image.Image:
-    """Integers of more than 8 bits, or floats, as an 8-bit grey image."""
-    values = np.asarray(image, dtype=np.float64)  # (H, W)
-    finite = values[np.isfinite(values)]
-    if not finite.size:
-        raise Refused("no pixel has a finite value")
-    low, high = finite.min(), finite.max()
-    # Pillow opens 16 bits as mode I, too, from some formats.
-    if image.mode.startswith("I;16") or (image.mode == "I" and low >= 0 and 257 <= high <= 65535):
-        return Image.fromarray((values // 257).astype(np.uint8))
-    if low == high:
-        return Image.new("L", image.size, 127)
-    scaled = np.nan_to_num(255 * ((values.clip(low, high) - low) / (high - low)))
-    return Image.fromarray(scaled.round().astype(np.uint8))
-
-
-def read_rgb(path: str, own: bool = False) -> Image.Image:
-    """Decodes an image file of any format to 8-bit RGB, see decode. Raises UnreadableImage."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise Refused("not a regular file")  # opening a pipe would wait for ever
-        with Image.open(path) as image:
-            if max(image.size) > NARROWEST * min(image.size):  # its shorter side will be resized to some 256 pixels
-                raise Refused(f"{image.width:,} × {image.height:,} pixels are narrower than 1 to {NARROWEST:,}")
-            return decode(image, own)
-    except Exception as error:  # what Pillow raises depends on where the file is broken
-        why = str(error) or type(error).__name__
-        if isinstance(error, OSError) and error.strerror:
-            why = error.strerror
-        elif isinstance(error, Image.UnidentifiedImageError):
-            why = "not an image that Pillow knows"
-        raise UnreadableImage(f"{path}: cannot be decoded ({' '.join(why.split())})") from None
 
 
 class ImageDataset(Dataset):

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import checkpoint
-import dataset
+import decoding
 import matplotlib
 import metrics
 import numpy as np
@@ -440,7 +440,7 @@ def _decode(file: Path | str, side: int, own: bool) -> Image.Image:
     """RGB, not much smaller than side."""
     with Image.open(file) as image:
         image.draft("RGB", (2 * side, 2 * side))  # large JPEGs: decode no more than needed
-        return dataset.decode(image, own)
+        return decoding.decode(image, own)
 
 
 # ---------------------------------------------------------------- a batch

@@ -27,7 +27,8 @@ from typing import BinaryIO
 
 import emoji
 import numpy as np
-from dataset import UnreadableImage, available_cores, load_benchmark, read_rgb
+from dataset import available_cores, load_benchmark
+from decoding import UnreadableImage, read_rgb
 from facts import BENCHMARKS, DATASETS, Archive, dataset_name
 from flags import DATA, Parser, one_line, real, run_script
 from folders import scratch_folder

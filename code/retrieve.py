@@ -24,6 +24,7 @@ from urllib.parse import quote
 
 import checkpoint
 import dataset
+import decoding
 import distributed
 import flags
 import folders
@@ -105,8 +106,8 @@ def embed(network, images, device, args, description) -> inference.Embedded:
 def why_not(images, row) -> str:
     """Why an image could not be decoded."""
     try:
-        dataset.read_rgb(str(images.root / images.paths[row]), own=True)
-    except dataset.UnreadableImage as error:
+        decoding.read_rgb(str(images.root / images.paths[row]), own=True)
+    except decoding.UnreadableImage as error:
         return str(error)
     return f"{images.root / images.paths[row]}: could not be decoded"
 
