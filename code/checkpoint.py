@@ -105,6 +105,11 @@ def write_text(text: str, path: Path) -> None:
     write(lambda file: file.write(text.encode()), path)
 
 
+def best_name(dataset: str, model: str) -> str:
+    """File name of a run's best checkpoint; characters of timm's names that file names cannot hold become '_'."""
+    return f"{dataset}_{model.replace(':', '_').replace('/', '_')}_best.pth"
+
+
 def find(model_path: str, name: str, only: bool) -> Path:
     """The checkpoint that --model-path means: a file, or in a folder the file `name` (DATASET_MODEL_best.pth).
 

@@ -41,7 +41,7 @@ def main():
     if args.embeddings:
         query, gallery, ks, measured = read_embeddings(args, given)
     else:
-        named = run.best_name(args.dataset, args.model)
+        named = checkpoint.best_name(args.dataset, args.model)
         loaded = inference.load_network(parser, args, given, named, bool(given & {"dataset", "model"}), device)
         args = loaded.args
         if args.export:

@@ -41,10 +41,13 @@ BOOKKEEPING = {
     "data_root",
     "nb_workers",
     "gpu_id",
+    "cuda_graphs",  # the same bits in float32; that bf16 is rounded otherwise is no reason to refuse a resume
     "search_memory",
     "wandb",
     "remark",
 }
+# Images in a batch of scoring, in training too: both compute the same scores, on the CPU to the bit.
+EVALUATION_BATCH = 150
 NO_FOLDER = "--dataset folder needs --data-root, your folder of class folders or a CSV file"
 # hist is in hist.py, the others in losses.py, which is imported only when one of them is asked for.
 LOSSES = (
@@ -523,6 +526,15 @@ def train_parser() -> Parser:
         metavar="0|1",
         help="1: torch.compile the network for training; the first epoch starts slowly; changes results by rounding",
     )
+    device.add_argument(
+        "--cuda-graphs",
+        type=binary,
+        default=0,
+        metavar="0|1",
+        help="1: record the network's training step on the GPU once, as CUDA graphs, and replay it, so that a fast GPU "
+        "does not wait for Python at small batches; float32 results stay the same, bf16 changes by rounding. Not yet "
+        "run on a GPU",
+    )
 
     run = parser.add_argument_group("run")
     run.add_argument(
@@ -575,7 +587,7 @@ def evaluate_parser() -> Parser:
     parser.add_argument(
         "--model-path", default="", metavar="PATH", help="checkpoint, or a folder that holds DATASET_MODEL_best.pth"
     )
-    add_data_flags(parser, batch_size=150)
+    add_data_flags(parser, batch_size=EVALUATION_BATCH)
     add_network_flags(parser, FROM_CHECKPOINT)
     add_device_flags(parser)
     parser.add_argument("--remark", type=text, default="", metavar="TEXT", help="a note to print with the scores")
@@ -627,7 +639,7 @@ def retrieve_parser() -> Parser:
         help="folder for neighbours.csv, .png and .html",
     )
     images = parser.add_argument_group("images")
-    add_image_flags(images, batch_size=150)
+    add_image_flags(images, batch_size=EVALUATION_BATCH)
     add_network_flags(parser, FROM_CHECKPOINT)
     add_device_flags(parser)
     return parser

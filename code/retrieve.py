@@ -32,7 +32,6 @@ import inference
 import metrics
 import numpy as np
 import pictures
-import run
 import torch
 from PIL import Image
 from refused import Refused
@@ -57,7 +56,7 @@ def main():
     checkpoint.require_folder(args.output, "--output")
     device = distributed.choose_device(args.gpu_id)
     print(f"device: {distributed.describe(device)}")
-    loaded = inference.load_network(parser, args, given, run.best_name("DATASET", "MODEL"), False, device)
+    loaded = inference.load_network(parser, args, given, checkpoint.best_name("DATASET", "MODEL"), False, device)
     args, network = loaded.args, loaded.network
     print(f"checkpoint: {loaded.path}")
 

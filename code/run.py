@@ -211,11 +211,6 @@ def unlock(file: TextIO) -> None:
     file.close()
 
 
-def best_name(dataset: str, model: str) -> str:
-    """File name of a run's best checkpoint; characters of timm's names that file names cannot hold become '_'."""
-    return f"{dataset}_{model.replace(':', '_').replace('/', '_')}_best.pth"
-
-
 def command() -> str:
     """The command line that makes a run, for its files."""
     return shlex.join(sys.argv)
@@ -270,7 +265,7 @@ class Run:
         elif writes:
             self._begin()
         self.folder = distributed.from_first(self.folder if writes else None)
-        self.best_path = self.folder / best_name(args.dataset, args.model)
+        self.best_path = self.folder / checkpoint.best_name(args.dataset, args.model)
         self.results_path = self.folder / f"{self.best_path.stem}_results.txt"
         if not writes:
             return

@@ -36,7 +36,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-EVALUATION_BATCH = 150  # as evaluate.py's default, so that both compute the same scores, on the CPU to the bit
 RATES = ("lr", "lr_embedding", "lr_ds", "lr_hgnn")  # columns of results.csv, one per parameter group
 PAIR_LOSSES = ("multi_similarity", "triplet", "contrastive")  # learn from images of one class in a batch
 
@@ -226,7 +225,7 @@ def make_loaders(
         shard=distributed.processes(),
     )
 
-    options = (args.image_size, EVALUATION_BATCH, args.nb_workers, device, args.skip_bad_images)
+    options = (args.image_size, flags.EVALUATION_BATCH, args.nb_workers, device, args.skip_bad_images)
     query, gallery, validation = (
         inference.make_loader(images, *options) for images in (benchmark.query, benchmark.gallery, validation_images)
     )
