@@ -202,7 +202,7 @@ class HISTLoss(nn.Module):
         self.hgnn = HGNN(num_classes, embedding_size, hgnn_hidden).requires_grad_(ls != 0)
         self.dist_loss: Tensor | None = None
         self.ce_loss: Tensor | None = None
-        self._incidence: tuple[Tensor, Tensor] | None = None  # H (N, N) of the last call, and which are of one class
+        self._hypergraph: list[Tensor] = []  # of the last call: H (N, N), and which samples are of one class
         self._label_range: tuple[Tensor, torch.cuda.Event] | None = None
 
     def forward(self, embeddings: Tensor, labels: Tensor, indices_tuple: None = None) -> Tensor:
@@ -222,22 +222,29 @@ class HISTLoss(nn.Module):
         self._check(embeddings, labels)
         # Not waiting is safe towards a GPU only: a copy from one would be read before it has arrived.
         labels = self._check_range(labels).to(embeddings.device, non_blocking=labels.device.type == "cpu")
+        loss, self.dist_loss, *rest = self.compute(embeddings, labels)
+        self.ce_loss, *self._hypergraph = rest or (None,)
+        return loss
+
+    def compute(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """The loss without its checks, which can be recorded as a CUDA graph or compiled: tensors in, tensors out.
+
+        Embeddings (N, D), labels (N,) int64 in [0, C) on the same device -> loss, then, detached, its terms
+        dist_loss and ce_loss, H (N, N), and where two samples are of one class (N, N). With ls = 0 only the first two.
+        """
         with torch.autocast(embeddings.device.type, enabled=False):
             X = embeddings.to(self.cds2hg.means.dtype)
             distances = self.cds2hg.squared_distances(X)  # (N, C)
             dist_loss = self.cds2hg.distribution_loss(distances, labels)
-            self.dist_loss, self.ce_loss = dist_loss.detach(), None
             if self.ls == 0:
-                return dist_loss
+                return dist_loss, dist_loss.detach()
             # One column per sample instead of one per class present: a class with n images in the batch has n equal
             # hyperedges, each of weight 1/n. G is the same, and every shape is known without asking the device.
             same = labels[:, None] == labels  # (N, N)
             H = self.cds2hg.incidence(distances, labels, same)  # (N, N)
             W = same.sum(dim=0, dtype=H.dtype).reciprocal()  # (N,)
-            self._incidence = (H.detach(), same)
             ce_loss = F.cross_entropy(self.hgnn(X, H, W), labels)
-            self.ce_loss = ce_loss.detach()
-            return dist_loss + self.ls * ce_loss
+            return dist_loss + self.ls * ce_loss, dist_loss.detach(), ce_loss.detach(), H.detach(), same
 
     @torch.no_grad()
     def hypergraph_summary(self) -> dict[str, Tensor]:
@@ -248,9 +255,9 @@ class HISTLoss(nn.Module):
 
         Raises ValueError where no call has made a hypergraph yet, as with ls = 0.
         """
-        if self._incidence is None:
+        if not self._hypergraph:
             raise ValueError("HISTLoss: there is no hypergraph yet: call the loss first, with ls above 0")
-        H, same = self._incidence
+        H, same = self._hypergraph
         others = (~same).sum().clamp(min=1)
         variance = self.cds2hg.log_vars.clamp(0, 6).exp().mean()
         return {"incidence": H.masked_fill(same, 0).sum() / others, "variance": variance}
@@ -297,7 +304,7 @@ class HISTLoss(nn.Module):
 
     def __getstate__(self) -> dict:
         """Without the labels that are still to be looked at: an event cannot be copied or pickled."""
-        return super().__getstate__() | {"_label_range": None, "_incidence": None}
+        return super().__getstate__() | {"_label_range": None, "_hypergraph": []}
 
     def _raise_if_outside(self, lowest: int, highest: int, call: str) -> None:
         if lowest < 0 or highest >= self.num_classes:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from hist import HGNN, CDs2Hg, HISTLoss, propagation
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = ["loss_small", "loss_repeated_classes"]
@@ -367,6 +368,21 @@ def test_terms_are_readable_and_add_up():
     assert not criterion.dist_loss.requires_grad and not criterion.ce_loss.requires_grad
     assert loss.item() == pytest.approx(criterion.dist_loss.item() + 0.7 * criterion.ce_loss.item(), rel=1e-12)
     assert loss.shape == () and loss.requires_grad
+
+
+@pytest.mark.parametrize("ls", [0.0, 0.7])
+def test_compute_is_the_loss_without_its_checks(ls):
+    """What a recording or a compiler needs: nothing is read back, no attribute is set, shapes are known beforehand."""
+    criterion, (X, T) = make(5, 8, ls=ls), make_batch([0, 4, 4, 2], 8)
+    before = dict(vars(criterion))
+    loss, *terms = criterion.compute(X, T)
+    assert vars(criterion) == before
+    assert torch.equal(loss, criterion(X, T)) and loss.requires_grad
+    assert not any(term.requires_grad for term in terms)
+    shown = [criterion.dist_loss, criterion.ce_loss, *criterion._hypergraph]
+    assert all(torch.equal(one, other) for one, other in zip(terms, shown[: len(terms)], strict=True))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # its tensors have no values that could be read
+        assert criterion.compute(mode.from_tensor(X), mode.from_tensor(T))[0].shape == ()
 
 
 def test_order_of_the_batch_does_not_matter():
