@@ -34,11 +34,11 @@ import dataset  # noqa: E402
 import distributed  # noqa: E402
 import export  # noqa: E402
 import flags  # noqa: E402
-import glyphs  # noqa: E402
 import metrics  # noqa: E402
 import processes  # noqa: E402
 import retrieval  # noqa: E402
 import run  # noqa: E402
+from layouts import glyphs  # noqa: E402
 from loss import FORMS, bytes_needed, problem, relative_differences, results  # noqa: E402
 from measure import Memory, Operations, free_memory, machine, table, timed, waits  # noqa: E402
 from train_step import ALL, BF16, OPTIONS, PLAIN, Step, measure  # noqa: E402

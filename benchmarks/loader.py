@@ -257,7 +257,7 @@ def main() -> None:
         write_photos(photos, args.images)
         print(f"\n{args.images:,} JPEGs of 500×375 for the loaders")
         import torch  # neither at the top: each process that measures the set-up imports this file, too
-        from glyphs import write_glyphs
+        from layouts.glyphs import write_glyphs
 
         torch.set_num_threads(1)  # matters with 0 workers only: workers have one thread each anyway
         write_glyphs(Path(scratch) / "glyphs", args.images // 20, 20, 64, seed=0, progress=False)

@@ -23,7 +23,7 @@ from measure import machine, table
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "code"))
-import glyphs  # noqa: E402
+from layouts import glyphs  # noqa: E402
 
 COMMON = "--weights none --warm 0 --bn-freeze 0 --epochs 3 --amp bf16 --channels-last 1 --dataset folder"
 NETWORKS = {

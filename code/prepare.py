@@ -25,7 +25,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
-import emoji
 import numpy as np
 from dataset import available_cores, load_benchmark
 from decoding import UnreadableImage, read_rgb
@@ -36,6 +35,7 @@ from layouts import (
     Listing,
     compare_counts,
     count,
+    emoji,
     find_home,
     look_at_test_split,
     missing_files,

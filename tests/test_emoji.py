@@ -7,9 +7,9 @@ import os
 import sys
 import tarfile
 
-import emoji
 import numpy as np
 import pytest
+from layouts import emoji
 from PIL import Image
 
 SQUARE = '<path fill="red" d="M0 0h8v16H0z"/>'  # the left half of 16 × 16

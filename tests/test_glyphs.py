@@ -5,12 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import glyphs
 import numpy as np
 import pytest
+from layouts import glyphs
 from PIL import Image
 
-CODE = Path(glyphs.__file__).parent
+CODE = Path(glyphs.__file__).parent.parent
 SMALL = {"num_classes": 6, "images_per_class": 4, "size": 32, "progress": False}
 
 
@@ -45,7 +45,7 @@ def test_layout_is_that_of_cub(tmp_path):
 
 def test_same_parameters_give_the_same_bytes_in_any_process(tmp_path):
     here = glyphs.ensure_glyphs(tmp_path / "here", **SMALL)
-    line = f"import glyphs; glyphs.ensure_glyphs({str(tmp_path / 'there')!r}, **{SMALL})"
+    line = f"from layouts import glyphs; glyphs.ensure_glyphs({str(tmp_path / 'there')!r}, **{SMALL})"
     subprocess.run([sys.executable, "-c", line], cwd=CODE, check=True)
     assert digest(here) == digest(tmp_path / "there" / here.name)
 
@@ -86,7 +86,7 @@ def test_interrupted_set_is_not_taken_for_whole(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_processes_that_start_at_once_both_succeed(tmp_path):
-    line = f"import glyphs; print(glyphs.ensure_glyphs({str(tmp_path)!r}, 30, 20, 32, progress=False))"
+    line = f"from layouts import glyphs; print(glyphs.ensure_glyphs({str(tmp_path)!r}, 30, 20, 32, progress=False))"
     both = [subprocess.Popen([sys.executable, "-c", line], cwd=CODE, stdout=subprocess.PIPE, text=True) for _ in "ab"]
     assert [p.communicate(timeout=60)[0].strip() for p in both] == [str(tmp_path / "glyphs_30x20_32")] * 2
     assert [p.returncode for p in both] == [0, 0]

@@ -251,7 +251,7 @@ def test_undecodable_image_in_a_worker_process_is_one_line(script, tmp_path):
 
 
 def test_glyphs_are_made_on_first_use(call, tmp_path, monkeypatch):
-    import glyphs
+    from layouts import glyphs
 
     made = []
     small = glyphs.ensure_glyphs(tmp_path, num_classes=8, images_per_class=4, size=32)

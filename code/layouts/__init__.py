@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from emoji import ensure_emoji
 from facts import BENCHMARKS, DATASETS
 from folders import (
     SKIPPED,
@@ -35,8 +34,10 @@ from folders import (
     scan,
     shorten,
 )
-from glyphs import ensure_glyphs
 from refused import Refused
+
+from layouts.emoji import ensure_emoji
+from layouts.glyphs import ensure_glyphs
 
 
 @dataclass

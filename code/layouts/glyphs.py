@@ -4,7 +4,7 @@ Each class is one Unicode letter of DejaVu Sans. Each image is one drawing of it
 shift, ink, paper and noise. To the code it looks like CUB-200-2011: the same folder layout and 200 classes, of which
 the first half trains and the unseen second half is retrieved.
 
-    python -c "from glyphs import ensure_glyphs; print(ensure_glyphs('data', num_classes=400))"
+    python -c "from layouts.glyphs import ensure_glyphs; print(ensure_glyphs('data', num_classes=400))"
 """
 
 import functools
