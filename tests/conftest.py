@@ -130,7 +130,6 @@ def refused(call):
 
 # Files whose tests train networks or start processes: `pytest -m "not slow"` leaves them out.
 SLOW = {
-    "test_benchmarks",
     "test_distributed",
     "test_evaluate",
     "test_gpu_benchmark",
