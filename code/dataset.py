@@ -9,9 +9,10 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import distributed
 import numpy as np
 import torch
 from decoding import UnreadableImage, read_rgb
@@ -25,10 +26,10 @@ from layouts import (
     read_splits,
     split_problems,
 )
-from PIL import Image
 from refused import Refused
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
+from tqdm import tqdm
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +49,9 @@ class ImageList:
     def num_classes(self) -> int:
         """Classes that have an image here; class_names of a gallery also holds those of the queries."""
         return len(np.unique(self.labels))
+
+    def file(self, row: int) -> str:
+        return os.path.join(self.root, self.paths[row])
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -143,13 +147,67 @@ def split_validation(images: ImageList, share: float, seed: int) -> tuple[ImageL
     if advice:
         raise Refused(f"--val-classes {share:g} of {count} classes {advice}")
     order = torch.randperm(count, generator=generator_for(seed)).numpy()
-    halves = []
-    for classes in (np.sort(order[held_out:]), np.sort(order[:held_out])):
-        chosen = np.flatnonzero(np.isin(images.labels, classes))
-        labels = np.searchsorted(classes, images.labels[chosen])
-        names = [images.class_names[c] for c in classes]
-        halves.append(ImageList(images.root, [images.paths[i] for i in chosen], labels, names, images.own))
-    return halves[0], halves[1]
+    others, held = (np.flatnonzero(np.isin(images.labels, part)) for part in (order[held_out:], order[:held_out]))
+    return relabelled(images, others), relabelled(images, held)
+
+
+def relabelled(images: ImageList, rows: np.ndarray) -> ImageList:
+    """Some of the images, with labels 0..C-1 over the classes that they have."""
+    classes, labels = np.unique(images.labels[rows], return_inverse=True)
+    names = [images.class_names[c] for c in classes]
+    return ImageList(images.root, [images.paths[row] for row in rows], labels, names, images.own)
+
+
+def drop_unreadable(benchmark: Benchmark, workers: int, training: bool = True) -> tuple[Benchmark, list[str]]:
+    """(the benchmark without the images that cannot be decoded, one line about each of those).
+
+    Every image is decoded once, by as many worker processes and by all processes that train together; with
+    training=False those of train are neither looked at nor dropped. A class that loses all its training images is as
+    if it had never been listed. Labels of queries and gallery stay: they belong together.
+
+    Raises ValueError if a split has no image left.
+    """
+    lines, kept = [], {}
+    for split in ("train", "query", "gallery") if training else ("query", "gallery"):
+        images = getattr(benchmark, split)
+        if images is None:
+            continue
+        why = undecodable(images, workers, f"decode {split}")
+        if len(why) == len(images):
+            raise Refused(f"{images.root}: none of the {len(images):,} {split} images can be decoded: {why[0]}")
+        rows = np.setdiff1d(np.arange(len(images)), list(why))
+        paths = [images.paths[row] for row in rows]
+        labelled = replace(images, paths=paths, labels=images.labels[rows])
+        kept[split] = relabelled(images, rows) if split == "train" else labelled
+        lines += why.values()
+    return replace(benchmark, **kept), lines
+
+
+def undecodable(images: ImageList, workers: int, description: str) -> dict[int, str]:
+    """{row: why} of the images that cannot be decoded."""
+    rank, count = distributed.processes()
+    rows = range(rank, len(images), count)
+    loader = DataLoader(Decoded(images), 32, sampler=rows, collate_fn=list, **worker_options(workers, False))
+    with tqdm(total=len(images), desc=description, unit="img", disable=None, leave=False) as bar:
+        why = {}
+        for batch in loader:
+            why |= {row: line for row, line in batch if line}
+            bar.update(len(batch) * count)
+    return dict(sorted(item for part in distributed.from_all(why) for item in part.items()))
+
+
+class Decoded(Dataset):
+    """(row, why the image cannot be decoded, '' if it can)."""
+
+    def __init__(self, images: ImageList):
+        self.images = images
+
+    def __getitem__(self, row: int) -> tuple[int, str]:
+        try:
+            read_rgb(self.images.file(row), self.images.own)
+        except UnreadableImage as error:
+            return row, str(error)
+        return row, ""
 
 
 # ---------------------------------------------------------------- from a file to a tensor
@@ -161,67 +219,31 @@ class ImageDataset(Dataset):
     dataset[i] transforms with the random state as it is. dataset[i, seed] seeds torch's CPU generator for the
     transform and restores its state afterwards, so the result depends only on the seed, in any process.
 
-    An image that cannot be decoded raises UnreadableImage. With skip_bad it is marked in `bad` (N,), which all workers
-    share, and replaced. In training, dataset[i, seed] gives another image, of the same class if that has a readable
-    one. In scoring, dataset[i] gives zeros and the label -1; rows with this label must be dropped before figures are
-    computed.
+    An image that cannot be decoded raises UnreadableImage; drop_unreadable finds them all beforehand.
     """
 
-    def __init__(self, images: ImageList, transform, skip_bad: bool = False):
+    def __init__(self, images: ImageList, transform):
         self.images = images
         self.transform = transform
-        # One byte per image in shared memory: an image marked twice, or by two processes, still counts once.
-        self.bad = torch.zeros(len(images), dtype=torch.uint8).share_memory_() if skip_bad else None
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, index: int) -> Image.Image:
-        try:
-            return read_rgb(os.path.join(self.images.root, self.images.paths[index]), self.images.own)
-        except UnreadableImage as error:
-            if self.bad is None:
-                raise UnreadableImage(f"{error} (--skip-bad-images goes on past such images)") from None
-            self.bad[index] = 1
-            raise
-
-    def substitutes(self, index: int) -> Iterator[int]:
-        """The other images of the class, from index onwards and around the end, then all others."""
-        everything = (index + 1 + np.arange(len(self) - 1)) % len(self)
-        same_class = self.images.labels[everything] == self.images.labels[index]
-        yield from everything[same_class].tolist()
-        yield from everything[~same_class].tolist()
-
-    def read_or_replace(self, index: int) -> tuple[Image.Image, int]:
-        """The image, or a readable one in its place, and the label of the one returned."""
-        try:
-            return self.read(index), int(self.images.labels[index])
-        except UnreadableImage:
-            if self.bad is None:
-                raise
-        for other in self.substitutes(index):
-            try:
-                return self.read(other), int(self.images.labels[other])
-            except UnreadableImage:
-                continue
-        raise UnreadableImage(f"{self.images.root}: cannot be decoded (none of its {len(self):,} images can)")
-
     def __getitem__(self, item: int | tuple[int, int]) -> tuple[torch.Tensor, int]:
-        if isinstance(item, tuple):
-            index, seed = item
-            image, label = self.read_or_replace(index)
-            state = torch.default_generator.get_state()
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs, too
-            try:
-                return self.transform(image), label
-            finally:
-                torch.default_generator.set_state(state)
+        index, seed = item if isinstance(item, tuple) else (item, None)
         try:
-            return self.transform(self.read(item)), int(self.images.labels[item])
-        except UnreadableImage:
-            if self.bad is None:
-                raise
-            return torch.zeros_like(self.transform(Image.new("RGB", (256, 256)))), -1
+            image = read_rgb(self.images.file(index), self.images.own)
+        except UnreadableImage as error:
+            raise UnreadableImage(f"{error} (--skip-bad-images leaves such images out)") from None
+        label = int(self.images.labels[index])
+        if seed is None:
+            return self.transform(image), label
+        state = torch.default_generator.get_state()
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs, too
+        try:
+            return self.transform(image), label
+        finally:
+            torch.default_generator.set_state(state)
 
 
 def train_transform(image_size=224):
@@ -377,19 +399,16 @@ def make_train_loader(
     images_per_class: int = 0,
     workers: int = 0,
     pin_memory: bool = False,
-    skip_bad: bool = False,
     shard: tuple[int, int] = (0, 1),
 ) -> DataLoader:
     """Batches of (N, 3, H, W) uint8 and (N,) int64. Call loader.batch_sampler.set_epoch(epoch) before each epoch.
 
     batch_size counts the images of all processes together; process shard[0] of shard[1] gets its part of each batch.
 
-    Raises ValueError as RandomBatches does; iterating raises UnreadableImage unless skip_bad.
+    Raises ValueError as RandomBatches does; iterating raises UnreadableImage.
     """
     batches = RandomBatches(images.labels, batch_size, seed, images_per_class, shard)
-    return DataLoader(
-        ImageDataset(images, transform, skip_bad), batch_sampler=batches, **worker_options(workers, pin_memory)
-    )
+    return DataLoader(ImageDataset(images, transform), batch_sampler=batches, **worker_options(workers, pin_memory))
 
 
 def make_eval_loader(
@@ -398,17 +417,16 @@ def make_eval_loader(
     batch_size: int,
     workers: int = 0,
     pin_memory: bool = False,
-    skip_bad: bool = False,
     shard: tuple[int, int] = (0, 1),
 ) -> DataLoader:
-    """All images in order, none dropped. With skip_bad the scorer has to drop the rows with label -1.
+    """All images in order, none dropped.
 
     Process shard[0] of shard[1] gets every shard[1]-th image, starting with image shard[0]; none if there are fewer
     images than processes. len(loader.dataset) is the number of all images.
     """
     rank, count = shard
     return DataLoader(
-        ImageDataset(images, transform, skip_bad),
+        ImageDataset(images, transform),
         batch_size=batch_size,
         sampler=range(rank, len(images), count),
         **worker_options(workers, pin_memory),

@@ -240,6 +240,15 @@ def from_first(value):
     return holder[0]
 
 
+def from_all(value) -> list:
+    """The plain values of all processes, in their order, on every process."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def all_reduce(values: Tensor, how: str) -> None:
     """The sum or maximum over all processes, in place."""
     if dist.is_initialized():

@@ -47,13 +47,13 @@ def main():
         if args.export:
             export.to_onnx(loaded.network.cpu(), args.image_size, args.export)
             return
-        benchmark = load_benchmark(args, given, loaded)
-        options = (args.image_size, args.sz_batch, args.nb_workers, device, args.skip_bad_images)
+        benchmark, unreadable = load_benchmark(args, given, loaded)
+        options = (args.image_size, args.sz_batch, args.nb_workers, device)
         loaders = [inference.make_loader(images, *options) for images in (benchmark.query, benchmark.gallery)]
         query, gallery = inference.embed_split(
             loaded.network, *loaders, device, amp=args.amp == "bf16", channels_last=args.channels_last
         )
-        ks, measured = benchmark.recall_at, describe(args, benchmark, loaded, query, gallery)
+        ks, measured = benchmark.recall_at, describe(args, benchmark, loaded, len(unreadable))
         if args.save_embeddings and processes.rank == 0:
             save_embeddings(args.save_embeddings, benchmark, query, gallery)
             print(f"embeddings: {args.save_embeddings}")
@@ -99,8 +99,11 @@ def check_flags(args, given):
         raise Refused("--export is done by one process: start it without torchrun")
 
 
-def load_benchmark(args, given, loaded) -> dataset.Benchmark:
-    """The data to score on. Raises ValueError where flags, data and checkpoint do not fit each other."""
+def load_benchmark(args, given, loaded) -> tuple[dataset.Benchmark, list[str]]:
+    """(the data to score on, a line for each image that was left out).
+
+    Raises ValueError where flags, data and checkpoint do not fit each other.
+    """
     stored = checkpoint.stored_flags(loaded.content)
     if "dataset" not in given and "dataset" not in stored:
         raise Refused(f"{loaded.path} does not say what it was trained on: --dataset is needed")
@@ -114,8 +117,13 @@ def load_benchmark(args, given, loaded) -> dataset.Benchmark:
     )
     for warning in benchmark.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    unreadable = []
+    if args.skip_bad_images:
+        benchmark, unreadable = dataset.drop_unreadable(benchmark, args.nb_workers, training=False)
+    if unreadable:
+        print(f"left out: {len(unreadable):,} images that could not be decoded: {shorten(unreadable)}")
     compare_with_training(args, given, loaded, benchmark)
-    return benchmark
+    return benchmark, unreadable
 
 
 def compare_with_training(args, given, loaded, benchmark) -> None:
@@ -150,10 +158,9 @@ def compare_with_training(args, given, loaded, benchmark) -> None:
                 print(f"warning: not the test images of the training run: {changed}", file=sys.stderr)
 
 
-def describe(args, benchmark, loaded, query, gallery) -> dict:
+def describe(args, benchmark, loaded, undecoded: int) -> dict:
     """What a score is measured on, for the console and the JSON file."""
     splits = {"train": benchmark.train, "query": benchmark.query, "gallery": benchmark.gallery}
-    embedded = [(benchmark.query, query), *([(benchmark.gallery, gallery)] if gallery else [])]
     return {
         "checkpoint": str(loaded.path),
         "dataset": args.dataset,
@@ -164,7 +171,7 @@ def describe(args, benchmark, loaded, query, gallery) -> dict:
             if images is not None
         },
         "image_size": args.image_size,
-        "undecoded": sum(len(images) - len(part.rows) for images, part in embedded),
+        "undecoded": undecoded,
         "trained_by": loaded.content.get("made_by"),
         "trained_with": checkpoint.stored_flags(loaded.content),
     }
@@ -192,8 +199,6 @@ def report(args, scored_by, measured, found, scores):
     print(f"queries: {found.num_queries:,}, {searched}")
     if found.num_without_positive:
         print(f"left out: {found.num_without_positive:,} queries without another image of their class")
-    if content.get("undecoded"):
-        print(f"left out: {content['undecoded']:,} images that could not be decoded")
     if args.remark:
         print(f"remark: {args.remark}")
     for name, value in scores.items():

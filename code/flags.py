@@ -352,7 +352,8 @@ def add_data_flags(parser: Parser, batch_size: int):
     group.add_argument(
         "--skip-bad-images",
         action="store_true",
-        help="go on past images that cannot be decoded, and count them: scoring leaves them out, training takes others",
+        help="go on without images that cannot be decoded: all are decoded once at the start, those that fail are "
+        "counted and left out of training and scoring",
     )
     return group
 

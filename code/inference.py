@@ -71,7 +71,7 @@ def memory_format(channels_last: bool) -> torch.memory_format:
 
 
 def make_loader(
-    images: dataset.ImageList | None, image_size: int, batch_size: int, workers: int, device, skip_bad: bool
+    images: dataset.ImageList | None, image_size: int, batch_size: int, workers: int, device
 ) -> DataLoader | None:
     """A loader of this process's share of the images, all in order, for embed. None for None, a gallery that is not."""
     if images is None:
@@ -82,7 +82,6 @@ def make_loader(
         batch_size,
         workers,
         pin_memory=torch.device(device).type == "cuda",
-        skip_bad=skip_bad,
         shard=distributed.processes(),
     )
 
@@ -99,7 +98,7 @@ def embed(
 ) -> Embedded:
     """Embeddings of every image of a loader, in its order. The network is left in eval mode.
 
-    Images that a loader with skip_bad could not decode (label -1) are left out. amp: bf16 autocast. after_batch is
+    Images with the label -1 are left out. amp: bf16 autocast. after_batch is
     called after every batch and may raise to stop. With several processes each embeds its share, and all get all:
     process r of n has to be given a loader of the images r, r + n, r + 2n, … and all of them the same data set.
 

@@ -35,6 +35,7 @@ import pictures
 import torch
 from PIL import Image
 from refused import Refused
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 PART = 10_000  # images that are embedded at a time, with the cache written in between
@@ -98,8 +99,23 @@ def own_pictures(root: Path, paths: list[str]) -> dataset.ImageList:
 
 def embed(network, images, device, args, description) -> inference.Embedded:
     """Embeddings of those of the images that can be decoded."""
-    loader = inference.make_loader(images, args.image_size, args.sz_batch, args.nb_workers, device, skip_bad=True)
+    options = dataset.worker_options(args.nb_workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(MarkedWhereUnreadable(images, args.image_size), args.sz_batch, **options)
     return inference.embed(network, loader, device, args.amp == "bf16", args.channels_last, description)
+
+
+class MarkedWhereUnreadable(dataset.ImageDataset):
+    """Zeros and the label -1 for what cannot be decoded; embed leaves those rows out."""
+
+    def __init__(self, images, image_size):
+        super().__init__(images, dataset.eval_transform(image_size))
+        self.nothing = torch.zeros(3, image_size, image_size, dtype=torch.uint8), -1
+
+    def __getitem__(self, row):
+        try:
+            return super().__getitem__(row)
+        except decoding.UnreadableImage:
+            return self.nothing
 
 
 def why_not(images, row) -> str:

@@ -434,8 +434,6 @@ class Run:
     def _results_text(self) -> str:
         lines = [f"Best epoch: {self.best['epoch']}", f"Chosen by: {self.protocol()}"]
         lines += [f"{name}: {100 * value:.4f}" for name, value in self.best.items() if "R@" in name]
-        if "undecoded" in self.best:
-            lines.append(f"Left out, could not be decoded: {self.best['undecoded']}")
         lines += [f"Seed: {self.args.seed}", f"Remark: {self.flags.get('remark', '')}"]
         # The command stays out: a run that was resumed leaves the same text as one that was not.
         made_by = self.made_by | {name: self.best[name] for name in ("commit", "torch") if name in self.best}
@@ -507,7 +505,7 @@ class Run:
         last = self.history[-1]
         return f"Kept: {last['phase']} epoch {last['epoch']} in {self.folder}. Resume with: {resume}"
 
-    def summary(self, num_bad: int) -> str:
+    def summary(self) -> str:
         args, best, last, untrained = self.args, self.best, self.history[-1], self.history[0]
         lines = [""]
         if best:
@@ -524,14 +522,6 @@ class Run:
             lines.append(
                 f"       the HGNN's cross-entropy stayed at chance (lowest {lowest:.2f}; ln C is {chance:.2f}): the "
                 "hypergraph did nothing in this run; try a larger --alpha or a smaller --lr-ds"
-            )
-        if num_bad:
-            lines.append(f"training images that could not be decoded and were replaced: {num_bad:,}")
-        if "val undecoded" in last:
-            lines.append(f"held-out images that could not be decoded and were left out: {last['val undecoded']:,}")
-        if "undecoded" in last:
-            lines.append(
-                f"test images that could not be decoded and were left out of the scores: {last['undecoded']:,}"
             )
         lines.append(f"files  {os.path.relpath(self.folder)}")
         if best:
@@ -605,8 +595,6 @@ def console_line(row: dict, num_epochs: int) -> str:
     if "loss" in row:
         parts.append(f"lr {row['lr']:.3g}  {row['images_per_s']:.0f} img/s")
     parts.append(f"{row['seconds']:.1f} s")
-    if undecoded := row.get("undecoded", 0) + row.get("val undecoded", 0):
-        parts.append(f"without {undecoded:,} images that could not be decoded")
     return "   ".join(parts)
 
 

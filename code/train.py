@@ -30,6 +30,7 @@ import numpy as np
 import run
 import torch
 from distributed import Interrupted, StopSignals
+from folders import shorten
 from hist import HISTLoss
 from refused import Refused
 from torch import nn
@@ -108,9 +109,8 @@ def main() -> None:
         sys.exit(128 + stop.number)
     finally:
         log.finish()
-    num_bad = replaced_images(loaders.train.dataset, device)
     if processes.rank == 0:  # the others keep no history
-        print(log.summary(num_bad))
+        print(log.summary())
     distributed.stop()
 
 
@@ -140,6 +140,10 @@ def load_data(args: Namespace) -> tuple[dataset.Benchmark, dataset.ImageList, da
     benchmark = dataset.load_benchmark(args.dataset, args.data_root, args.train_classes)
     for warning in benchmark.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    if args.skip_bad_images:
+        benchmark, unreadable = dataset.drop_unreadable(benchmark, args.nb_workers)
+        if unreadable:
+            print(f"left out: {len(unreadable):,} images that could not be decoded: {shorten(unreadable)}")
     if args.val_classes > 0:
         return benchmark, *dataset.split_validation(benchmark.train, args.val_classes, args.seed)
     return benchmark, benchmark.train, None
@@ -221,11 +225,10 @@ def make_loaders(
         args.IPC,
         workers=args.nb_workers,
         pin_memory=device.type == "cuda",
-        skip_bad=args.skip_bad_images,
         shard=distributed.processes(),
     )
 
-    options = (args.image_size, flags.EVALUATION_BATCH, args.nb_workers, device, args.skip_bad_images)
+    options = (args.image_size, flags.EVALUATION_BATCH, args.nb_workers, device)
     query, gallery, validation = (
         inference.make_loader(images, *options) for images in (benchmark.query, benchmark.gallery, validation_images)
     )
@@ -362,15 +365,6 @@ def finish_epoch(
         log.draw(loaders.train, benchmark, searched)
 
 
-def replaced_images(images: dataset.ImageDataset, device: torch.device) -> int:
-    """How many training images could not be decoded in any of the processes."""
-    if images.bad is None:
-        return 0
-    bad = images.bad.to(device)
-    distributed.all_reduce(bad, "max")
-    return int(bad.sum())
-
-
 def evaluate(
     network: net.EmbeddingNet,
     loaders: Loaders,
@@ -381,8 +375,7 @@ def evaluate(
 ) -> tuple[dict[str, float], tuple]:
     """Score the test split, and before it the held-out classes if there are any.
 
-    Returns ({'R@1': …, 'R@2': …, 'val R@1': …, perhaps 'undecoded' and 'val undecoded'}, (Retrieval, query, gallery or
-    None) of the test split).
+    Returns ({'R@1': …, 'R@2': …, 'val R@1': …}, (Retrieval, query, gallery or None) of the test split).
     """
     scores, searched = {}, None
     options = dict(amp=args.amp == "bf16", channels_last=args.channels_last, after_batch=stop.check)
@@ -391,9 +384,6 @@ def evaluate(
         found = inference.score(query, gallery, ks, device, args.search_memory)
         scores |= {prefix + name: value for name, value in found.figures().items()}
         searched = found, query, gallery
-        undecoded = len(query_loader.dataset) - len(query.rows)
-        undecoded += len(gallery_loader.dataset) - len(gallery.rows) if gallery else 0
-        scores |= {f"{prefix}undecoded": undecoded} if undecoded else {}
     return scores, searched
 
 

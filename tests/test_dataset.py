@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import dataset
+import decoding
 import flags
 import numpy as np
 import pytest
@@ -241,7 +242,7 @@ def test_thumbnails_can_be_decoded_from_drafts(tmp_path):
     Image.new("RGB", (800, 400), "red").save(tmp_path / "a.jpg", exif=exif)
     with Image.open(tmp_path / "a.jpg") as image:
         image.draft("RGB", (100, 100))
-        assert dataset.decode(image, own=True).size == (100, 200)
+        assert decoding.decode(image, own=True).size == (100, 200)
 
 
 def test_own_travels_from_the_folder_to_the_pixels(tmp_path):
@@ -539,45 +540,50 @@ def test_unreadable_image_is_named_in_one_line(damaged):
         assert "\n" not in message and message.endswith(")")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_skipping_bad_images_in_training(damaged, workers):
-    """Others of the same class take their places: labels and batches stay what they would have been."""
-    benchmark, bad = damaged
-    loader = dataset.make_train_loader(benchmark.train, SMALL, 24, 1, workers=workers, skip_bad=True)
-    assert not loader.dataset.bad.any()
-    for _ in range(2):
-        ((x, y),) = loader
-        assert sorted(y.tolist()) == sorted(benchmark.train.labels.tolist())
-        assert x.shape == (24, 3, 16, 16)
-    marked = loader.dataset.bad.nonzero().flatten().tolist()
-    assert [benchmark.train.root / benchmark.train.paths[i] for i in marked] == bad  # images, not attempts
-    alone = dataset.make_train_loader(benchmark.train, SMALL, 24, 1, skip_bad=True)
-    assert torch.equal(next(iter(alone))[0], x)
-
-
-def test_skipping_where_a_whole_class_is_bad_takes_the_next_class(damaged):
-    benchmark, bad = damaged
-    for path in bad[0].parent.iterdir():
-        path.write_text("not an image")
-    loaded = dataset.ImageDataset(benchmark.train, SMALL, skip_bad=True)
-    index = benchmark.train.labels.tolist().index(2)
-    assert loaded[index, 1][1] == 3
-    for path in benchmark.train.paths:
-        (benchmark.train.root / path).write_text("not an image")
-    with pytest.raises(dataset.UnreadableImage, match="none of its 24 images"):
-        loaded[0, 1]
+def emptied(images, class_id):
+    """Spoils every image of a class."""
+    for row in np.flatnonzero(images.labels == class_id):
+        Path(images.file(row)).write_text("not an image")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_skipping_bad_images_in_evaluation(tmp_path, workers):
-    home = trees.make_cub(tmp_path, classes=4, images=4)
-    benchmark = dataset.load_benchmark("cub", tmp_path)
-    (home / "images" / "003.Bird_3" / "Bird_3_0001.jpg").write_text("not an image")
-    loader = dataset.make_eval_loader(benchmark.query, SMALL_EVAL, 3, workers, skip_bad=True)
-    x, y = (torch.cat(parts) for parts in zip(*loader, strict=True))
-    assert y.tolist() == [0, -1, 0, 0, 1, 1, 1, 1]
-    assert x[1].abs().sum() == 0 and all(x[i].abs().sum() > 0 for i in range(8) if i != 1)
-    assert loader.dataset.bad.tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
+def test_dropping_what_cannot_be_decoded(damaged, workers):
+    benchmark, bad = damaged
+    whole = benchmark.train
+    kept, lines = dataset.drop_unreadable(benchmark, workers)
+    assert [line.partition(": cannot be decoded (")[0] for line in lines] == list(map(str, bad))
+    assert [path for path in whole.paths if path not in kept.train.paths] == [
+        str(b.relative_to(whole.root)) for b in bad
+    ]
+    assert pairs(kept.train) == [pair for pair in pairs(whole) if pair[0] in kept.train.paths]
+    assert kept.train.class_names == whole.class_names and kept.query.paths == benchmark.query.paths
+    assert len(list(dataset.make_train_loader(kept.train, SMALL, 7, 1, workers=workers))) == 3
+    assert dataset.drop_unreadable(kept, workers)[1] == []
+
+    emptied(whole, 1)  # as if the class had never been listed
+    emptied(benchmark.query, 1)
+    kept, lines = dataset.drop_unreadable(benchmark, workers)
+    assert len(lines) == 3 + 6 + 6
+    assert kept.train.class_names == [name for c, name in enumerate(whole.class_names) if c != 1]
+    assert kept.train.labels.tolist() == np.repeat([0, 1, 2], [6, 3, 6]).tolist()
+    assert set(pairs(kept.train)) < set(pairs(whole))
+    assert kept.query.labels.tolist() == np.repeat([0, 2, 3], 6).tolist() and kept.query.num_classes == 3
+    scored, lines = dataset.drop_unreadable(benchmark, workers, training=False)
+    assert scored.train is whole and scored.query.paths == kept.query.paths and len(lines) == 6
+
+    for class_id in (0, 2, 3):
+        emptied(whole, class_id)
+    with pytest.raises(dataset.Refused, match="none of the 24 train images can be decoded: .*Bird_1_0000.jpg"):
+        dataset.drop_unreadable(benchmark, workers)
+
+
+def test_queries_and_gallery_keep_their_common_labels_when_a_class_is_dropped(tmp_path):
+    trees.make_inshop(tmp_path)
+    benchmark = dataset.load_benchmark("Inshop", tmp_path)
+    emptied(benchmark.query, 1)
+    kept, lines = dataset.drop_unreadable(benchmark, 0)
+    assert len(lines) == 2 and sorted(set(kept.query.labels)) == [0, 2, 3]
+    assert pairs(kept.gallery) == pairs(benchmark.gallery) and set(pairs(kept.query)) < set(pairs(benchmark.query))
 
 
 @pytest.mark.parametrize("size, narrow", [((1, 1000), False), ((1001, 1), True)])

@@ -81,7 +81,7 @@ def test_networks_see_what_torchvision_would_give_them_to_the_bit(tmp_path, want
     to_float.append(transforms.Normalize(*([x / wanted["scale"] for x in wanted[name]] for name in ("mean", "std"))))
     usual = transforms.Compose([transforms.Resize(37), transforms.CenterCrop(32), *to_float])
     expected = torch.stack([usual(dataset.read_rgb(str(images.root / path))) for path in images.paths])
-    loader = inference.make_loader(images, 32, 4, workers, "cpu", skip_bad=False)
+    loader = inference.make_loader(images, 32, 4, workers, "cpu")
     found = inference.embed(Pixels(**wanted), loader, "cpu", channels_last=channels_last)
     assert torch.equal(found.embeddings, expected.flatten(1))
 

@@ -5,10 +5,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import checkpoint
-import pandas as pd
 import pytest
 import report
 import run
@@ -186,44 +184,18 @@ def test_a_best_checkpoint_that_cannot_be_made_again_is_missed(call, run_folder)
     assert done.code == 0 and "best.pth does not hold the network of epoch 0, the best so far" in done.err
 
 
-def test_held_out_images_that_cannot_be_decoded_are_counted_apart(call, trained, tmp_path):
-    """Which classes are held out depends on the seed: in the count of the test images it would keep seeds apart."""
+@pytest.mark.parametrize("more", [[], ["--batch-size", 4, "--val-classes", 0.5]])
+def test_images_that_cannot_be_decoded_are_left_out_and_counted(call, trained, tmp_path, more):
     pictures = shutil.copytree(trained[0], tmp_path / "mine")
-    for c in range(4):
+    for c in (1, 5, 6):
         (pictures / f"class {c}" / "0.png").write_bytes(b"no picture")
-    words = ["--dataset", "folder", "--data-root", pictures, "--log-dir", tmp_path, "--warm", 0, "--epochs", 1]
-    words += ["--batch-size", 4, "--val-classes", 0.5]
+    words = ["--dataset", "folder", "--data-root", pictures, "--log-dir", tmp_path, "--warm", 0, "--epochs", 1, *more]
     done = call("train.py", *TINY, *words, "--skip-bad-images")
     assert done.code == 0, done.err
-    assert done.out.count("without 2 images that could not be decoded") == 2  # untrained, epoch 1
-    assert "held-out images that could not be decoded and were left out: 2" in done.out
-    assert "left out of the scores" not in done.out
-    assert "undecoded" not in pd.read_csv(tmp_path / "folder" / "run_1" / "results.csv")
-
-
-def test_replaced_images_are_counted_over_all_processes(monkeypatch):
-    def other_process(values, how):
-        assert how == "max"
-        values |= torch.tensor([0, 1, 1], dtype=torch.uint8)
-
-    monkeypatch.setattr(train.distributed, "all_reduce", other_process)
-    images = SimpleNamespace(bad=torch.tensor([0, 0, 1], dtype=torch.uint8))
-    assert train.replaced_images(images, torch.device("cpu")) == 2
-    assert train.replaced_images(SimpleNamespace(bad=None), torch.device("cpu")) == 0
-
-
-def test_test_images_that_cannot_be_decoded_are_counted(call, trained, tmp_path):
-    pictures = shutil.copytree(trained[0], tmp_path / "mine")
-    for c in (5, 6):
-        (pictures / f"class {c}" / "0.png").write_bytes(b"no picture")
-    words = ["--dataset", "folder", "--data-root", pictures, "--log-dir", tmp_path, "--warm", 0, "--epochs", 1]
-    done = call("train.py", *TINY, *words, "--skip-bad-images")
-    assert done.code == 0, done.err
-    assert done.out.count("without 2 images that could not be decoded") == 2  # untrained, epoch 1
-    assert "left out of the scores: 2" in done.out
-    folder = tmp_path / "folder" / "run_1"
-    assert "Left out, could not be decoded: 2" in (folder / "folder_resnet18_best_results.txt").read_text()
-    assert pd.read_csv(folder / "results.csv")["undecoded"].tolist() == [2, 2]
+    assert f"left out: 3 images that could not be decoded: {pictures}/class 1/0.png: cannot be decoded (" in done.out
+    assert "test 22 images of 4 classes" in done.out
+    origin = json.loads((tmp_path / "folder" / "run_1" / "args.json").read_text())
+    assert sum(split["images"] for split in origin["data"].values()) == 45
 
 
 def test_images_that_swapped_classes_are_noticed(call, refused, run_folder):
@@ -383,7 +355,6 @@ def test_only_our_own_leftovers_are_removed(call, run_folder):
 
 
 def test_a_network_that_went_astray_is_said_to_have_diverged(call, refused, trained, tmp_path, monkeypatch):
-    import train
 
     epochs = []
     step = torch.optim.Adam.step
