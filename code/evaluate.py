@@ -20,7 +20,6 @@ import flags
 import inference
 import metrics
 import numpy as np
-import pictures
 import run
 import torch
 from folders import shorten
@@ -79,7 +78,7 @@ def main():
         print(f"warning: {metrics.ONE_POINT}", file=sys.stderr)
     if args.pictures:
         args.pictures.mkdir(parents=True, exist_ok=True)
-        pictures.search(args.pictures, found.per_query, query, benchmark.query, gallery, benchmark.gallery)
+        inference.draw_search(args.pictures, found, query, benchmark.query, gallery, benchmark.gallery)
         print(f"pictures: {args.pictures}/neighbours.png, {args.pictures}/embedding.png")
 
 

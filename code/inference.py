@@ -9,6 +9,8 @@ import dataset
 import distributed
 import metrics
 import net
+import numpy as np
+import pictures
 import torch
 from refused import Refused
 from torch import Tensor
@@ -158,3 +160,52 @@ def score(query: Embedded, gallery: Embedded | None, ks, device, memory_gib=1.0,
     """R@K, with precision also R-precision and MAP@R, of what was embedded."""
     sets = (*query[:2], *(gallery[:2] if gallery else (None, None)))
     return metrics.retrieval(*sets, ks, precision, memory_gib, device, progress=True)
+
+
+# ---------------------------------------------------------------- from a search to its pictures
+
+
+def draw_search(
+    folder: Path,
+    found: metrics.Retrieval,
+    query: Embedded,
+    query_images: dataset.ImageList,
+    gallery: Embedded | None,
+    gallery_images: dataset.ImageList | None,
+    max_points: int = 2000,
+) -> None:
+    """neighbours.png (four of the worst queries, four random others) and embedding.png of one search in folder.
+
+    gallery is None where the queries search among themselves; max_points: see pictures.embedding_map.
+    """
+    recalls = [values for name, values in found.per_query.items() if name.startswith("R@")]
+    worst, others = choose_queries(np.mean(recalls, axis=0), 4, 4, seed=0)
+    chosen = np.concatenate([worst, others])
+    targets, images = (query, query_images) if gallery is None else (gallery, gallery_images)
+    itself = torch.from_numpy(chosen) if gallery is None else None
+    nearest, similarities = metrics.nearest(query.embeddings[chosen], targets.embeddings, 8, itself)
+    names = pictures.short_names([query_images.class_names[label] for label in query.labels[chosen]], 80)
+    files = [query_images.root / query_images.paths[row] for row in query.rows]
+    pictures.neighbours(
+        [files[q] for q in chosen],
+        [[images.root / images.paths[targets.rows[n]] for n in row] for row in nearest],
+        (targets.labels[nearest] == query.labels[chosen][:, None]).tolist(),
+        similarities.tolist(),
+        [f"{'worst' if n < len(worst) else 'random'} query: {name}" for n, name in enumerate(names)],
+        folder / "neighbours.png",
+        own=query_images.own,
+    )
+    pictures.embedding_map(query.embeddings.numpy(), files, folder / "embedding.png", query_images.own, max_points)
+
+
+def choose_queries(scores: np.ndarray, count_worst: int, count_random: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Queries worth a look: (indices of the worst, worst first; indices of random others), none in both.
+
+    scores (Q,): how well each query went, more is better, NaN for queries that do not count. The seed decides between
+    equal scores and draws the random ones; the same arguments give the same choice. There may be fewer than asked for.
+    """
+    shuffled = np.random.default_rng(seed).permutation(len(scores))
+    shuffled = shuffled[~np.isnan(scores[shuffled])]
+    worst = shuffled[np.argsort(scores[shuffled], kind="stable")][:count_worst]
+    others = shuffled[~np.isin(shuffled, worst)]
+    return worst, others[:count_random]

@@ -4,6 +4,7 @@ Figures are drawn off screen without matplotlib's pyplot: nothing is shared betw
 """
 
 import bisect
+import contextlib
 import functools
 import importlib.util
 import io
@@ -12,28 +13,27 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import checkpoint
 import decoding
 import matplotlib
-import metrics
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager
 from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 DPI = 150
 GREEN, RED, GREY = "#1a7f37", "#cf222e", "#d0d0d0"
-# Seven colours that colour-blind readers tell apart (Okabe and Ito, "Color Universal Design", 2008), all but yellow.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")
-THUMBNAIL = 128  # pixels of the longer side of a picture among the neighbours
+# Two colours that colour-blind readers tell apart (Okabe and Ito, "Color Universal Design", 2008)
+BLUE, ORANGE = "#0072b2", "#d55e00"
+THUMBNAIL = 128  # pixels of the longer side of a picture among the neighbours, and at most of one on the map
+MAP_SIDE, MAP_CELLS = 1440, 40  # of the map: pixels, and cells, of its longer side
 MOST_NAMES = 32  # class names beside an incidence matrix; of more classes every second, third, … is named
 NAME_LENGTH = 28  # characters of a class name in a plot
 CAPTION_LENGTH = 18  # characters of a file name as wide as a picture among the neighbours
@@ -47,12 +47,22 @@ FRAMES = {
     "query": dict(color="black", linewidth=1.5),
 }
 
-FONTS = ["DejaVu Sans"]
-if zhplot := importlib.util.find_spec("zhplot"):  # only its font is used, for Chinese and Japanese names
-    for file in Path(zhplot.origin).parent.glob("fonts/NotoSansSC-Regular.ttf"):
-        fontManager.addfont(file)
-        FONTS.append("Noto Sans SC")
-matplotlib.rcParams["font.family"] = FONTS
+
+@functools.cache
+def fonts() -> list[str]:
+    """Families that texts are drawn in; of zhplot, if it is installed, the font, for Chinese and Japanese names."""
+    found = ["DejaVu Sans"]
+    if zhplot := importlib.util.find_spec("zhplot"):
+        for file in Path(zhplot.origin).parent.glob("fonts/NotoSansSC-Regular.ttf"):
+            fontManager.addfont(file)
+            found.append("Noto Sans SC")
+    return found
+
+
+@contextlib.contextmanager
+def in_our_fonts() -> Iterator[None]:
+    with matplotlib.rc_context({"font.family": fonts()}):
+        yield
 
 
 # ---------------------------------------------------------------- names
@@ -116,7 +126,7 @@ def legible(text: str) -> str:
 @functools.cache
 def _drawable() -> frozenset[int]:
     """Code points that the fonts have a glyph for."""
-    return frozenset().union(*(FT2Font(findfont(FontProperties(family))).get_charmap() for family in FONTS))
+    return frozenset().union(*(FT2Font(findfont(FontProperties(family))).get_charmap() for family in fonts()))
 
 
 def _spell(character: str) -> str:
@@ -135,6 +145,7 @@ def _plain(text: str) -> str:
 # ---------------------------------------------------------------- the course of a run
 
 
+@in_our_fonts()
 def curves(
     history: Sequence[dict], path: Path, title: str = "", chance: float | None = None, best: int | None = None
 ) -> None:
@@ -235,13 +246,13 @@ def _draw_recalls(axes, history: Sequence[dict], best: int | None) -> None:
 def _draw_classes(axes, history: Sequence[dict]) -> None:
     """How far samples belong to other classes' hyperedges, and how wide the classes are, each on its own scale."""
     right = axes.twinx()
-    variance = dict(color=COLOURS[1], linestyle="--")
-    _plot(axes, history, "incidence", 1, label="membership in other\nclasses' hyperedges", color=COLOURS[0])
+    variance = dict(color=ORANGE, linestyle="--")
+    _plot(axes, history, "incidence", 1, label="membership in other\nclasses' hyperedges", color=BLUE)
     _plot(right, history, "variance", 1, **variance)
     axes.plot([], [], label="mean class variance\n(scale on the right)", **variance)
-    axes.set_ylabel("mean of H", color=COLOURS[0])
+    axes.set_ylabel("mean of H", color=BLUE)
     axes.set_ylim(0, 1)
-    right.tick_params(axis="y", colors=COLOURS[1])
+    right.tick_params(axis="y", colors=ORANGE)
 
 
 def _plot(axes, history: Sequence[dict], name: str, scale: float, **look) -> None:
@@ -255,55 +266,7 @@ def _plot(axes, history: Sequence[dict], name: str, scale: float, **look) -> Non
 # ---------------------------------------------------------------- a search
 
 
-def search(
-    folder: Path,
-    per_query: dict[str, np.ndarray],
-    query,
-    query_images,
-    gallery,
-    gallery_images,
-) -> None:
-    """neighbours.png and embedding.png of one search in folder.
-
-    Args:
-        per_query: {'R@1': (Q,), …}, how well each query went.
-        query, gallery: inference.Embedded; gallery None where the queries search among themselves.
-        query_images, gallery_images: the dataset.ImageList each was made of.
-    """
-    recalls = [values for name, values in per_query.items() if name.startswith("R@")]
-    worst, others = choose_queries(np.mean(recalls, axis=0), 4, 4, seed=0)
-    chosen = np.concatenate([worst, others])
-    targets, images = (query, query_images) if gallery is None else (gallery, gallery_images)
-    itself = query.rows.new_tensor(chosen) if gallery is None else None
-    found, similarities = metrics.nearest(query.embeddings[chosen], targets.embeddings, 8, itself)
-    labels = query.labels[chosen]
-    names = short_names([query_images.class_names[label] for label in labels], 80)
-    neighbours(
-        [query_images.root / query_images.paths[query.rows[q]] for q in chosen],
-        [[images.root / images.paths[targets.rows[n]] for n in row] for row in found],
-        (targets.labels[found] == labels[:, None]).tolist(),
-        similarities.tolist(),
-        [f"{'worst' if n < len(worst) else 'random'} query: {name}" for n, name in enumerate(names)],
-        folder / "neighbours.png",
-        own=query_images.own,
-    )
-    embedding_map(query.embeddings.numpy(), query.labels.numpy(), query_images.class_names, folder / "embedding.png")
-
-
-def choose_queries(scores: np.ndarray, count_worst: int, count_random: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Queries worth a look: (indices of the worst, worst first; indices of random others), none in both.
-
-    scores (Q,): how well each query went, more is better, NaN for queries that do not count. The seed decides between
-    equal scores and draws the random ones; the same arguments give the same choice. There may be fewer than asked for.
-    """
-    scores = np.asarray(scores, dtype=np.float64)
-    shuffled = np.random.default_rng(seed).permutation(len(scores))
-    shuffled = shuffled[~np.isnan(scores[shuffled])]
-    worst = shuffled[np.argsort(scores[shuffled], kind="stable")][:count_worst]
-    others = shuffled[~np.isin(shuffled, worst)]
-    return worst, others[:count_random]
-
-
+@in_our_fonts()
 def neighbours(
     query_paths: Sequence[Path | str],
     neighbour_paths: Sequence[Sequence[Path | str]],
@@ -357,7 +320,7 @@ def neighbours(
             text = dict(ha="center", va="center", color=FRAMES[known]["color"])
             axes.text(x + 0.5, top + 1.39, f"{MARKS[known]}{similarity:.{digits}f}", fontsize=10, **text)
             caption = _plain(cut(legible(caption), CAPTION_LENGTH))
-            axes.text(x + 0.5, top + 1.54, caption, fontsize=6.5, family=["DejaVu Sans Mono", *FONTS], **text)
+            axes.text(x + 0.5, top + 1.54, caption, fontsize=6.5, family=["DejaVu Sans Mono", *fonts()], **text)
     _save(figure, path)
 
 
@@ -394,6 +357,7 @@ def _draw_image(axes, file: Path | str, x: float, y: float, frame: dict, own: bo
     axes.add_patch(Rectangle((x, y), 1, 1, fill=False, zorder=3, **frame))
 
 
+@in_our_fonts()
 def contact_sheet(columns: Sequence[tuple[str, Sequence]], path: Path, own: bool = False) -> None:
     """Classes of each split side by side, their images in rows.
 
@@ -446,6 +410,7 @@ def _decode(file: Path | str, side: int, own: bool) -> Image.Image:
 # ---------------------------------------------------------------- a batch
 
 
+@in_our_fonts()
 def hypergraph(H: np.ndarray, labels: np.ndarray, class_names: Sequence[str], path: Path) -> None:
     """The incidence matrix of a batch: how far each sample belongs to the hyperedge of each class.
 
@@ -484,113 +449,73 @@ def hypergraph(H: np.ndarray, labels: np.ndarray, class_names: Sequence[str], pa
 # ---------------------------------------------------------------- embeddings on a plane
 
 
+@in_our_fonts()
 def embedding_map(
     embeddings: np.ndarray,
-    labels: np.ndarray,
-    class_names: Sequence[str],
+    files: Sequence[Path | str],
     path: Path,
-    method: str = "tsne",
-    seed: int = 0,
+    own: bool = False,
     max_points: int = 2000,
-    max_classes: int = 20,
+    seed: int = 0,
 ) -> None:
-    """Embeddings of a few classes on a plane: points that are close are similar by cosine.
+    """The pictures themselves on a plane: those that are close are similar by cosine.
 
-    embeddings (N, D) of any length; labels (N,) indices into class_names. Whole classes are drawn by the seed, as many
-    as max_classes and max_points let in; the title says how many of how many. method: tsne, or pca, which also takes
-    over for few points.
+    The plane is cut into cells as large as a thumbnail, and each shows the first picture that falls into it. The title
+    says how many of how many are shown. By t-SNE; of few points by PCA.
 
-    Raises:
-        ValueError: an unknown method, no embeddings, shapes that do not fit, NaN or Inf.
+    Args:
+        embeddings: (N, D) of any finite length.
+        files: the N image files; those that cannot be read are left out.
+        own: they are the user's own pictures, as in neighbours().
+        max_points: of more pictures as many are drawn at random, by the seed.
     """
-    if method not in ("tsne", "pca"):
-        raise ValueError(f"embedding_map: method must be tsne or pca, got {method!r}")
-    embeddings, labels = np.asarray(embeddings), np.asarray(labels)
-    if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1] or not len(labels):
-        raise ValueError(f"embedding_map: (N, D) and (N,) expected, got {embeddings.shape} and {labels.shape}")
-    classes, sizes = np.unique(labels, return_counts=True)
-    chosen, points = _choose_points(labels, classes, sizes, seed, max_points, max_classes)
-    X = embeddings[points].astype(np.float64)
-    if not np.isfinite(X).all():
-        raise ValueError("embedding_map: the embeddings hold NaN or Inf")
-    X /= np.linalg.norm(X, axis=1, keepdims=True).clip(min=1e-12)
+    points = np.random.default_rng(seed).permutation(len(embeddings))[:max_points]
+    X = np.asarray(embeddings)[points].astype(np.float64)
+    X = (X / np.linalg.norm(X, axis=1, keepdims=True).clip(min=1e-12)).astype(np.float32)
+    plane, method = _project(X, seed)
 
-    plane, method_name, axis_names = _project(X, method, seed)
-    figure = Figure(figsize=(7.4, 6.4), dpi=DPI, layout="constrained")
-    axes = figure.subplots()
-    members = [labels[points] == label for label in chosen]
-    size = np.clip(12000 / len(points), 10, 60)
-    for number, mine in enumerate(members):
-        look = dict(marker="os^Dv"[number // len(COLOURS) % 5], color=COLOURS[number % len(COLOURS)])
-        axes.scatter(*plane[mine].T, s=size, alpha=0.8, edgecolors="white", linewidths=0.4, **look)
-    axes.set(xlabel=axis_names[0], ylabel=axis_names[1], xticks=[], yticks=[])
-    axes.set_aspect("equal", adjustable="datalim")
-    of_how_many = f"{len(points):,} of {len(labels):,} images, {len(chosen):,} of {len(classes):,} classes"
-    axes.set_title(f"{method_name} of {of_how_many}", fontsize=11)
-    names = short_names([class_names[label] for label in chosen])
-    _name_clusters(figure, axes, [plane[mine] for mine in members], names)
+    side = min(MAP_CELLS, 3 * int(np.ceil(np.sqrt(len(X)))))  # cells: few pictures are shown larger
+    pixels = min(THUMBNAIL, MAP_SIDE // side)
+    extent = max(np.ptp(plane, axis=0).max(), 1e-12)
+    cells = np.minimum((plane - plane.min(axis=0)) / extent * side, side - 1).astype(int)
+    thumbnails: dict[tuple[int, int], np.ndarray] = {}
+    for cell, point in zip(map(tuple, cells.tolist()), points, strict=True):
+        if cell not in thumbnails:
+            thumbnail = read_thumbnail(files[point], pixels - 2, own)
+            thumbnails |= {} if thumbnail is None else {cell: thumbnail}
+
+    columns, rows = cells.max(axis=0) + 1
+    canvas = np.full((rows * pixels, columns * pixels, 3), 255, np.uint8)
+    for (column, row), thumbnail in thumbnails.items():
+        h, w = thumbnail.shape[:2]
+        top, left = (rows - 1 - row) * pixels + (pixels - h) // 2, column * pixels + (pixels - w) // 2
+        canvas[top : top + h, left : left + w] = thumbnail
+
+    margin, title = 20, 60  # pixels
+    height, width = canvas.shape[0] + title + margin, max(canvas.shape[1] + 2 * margin, 720)
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    figure.figimage(canvas, (width - canvas.shape[1]) // 2, margin)
+    of_how_many = f"{len(X):,} of {len(embeddings):,} images, {len(thumbnails):,} of them shown"
+    figure.text(0.5, 1 - title / 2 / height, f"{method} of {of_how_many}", ha="center", va="center", fontsize=11)
     _save(figure, path)
 
 
-def _name_clusters(figure: Figure, axes, clusters: Sequence[np.ndarray], names: Sequence[str]) -> None:
-    """A name above the middle of each cluster (n, 2); where another name is, farther up or down and with a line."""
-    figure.draw_without_rendering()  # lays the figure out, so that the extents of texts are known
-    axes.autoscale(False)
-    frame, outline, taken = axes.get_window_extent(), [withStroke(linewidth=2, foreground="white")], []
-    for cluster, name in zip(clusters, names, strict=True):
-        middle, above = np.median(cluster, axis=0), np.quantile(cluster[:, 1], 0.75)
-        look = dict(ha="center", va="center", fontsize=8, path_effects=outline, zorder=4, in_layout=False)
-        text = axes.text(middle[0], above, _plain(name), **look)
-        box = text.get_window_extent()
-        aside = max(0, frame.x0 + 4 - box.x0) - max(0, box.x1 + 4 - frame.x1)
-        for offset in box.height * (1.2 + 0.6 * np.array(sorted(range(-30, 31), key=abs))):
-            moved = box.translated(aside, offset)
-            inside = frame.y0 < moved.y0 and moved.y1 < frame.y1
-            if inside and not any(moved.overlaps(other) for other in taken):
-                break
-        taken.append(moved)
-        center = (moved.x0 + moved.x1) / 2, (moved.y0 + moved.y1) / 2
-        text.set_position(axes.transData.inverted().transform(center))
-        if abs(offset) > 2 * box.height:
-            axes.plot(*zip(middle, text.get_position(), strict=True), color="#4d4d4d", linewidth=0.7, zorder=3)
-
-
-def _choose_points(labels, classes, sizes, seed, max_points, max_classes) -> tuple[np.ndarray, np.ndarray]:
-    """(classes drawn, ascending; indices of all their images). A class that alone is too large gives a sample."""
-    random = np.random.default_rng(seed)
-    order = random.permutation(len(classes))[:max_classes]
-    fitting = max(1, int((sizes[order].cumsum() <= max_points).sum()))
-    chosen = np.sort(classes[order[:fitting]])
-    points = np.flatnonzero(np.isin(labels, chosen))
-    if len(points) > max_points:
-        points = np.sort(random.choice(points, max_points, replace=False))
-    return chosen, points
-
-
-def _project(X: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, str, list[str]]:
-    """Unit vectors X (n, D) -> points on a plane (n, 2), the name of the method that was used, names of the axes."""
-    plane, shares = _principal_components(X)
+def _project(X: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
+    """Unit vectors X (n, D) -> points on a plane (n, 2), and the name of the method that was used."""
+    U, S, _ = np.linalg.svd(X - X.mean(axis=0), full_matrices=False)
+    plane = (U * S)[:, :2]  # the first two principal components
+    plane = np.pad(plane, ((0, 0), (0, 2 - plane.shape[1])))  # a single point or dimension has no second one
     spread = plane[:, 0].std()
-    if method == "pca" or len(X) < FEWEST_FOR_TSNE or spread == 0:
-        names = [f"principal component {i} ({100 * share:.0f} % of the variance)" for i, share in enumerate(shares, 1)]
-        return plane, "PCA", names
+    if len(X) < FEWEST_FOR_TSNE or spread < 1e-6:  # equal points differ by rounding
+        return plane * (spread >= 1e-6), "PCA"
     from sklearn.manifold import TSNE  # slow to import, and only this needs it
     from threadpoolctl import threadpool_limits
 
-    start = (plane / spread * 1e-4).astype(np.float32)
     # Its threads wait for each other in busy loops: beside loaders at work, a single thread is several times faster.
     with threadpool_limits(1):
         perplexity = min(30, (len(X) - 1) / 3)
-        plane = TSNE(perplexity=perplexity, init=start, random_state=seed).fit_transform(X.astype(np.float32))
-    return plane, "t-SNE", ["t-SNE 1 (no unit)", "t-SNE 2 (no unit)"]
-
-
-def _principal_components(X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """X (n, D) -> its first two principal components (n, 2), and the shares of the variance that they hold (2,)."""
-    U, S, _ = np.linalg.svd(X - X.mean(axis=0), full_matrices=False)
-    plane, shares = (U * S)[:, :2], (S**2 / max((S**2).sum(), 1e-300))[:2]  # equal points have no variance to share
-    missing = 2 - len(shares)  # a single point or dimension has no second one
-    return np.pad(plane, ((0, 0), (0, missing))), np.pad(shares, (0, missing))
+        start = plane / spread * 1e-4
+        return TSNE(perplexity=perplexity, metric="cosine", init=start, random_state=seed).fit_transform(X), "t-SNE"
 
 
 def _save(figure: Figure, path: Path) -> None:

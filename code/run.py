@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
@@ -447,14 +448,16 @@ class Run:
 
     # ------------------------------------------------------------ pictures
 
-    def draw(self, train_loader: DataLoader, benchmark: dataset.Benchmark, searched: tuple) -> None:
-        """Draw curves, neighbours, a hypergraph and a map of embeddings; anew while that takes little of the time."""
+    def draw(self, train_loader: DataLoader, draw_search: Callable[[Path, int], None]) -> None:
+        """Draw curves, a hypergraph and the search; anew while that takes little of the time, in full at the end.
+
+        draw_search(folder, number of pictures on the map) draws neighbours and a map of embeddings.
+        """
         begun = time.monotonic()
         if self.drawing_seconds > 0.03 * (begun - self.started) and not self.done:
             return
         pictures.curves(self.history, self.folder / "curves.png", **self._curve_options())
-        found, query, gallery = searched
-        pictures.search(self.folder, found.per_query, query, benchmark.query, gallery, benchmark.gallery)
+        draw_search(self.folder, 2000 if self.done else 400)  # t-SNE of 2,000 takes ten seconds, of 400 one
         if self.args.loss == "hist":
             self._draw_hypergraph(train_loader)
         if self.wandb:

@@ -362,7 +362,13 @@ def finish_epoch(
     if distributed.processes().rank == 0:
         log.add(row)
         log.one_point = metrics.almost_one_point(searched[1].embeddings)
-        log.draw(loaders.train, benchmark, searched)
+        found, query, gallery = searched
+        log.draw(
+            loaders.train,
+            lambda folder, points: inference.draw_search(
+                folder, found, query, benchmark.query, gallery, benchmark.gallery, points
+            ),
+        )
 
 
 def evaluate(

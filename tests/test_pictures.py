@@ -1,18 +1,22 @@
 """The pictures: they exist whole, have their size and show what they are given, for every odd size of input."""
 
 import os
+import re
 import subprocess
 import sys
 
 import inference
+import metrics
 import numpy as np
 import pictures
 import pytest
+import scipy.ndimage
 import torch
 from PIL import Image
 from trees import picture
 
 KS = (1, 2, 4, 8, 16, 32)
+real_save = pictures._save
 
 
 def read(path):
@@ -145,24 +149,24 @@ def test_curves_of_the_hypergraph_are_there_if_the_rows_have_them(figures, names
 def test_chosen_queries_are_the_worst_and_random_others():
     scores = np.linspace(0, 1, 50)
     scores[[3, 4]] = np.nan
-    worst, others = pictures.choose_queries(scores, 4, 5, seed=1)
+    worst, others = inference.choose_queries(scores, 4, 5, seed=1)
     assert worst.tolist() == [0, 1, 2, 5]
     assert len(set(others)) == 5 and not set(others) & {*worst, 3, 4}
-    again = pictures.choose_queries(scores, 4, 5, seed=1)
+    again = inference.choose_queries(scores, 4, 5, seed=1)
     assert worst.tolist() == again[0].tolist() and others.tolist() == again[1].tolist()
-    assert others.tolist() != pictures.choose_queries(scores, 4, 5, seed=2)[1].tolist()
+    assert others.tolist() != inference.choose_queries(scores, 4, 5, seed=2)[1].tolist()
 
 
 def test_choice_among_equals_depends_on_the_seed_and_on_nothing_else():
-    choices = [pictures.choose_queries(np.zeros(1000), 5, 5, seed)[0].tolist() for seed in (0, 1, 0)]
+    choices = [inference.choose_queries(np.zeros(1000), 5, 5, seed)[0].tolist() for seed in (0, 1, 0)]
     assert choices[0] == choices[2] != choices[1]
     assert choices[0] != [0, 1, 2, 3, 4]
 
 
 def test_choice_from_too_few():
-    worst, others = pictures.choose_queries(np.array([0.5, np.nan, 0.1]), 4, 4, seed=0)
+    worst, others = inference.choose_queries(np.array([0.5, np.nan, 0.1]), 4, 4, seed=0)
     assert worst.tolist() == [2, 0] and others.tolist() == []
-    worst, others = pictures.choose_queries(np.array([]), 4, 4, seed=0)
+    worst, others = inference.choose_queries(np.array([]), 4, 4, seed=0)
     assert len(worst) == len(others) == 0
 
 
@@ -257,9 +261,10 @@ def test_search_draws_the_nearest_of_each_query(tmp_path, images, gallery):
     embeddings = torch.nn.functional.one_hot(labels, 8) + 0.1 * torch.rand(45, 8)
     query = inference.Embedded(embeddings, labels, torch.arange(45))
     others = (query, Images) if gallery else (None, None)
-    pictures.search(tmp_path, {"R@1": np.linspace(0, 1, 45)}, query, Images, *others)
+    found = metrics.Retrieval({1: 0.5}, None, None, 45, 0, {"R@1": np.linspace(0, 1, 45)})
+    inference.draw_search(tmp_path, found, query, Images, *others)
     assert share(read(tmp_path / "neighbours.png"), pictures.GREEN) > 0.002
-    assert read(tmp_path / "embedding.png").shape == (960, 1110, 3)
+    assert read(tmp_path / "embedding.png").shape[1] >= 720
 
 
 def test_short_names_keep_what_tells_them_apart():
@@ -301,9 +306,7 @@ def test_no_name_sets_off_a_warning(tmp_path, images):
         import numpy as np, pictures
         names, rows = {INTERNATIONAL!r}, [[{str(images[0])!r}] * 12]
         pictures.hypergraph(np.eye(12), np.arange(12), names, "h.png")
-        X = np.repeat(np.eye(12), 4, axis=0) + np.random.default_rng(0).normal(size=(48, 12)) / 9
-        pictures.embedding_map(X, np.arange(48) // 4, names, "e.png")
-        pictures.embedding_map(np.ones((1, 1)), [0], names, "one.png")
+        pictures.embedding_map(np.ones((1, 1)), rows[0], "one.png")
         pictures.neighbours(rows[0], rows * 12, None, [[0.5] * 12] * 12, names, "n.png", captions=[names] * 12)
         pictures.curves([], "c.png", title=" ".join(names))
     """
@@ -363,90 +366,61 @@ def test_colour_bar_has_no_bands(tmp_path):
     assert np.abs(np.diff(pixels[90:840, bar], axis=0)).max() < 12
 
 
-def clusters(classes, per_class, dimensions=16):
-    random = np.random.default_rng(0)
-    labels = np.repeat(np.arange(classes), per_class)
-    centres = random.normal(size=(classes, dimensions)).astype(np.float32)
-    noise = 0.1 * random.normal(size=(len(labels), dimensions)).astype(np.float32)
-    return centres[labels] + noise, labels, [f"class {c}" for c in range(classes)]
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    """Files of ten colours, four of each, the first one wide, the second one tall; and embeddings close by colour."""
+    folder, files = tmp_path_factory.mktemp("colours"), []
+    for hue in range(10):
+        for number, size in enumerate([(60, 20), (20, 60), (40, 40), (200, 200)]):
+            files.append(folder / f"{hue}_{number}.png")
+            Image.new("HSV", size, (25 * hue, 255, 255)).convert("RGB").save(files[-1])
+    embeddings = np.eye(10, 16).repeat(4, axis=0) + 0.05 * np.random.default_rng(0).normal(size=(40, 16))
+    return files, 1e3 * embeddings
 
 
-@pytest.mark.parametrize("classes, per_class", [(100, 20), (11316, 5)])
-def test_embedding_map(tmp_path, classes, per_class):
-    embeddings, labels, names = clusters(classes, per_class)
-    pictures.embedding_map(embeddings, labels, names, tmp_path / "map.png", max_points=150)
-    pixels = read(tmp_path / "map.png")
-    assert pixels.shape == (960, 1110, 3)
-    assert 0.001 < (pixels.max(axis=2) - pixels.min(axis=2) > 60).mean() < 0.2  # coloured points
+def blocks(pixels):
+    """Centres (n, 2) of the thumbnails on a map, and their colours (n, 3)."""
+    coloured = pixels.max(axis=2) - pixels.min(axis=2) > 100
+    labels, count = scipy.ndimage.label(coloured)
+    centres = np.array(scipy.ndimage.center_of_mass(coloured, labels, range(1, count + 1)))
+    return centres, np.array([pixels[labels == number].mean(axis=0) for number in range(1, count + 1)])
 
 
-def test_embedding_map_says_of_how_many_and_by_which_method(tmp_path, figures):
-    embeddings, labels, names = clusters(300, 4)
-    for method in ("tsne", "pca"):
-        pictures.embedding_map(embeddings, labels, names, tmp_path / "map.png", method, max_classes=8)
-    pictures.embedding_map(embeddings[:8], labels[:8], names, tmp_path / "map.png")
-    figures = [figure.axes[0] for figure in figures]
-    titles = [axes.get_title() for axes in figures]
-    assert titles == [
-        "t-SNE of 32 of 1,200 images, 8 of 300 classes",
-        "PCA of 32 of 1,200 images, 8 of 300 classes",
-        "PCA of 8 of 8 images, 2 of 2 classes",
-    ]
-    assert "of the variance" in figures[1].get_xlabel()
-    assert len(figures[0].texts) == 8
+@pytest.mark.parametrize("method, count, at_least", [("t-SNE", 40, 0.9), ("PCA", 28, 0.7)])
+def test_embedding_map_shows_similar_pictures_side_by_side(tmp_path, figures, colours, method, count, at_least):
+    files, embeddings = colours
+    pictures.embedding_map(embeddings[:count], files[:count], tmp_path / "map.png")
+    [text] = figures[0].texts
+    shown = re.fullmatch(rf"{method} of {count} of {count} images, (\d+) of them shown", text.get_text())[1]
+    assert figures[0].axes == []
+    real_save(figures[0], tmp_path / "map.png")
+    centres, hues = blocks(read(tmp_path / "map.png"))
+    assert len(hues) == int(shown) > count / 3
+    apart = np.linalg.norm(centres[:, None] - centres, axis=2) + 1e9 * np.eye(len(centres))
+    assert (np.abs(hues[apart.argmin(axis=1)] - hues).max(axis=1) < 3).mean() > at_least
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_embedding_map_names_clusters_without_overlap(figures, together):
-    embeddings, labels, _ = clusters(20, 10)
-    embeddings = np.ones_like(embeddings) if together else embeddings
-    names = [f"{n:03d}.a_rather_long_name_of_class_{n}" for n in range(20)]
-    pictures.embedding_map(embeddings, labels, names, "map.png")
-    figures[0].canvas.draw()
-    texts, frame = figures[0].axes[0].texts, figures[0].axes[0].get_window_extent()
-    boxes = [text.get_window_extent() for text in texts]
-    assert len({text.get_text() for text in texts}) == 20
-    assert all(frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1 for box in boxes)
-    assert not any(a.padded(-1).overlaps(b.padded(-1)) for i, a in enumerate(boxes) for b in boxes[:i])
+def test_embedding_map_draws_a_random_part(tmp_path, figures, colours):
+    files, embeddings = colours
+    for seed in (0, 1, 0):
+        pictures.embedding_map(embeddings, files, tmp_path / "map.png", max_points=31, seed=seed)
+    shown = [figure.images[0].get_array() for figure in figures]
+    assert np.array_equal(shown[0], shown[2]) and not np.array_equal(shown[0], shown[1])
+    assert figures[0].texts[0].get_text().startswith("t-SNE of 31 of 40 images, ")
 
 
-@pytest.mark.parametrize("most, expected", [(2000, (20, 400)), (50, (2, 40)), (15, (1, 15))])
-def test_embedding_map_takes_whole_classes(most, expected):
-    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(100), 20))
-    classes, sizes = np.unique(labels, return_counts=True)
-    chosen, points = pictures._choose_points(labels, classes, sizes, seed=0, max_points=most, max_classes=20)
-    assert (len(chosen), len(points)) == expected
-    assert set(labels[points]) == set(chosen) and len(set(points)) == len(points)
-
-
-def test_principal_components():
-    X = np.random.default_rng(0).normal(size=(40, 6))
-    plane, shares = pictures._principal_components(X)
-    values, vectors = np.linalg.eigh(np.cov(X.T))
-    assert np.allclose(np.abs(plane), np.abs((X - X.mean(axis=0)) @ vectors[:, [-1, -2]]))
-    assert np.allclose(shares, values[[-1, -2]] / values.sum())
-    assert np.array_equal(plane, pictures._principal_components(X)[0])
-
-
-@pytest.mark.parametrize("shape", [(1, 8), (1, 1), (40, 1), (2, 8)])
-def test_embedding_map_of_hardly_anything(tmp_path, shape):
-    embeddings = np.ones(shape, np.float32)  # all on one point
-    pictures.embedding_map(embeddings, np.arange(len(embeddings)) % 2, ["a", "b"], tmp_path / "map.png")
-    assert share(read(tmp_path / "map.png"), pictures.COLOURS[min(shape[0], 2) - 1], 60) > 1e-5
-
-
-def test_embedding_map_refuses(tmp_path):
-    embeddings, labels, names = clusters(4, 5)
-    path = tmp_path / "map.png"
-    for arguments, match in (
-        ((embeddings, labels, names, path, "umap"), "tsne or pca"),
-        ((embeddings, labels[1:], names, path), "expected"),
-        ((embeddings[:0], labels[:0], names, path), "expected"),
-        ((embeddings * np.nan, labels, names, path), "NaN"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            pictures.embedding_map(*arguments)
-    assert not path.exists()
+@pytest.mark.parametrize(
+    "embeddings, readable, shown",
+    [(np.ones((1, 8)), 1, 1), (np.ones((1, 1)), 1, 1), (np.ones((40, 1)), 40, 1), (np.ones((40, 3)), 9, 1),
+     (np.zeros((3, 2)), 3, 1), (np.eye(2), 2, 2), (np.eye(2, dtype=np.float16), 1, 1), (np.eye(40), 0, 0)],
+)  # fmt: skip
+def test_embedding_map_of_hardly_anything(tmp_path, figures, colours, embeddings, readable, shown):
+    """Equal embeddings share a cell; a file that cannot be read leaves it to the next."""
+    files = [*colours[0][:readable], *[tmp_path / "absent.png"] * (len(embeddings) - readable)]
+    pictures.embedding_map(embeddings, files, tmp_path / "map.png")
+    assert figures[0].texts[0].get_text().endswith(f" images, {shown} of them shown")
+    real_save(figures[0], tmp_path / "map.png")
+    assert len(blocks(read(tmp_path / "map.png"))[1]) == shown
 
 
 def test_a_failed_picture_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
