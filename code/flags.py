@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import distributed
-import facts
+import layouts
 import torch
 from refused import Refused
 
@@ -222,7 +222,7 @@ def text(value: str) -> str:
 def dataset_name(name: str) -> str:
     """The documented name of a data set, whatever the case it is given in; any other name as it is."""
     try:
-        return facts.dataset_name(name)
+        return layouts.dataset_name(name)
     except ValueError:
         return name  # argparse then lists the choices
 
@@ -329,7 +329,7 @@ def add_data_flags(parser: Parser, batch_size: int):
     group.add_argument(
         "--dataset",
         type=dataset_name,
-        choices=facts.DATASETS,
+        choices=layouts.DATASETS,
         default="cars",
         help="benchmark, or 'folder' for your own pictures",
     )
