@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from refused import Refused
 from search import INF, Found, search
 from torch import Tensor
 from tqdm import tqdm
@@ -88,7 +89,7 @@ def retrieval(
             per_query["r_precision"][q_order[rows]] = r_precision
             per_query["map_at_r"][q_order[rows]] = map_at_r
     if num_with_positive == 0:
-        raise ValueError(f"none of the {len(Q)} queries has an image of its own class to find")
+        raise Refused(f"none of the {len(Q)} queries has an image of its own class to find")
     means = {name: values.nanmean().item() for name, values in per_query.items()}
     return Retrieval(
         recall={k: means[f"R@{k}"] for k in ks},
@@ -107,16 +108,16 @@ def unit_vectors(embeddings: Tensor, what: str, device: torch.device | str = "cp
     """
     x = torch.as_tensor(embeddings).detach()
     if x.ndim != 2:
-        raise ValueError(f"{what}: embeddings (N, D) expected, got {tuple(x.shape)}")
+        raise Refused(f"{what}: embeddings (N, D) expected, got {tuple(x.shape)}")
     if x.numel() == 0:
-        raise ValueError(f"{what}: there are no embeddings, their shape is {tuple(x.shape)}")
+        raise Refused(f"{what}: there are no embeddings, their shape is {tuple(x.shape)}")
     if x.is_complex() or x.dtype == torch.bool:
-        raise ValueError(f"{what}: real numbers expected as embeddings, got {x.dtype}")
+        raise Refused(f"{what}: real numbers expected as embeddings, got {x.dtype}")
     x = x.to(device, torch.float64 if x.dtype == torch.float64 else torch.float32)
     largest = torch.linalg.vector_norm(x, INF, dim=1, keepdim=True)
     bad = int((~largest.isfinite()).sum())
     if bad:
-        raise ValueError(f"{what}: {bad} of {len(x)} embeddings hold NaN or Inf")
+        raise Refused(f"{what}: {bad} of {len(x)} embeddings hold NaN or Inf")
     # The squares of very large or small numbers overflow or vanish. So each row is divided by a power of two, which
     # brings its largest number between 1 and 2 and rounds nothing.
     power = largest / (2 * largest.frexp().mantissa)
@@ -126,19 +127,19 @@ def unit_vectors(embeddings: Tensor, what: str, device: torch.device | str = "cp
 
 def _check_dimensions(Q: Tensor, G: Tensor) -> None:
     if G.shape[1] != Q.shape[1]:
-        raise ValueError(f"query embeddings have {Q.shape[1]} dimensions, gallery embeddings {G.shape[1]}")
+        raise Refused(f"query embeddings have {Q.shape[1]} dimensions, gallery embeddings {G.shape[1]}")
 
 
 def _sorted_by_class(embeddings: Tensor, labels: Tensor, what: str, device) -> tuple[Tensor, Tensor, Tensor]:
     """Unit vectors and labels in order of class, and that order (on the CPU)."""
     embeddings, labels = torch.as_tensor(embeddings), torch.as_tensor(labels)
     if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
-        raise ValueError(
+        raise Refused(
             f"{what}: embeddings (N, D) and labels (N,) expected, got {tuple(embeddings.shape)}, {tuple(labels.shape)}"
         )
     vectors = unit_vectors(embeddings, what, device)
     if labels.is_complex() or (labels.is_floating_point() and bool((labels.frac() != 0).any())):
-        raise ValueError(f"{what}: whole numbers expected as labels, got {labels.dtype}")
+        raise Refused(f"{what}: whole numbers expected as labels, got {labels.dtype}")
     labels = labels.cpu().to(torch.int64)  # torch cannot sort or search all integer types
     order = torch.argsort(labels, stable=True)
     return vectors[order.to(device)], labels[order].to(device), order
