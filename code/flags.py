@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import distributed
-import layouts
+import facts
 import torch
 from refused import Refused
 
@@ -27,40 +27,15 @@ ARCHITECTURE = {
     "add_gmp": "--add-gmp",
     "layer_norm": "--layer-norm",
 }
-FROM_CHECKPOINT = "only needed for published checkpoints: this project's carry these flags and the image size"
 TAKEN_FROM_CHECKPOINT = (*ARCHITECTURE, "dataset", "image_size", "train_classes", "amp", "channels_last")
 # Flags that change nothing about an experiment, by destination: they may change when a run is resumed, and runs that
-# differ only in them are repetitions of one experiment.
-BOOKKEEPING = {
-    "resume",
-    "allow_changed_images",
-    "skip_bad_images",
-    "run_num",
-    "overwrite",
-    "log_dir",
-    "data_root",
-    "nb_workers",
-    "gpu_id",
-    "cuda_graphs",  # the same bits in float32; that bf16 is rounded otherwise is no reason to refuse a resume
-    "search_memory",
-    "wandb",
-    "remark",
-}
-# Images in a batch of scoring, in training too: both compute the same scores, on the CPU to the bit.
-EVALUATION_BATCH = 150
-NO_FOLDER = "--dataset folder needs --data-root, your folder of class folders or a CSV file"
-# hist is in hist.py, the others in losses.py, which is imported only when one of them is asked for.
-LOSSES = (
-    "hist",
-    "proxy_anchor",
-    "proxy_nca",
-    "softtriple",
-    "arcface",
-    "normalized_softmax",
-    "multi_similarity",
-    "triplet",
-    "contrastive",
+# differ only in them are repetitions of one experiment. --cuda-graphs is here because float32 gives the same bits.
+BOOKKEEPING = frozenset(
+    "resume allow_changed_images skip_bad_images run_num overwrite log_dir data_root nb_workers gpu_id cuda_graphs "
+    "search_memory wandb remark".split()
 )
+EVALUATION_BATCH = 150  # images, in training's scoring too: both compute the same scores, on the CPU to the bit
+NO_FOLDER = "--dataset folder needs --data-root, your folder of class folders or a CSV file"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -82,6 +57,17 @@ class Parser(argparse.ArgumentParser):
             fromfile_prefix_chars="@",
             allow_abbrev=False,
         )
+
+    def add_table(self, title: str, *rows: tuple, description: str | None = None) -> None:
+        """Adds a group of flags, without a title beside --help, from rows such as those of DATA_FLAGS."""
+        group = self.add_argument_group(title, description) if title else self
+        for flag, kind, default, placeholder, text, *further in rows:
+            options = {"dest": DESTINATIONS.get(flag), "default": default, "help": text}
+            if kind == "switch":
+                options["action"] = "store_true"
+            else:
+                options |= {"choices" if isinstance(kind, tuple) else "type": kind, "metavar": placeholder}
+            group.add_argument(flag, **options, **(further[0] if further else {}))
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         try:
@@ -130,18 +116,14 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: list[str] | None = None) -> tuple[argparse.Namespace, set[str]]:
         """(all flags, destinations of the flags that were given rather than left to their defaults)."""
         args = self.parse_args(argv)
-        defaults = {action: action.default for action in self._actions}
-        for action in self._actions:
-            action.default = argparse.SUPPRESS
-        given = set(vars(self.parse_args(argv)))
-        for action, default in defaults.items():
-            action.default = default
-        return args, given
+        untouched = argparse.Namespace(**dict.fromkeys(vars(args), argparse.SUPPRESS))  # argparse keeps what is there
+        typed = vars(self.parse_args(argv, untouched))
+        return args, {name for name, value in typed.items() if value is not argparse.SUPPRESS}
 
     def adopt(self, args: argparse.Namespace, given: set[str], stored: dict, path: Path) -> argparse.Namespace:
         """Takes flags that were not given from a checkpoint. Given flags override it, except the network's.
 
-        args, given: what parse() returned; stored: the flags in the checkpoint at path. Raises ValueError.
+        args, given: what parse() returned; stored: the flags in the checkpoint at path. Raises Refused.
         """
         for name, option in ARCHITECTURE.items():
             if name in given and name in stored and getattr(args, name) != stored[name]:
@@ -162,10 +144,11 @@ def plain(args: argparse.Namespace) -> dict[str, object]:
     return {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
+# ---------------------------------------------------------------- what a script says when it cannot go on
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, on one line."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "the GPU's memory is full: a smaller --batch-size or --image-size, or --amp bf16, needs less"
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     text = str(error).strip()
@@ -176,38 +159,43 @@ def one_line(error: BaseException) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-def run_script(main) -> None:
-    """Run a script's main. A mistake that its user can correct becomes one line and a non-zero exit.
+def explain(error: Exception) -> str | None:
+    """One line for what the user can mend, None for a mistake of the program."""
+    line = one_line(error)
+    if isinstance(error, Refused) or isinstance(error, OSError):
+        return line
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory is full: a smaller --batch-size or --image-size, or --amp bf16, needs less"
+    if isinstance(error, RuntimeError) and distributed.lost_another_process(error):
+        return f"the other processes were lost ({line[:300]}); if one of them ended, its own message says why"
+    if isinstance(error, RuntimeError) and line.startswith("DataLoader worker"):
+        cause = "too little memory, or shared memory (docker run --shm-size=8g)? --workers 0 needs less"
+        return f"{line.rstrip('.')}: {cause}"
+    return None
 
-    `python -X dev script.py` shows the traceback instead. Of several processes only one prints the line.
+
+def run_script(main) -> None:
+    """Run a script's main. What its user can mend becomes one line and a non-zero exit; all else keeps its traceback.
+
+    `python -X dev script.py` always shows the traceback. Of several processes only one prints the line.
     """
     stderr = sys.stderr
     for stream in (sys.stdout, stderr):
         stream.reconfigure(errors="backslashreplace")  # file names may hold bytes that are not text
     try:
         main()
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        if sys.flags.dev_mode:
+    except Exception as error:
+        line = explain(error)
+        if line is None or sys.flags.dev_mode:
             raise
-        _fail(one_line(error))
-    except RuntimeError as error:
-        if sys.flags.dev_mode:
-            raise
-        if distributed.lost_another_process(error):
-            reason = one_line(error)[:300]
-            _fail(f"the other processes were lost ({reason}); if one of them ended, its own message says why")
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        reason = one_line(error).rstrip(".")
-        _fail(f"{reason}: too little memory, or shared memory (docker run --shm-size=8g)? --workers 0 needs less")
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {line}" if distributed.reports_errors() else 1)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
         sys.stderr = stderr  # distributed.start silences it; a traceback is never silenced
 
 
-def _fail(message: str):
-    sys.exit(f"{Path(sys.argv[0]).name}: error: {message}" if distributed.reports_errors() else 1)
+# ---------------------------------------------------------------- types of flags
 
 
 def text(value: str) -> str:
@@ -222,7 +210,7 @@ def text(value: str) -> str:
 def dataset_name(name: str) -> str:
     """The documented name of a data set, whatever the case it is given in; any other name as it is."""
     try:
-        return layouts.dataset_name(name)
+        return facts.dataset_name(name)
     except ValueError:
         return name  # argparse then lists the choices
 
@@ -235,161 +223,91 @@ def binary(text: str) -> int:
     return values[text.lower()]
 
 
-def whole(at_least: int):
-    """A flag type: whole numbers of at least a bound."""
+def number(kind: type, at_least: float, below: float = math.inf, positive: bool = False):
+    """A flag type: numbers of that kind in [at_least, below), without zero if positive."""
 
-    def number(text: str) -> int:
+    def convert(text: str):
         try:
-            value = int(text)
-        except ValueError:
-            value = at_least - 1
-        if value < at_least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {at_least}, got {text!r}")
-        return value
-
-    return number
-
-
-def real(at_least: float = 0.0, below: float = math.inf, positive: bool = False):
-    """A flag type: numbers in [at_least, below), without zero if positive."""
-
-    def number(text: str) -> float:
-        try:
-            value = float(text)
+            value = kind(text)
         except ValueError:
             value = math.nan
         if not at_least <= value < below or (positive and value == 0):
+            what = "a whole number" if kind is int else "a number"
             bounds = "above 0" if positive else f"of at least {at_least:g}"
             limit = "" if below == math.inf else f" and below {below:g}"
-            raise argparse.ArgumentTypeError(f"must be a number {bounds}{limit}, got {text!r}")
+            raise argparse.ArgumentTypeError(f"must be {what} {bounds}{limit}, got {text!r}")
         return value
 
-    return number
+    return convert
 
 
-def add_network_flags(parser: Parser, description: str | None = None):
-    group = parser.add_argument_group("network", description)
-    group.add_argument(
-        "--model",
-        type=text,
-        default="resnet50",
-        metavar="NAME",
-        help="backbone: resnet18, resnet34, resnet50, resnet101, googlenet, bn_inception, or timm:NAME for any model "
-        "of timm",
-    )
-    group.add_argument(
-        "--embedding-size",
-        dest="sz_embedding",
-        type=whole(1),
-        default=512,
-        metavar="D",
-        help="dimensions of an embedding",
-    )
-    group.add_argument(
-        "--add-gmp", type=binary, default=1, metavar="0|1", help="1: add global max pooling to global average pooling"
-    )
-    group.add_argument(
-        "--layer-norm",
-        type=binary,
-        default=1,
-        metavar="0|1",
-        help="1: LayerNorm (without affine parameters) after the embedding layer",
-    )
-    return group
+def whole(at_least: int):
+    return number(int, at_least)
 
 
-def add_image_flags(group, batch_size: int) -> None:
-    group.add_argument(
-        "--image-size",
-        type=whole(8),
-        metavar="PIXELS",
-        help="side of the images fed to the network; default: the training size, else the backbone's own (usually "
-        "224). Evaluation first resizes the shorter side to 256/224 of it",
-    )
-    group.add_argument(
-        "--batch-size",
-        dest="sz_batch",
-        type=whole(1),
-        default=batch_size,
-        metavar="N",
-        help="images in a batch; with several processes, those of all in training, those of each in evaluation",
-    )
-    group.add_argument(
-        "--workers",
-        dest="nb_workers",
-        type=whole(0),
-        default=4,
-        metavar="N",
-        help="processes that decode images, for each process that computes; at most one a core; results do not change",
+def real(at_least: float = 0.0, below: float = math.inf, positive: bool = False):
+    return number(float, at_least, below, positive)
+
+
+# ---------------------------------------------------------------- the flags
+# A row: flag, type or choices or "switch", default, what stands for the value in --help, help; more for argparse.
+# fmt: off
+
+# Destinations of the original that are not named like their flags.
+DESTINATIONS = {"--embedding-size": "sz_embedding", "--batch-size": "sz_batch", "--workers": "nb_workers",
+                "--epochs": "nb_epochs"}
+# hist is in hist.py, the others in losses.py, which is imported only when one of them is asked for.
+LOSSES = ("hist", "proxy_anchor", "proxy_nca", "softtriple", "arcface", "normalized_softmax", "multi_similarity",
+          "triplet", "contrastive")
+MODEL_PATH = ("--model-path", str, "", "PATH")
+REMARK = ("--remark", text, "", "TEXT")
+SKIP_BAD_IMAGES = (
+    "--skip-bad-images", "switch", False, None,
+    "go on without images that cannot be decoded: all are decoded once at the start, those that fail are counted and "
+    "left out of training and scoring",
+)
+DATA_FLAGS = (
+    ("--dataset", facts.DATASETS, "cars", None, "benchmark, or 'folder' for your own pictures", {"type": dataset_name}),
+    ("--data-root", Path, DATA, "DIR",
+     "folder that holds the benchmarks; with --dataset folder your folder of class folders, or a CSV file"),
+    ("--train-classes", real(0, 1, positive=True), 0.5, "SHARE",
+     "share of the classes, in sorted order, to train on when --dataset folder has no train/ and test/ of its own; "
+     "the other classes are the test split"),
+)
+
+
+def image_flags(batch_size: int) -> tuple:
+    return (
+        ("--image-size", whole(8), None, "PIXELS",
+         "side of the images fed to the network; default: the training size, else the backbone's own (usually 224). "
+         "Evaluation first resizes the shorter side to 256/224 of it"),
+        ("--batch-size", whole(1), batch_size, "N",
+         "images in a batch; with several processes, those of all in training, those of each in evaluation"),
+        ("--workers", whole(0), 4, "N",
+         "processes that decode images, for each process that computes; at most one a core; results do not change"),
     )
 
 
-def add_data_flags(parser: Parser, batch_size: int):
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--dataset",
-        type=dataset_name,
-        choices=layouts.DATASETS,
-        default="cars",
-        help="benchmark, or 'folder' for your own pictures",
-    )
-    group.add_argument(
-        "--data-root",
-        type=Path,
-        default=DATA,
-        metavar="DIR",
-        help="folder that holds the benchmarks; with --dataset folder your folder of class folders, or a CSV file",
-    )
-    group.add_argument(
-        "--train-classes",
-        type=real(0, 1, positive=True),
-        default=0.5,
-        metavar="SHARE",
-        help="share of the classes, in sorted order, to train on when --dataset folder has no train/ and test/ of its "
-        "own; the other classes are the test split",
-    )
-    add_image_flags(group, batch_size)
-    group.add_argument(
-        "--skip-bad-images",
-        action="store_true",
-        help="go on without images that cannot be decoded: all are decoded once at the start, those that fail are "
-        "counted and left out of training and scoring",
-    )
-    return group
-
-
-def add_device_flags(parser: Parser):
-    group = parser.add_argument_group("device and speed")
-    group.add_argument(
-        "--gpu-id",
-        type=whole(-1),
-        default=0,
-        metavar="N",
-        help="GPU to use; -1 is the CPU, which is also used where there is no GPU. torchrun gives each process "
-        "its own: choose those with CUDA_VISIBLE_DEVICES",
-    )
-    group.add_argument(
-        "--amp",
-        choices=("off", "bf16"),
-        default="off",
-        help="bf16: the network computes in bfloat16 where that is safe, the loss in float32; changes results "
-        "slightly. off: float32; convolutions on GPUs use TF32, as torch does by default",
-    )
-    group.add_argument(
-        "--channels-last",
-        type=binary,
-        default=0,
-        metavar="0|1",
-        help="1: channels-last memory layout, faster with --amp bf16; changes results by rounding",
-    )
-    group.add_argument(
-        "--search-memory",
-        type=real(positive=True),
-        default=1.0,
-        metavar="GIB",
-        help="memory that the nearest-neighbour search may take in addition to the embeddings, in GiB",
-    )
-    return group
+FROM_CHECKPOINT = "only needed for published checkpoints and bare weights: this project's carry them and the image size"
+NETWORK_FLAGS = (
+    ("--model", text, "resnet50", "NAME",
+     "backbone: resnet18, resnet34, resnet50, resnet101, googlenet, bn_inception, or timm:NAME for any model of timm"),
+    ("--embedding-size", whole(1), 512, "D", "dimensions of an embedding"),
+    ("--add-gmp", binary, 1, "0|1", "1: add global max pooling to global average pooling"),
+    ("--layer-norm", binary, 1, "0|1", "1: LayerNorm (without affine parameters) after the embedding layer"),
+)
+DEVICE_FLAGS = (
+    ("--gpu-id", whole(-1), 0, "N",
+     "GPU to use; -1 is the CPU, which is also used where there is no GPU. torchrun gives each process its own: "
+     "choose those with CUDA_VISIBLE_DEVICES"),
+    ("--amp", ("off", "bf16"), "off", None,
+     "bf16: the network computes in bfloat16 where that is safe, the loss in float32; changes results slightly. "
+     "off: float32; convolutions on GPUs use TF32, as torch does by default"),
+    ("--channels-last", binary, 0, "0|1",
+     "1: channels-last memory layout, faster with --amp bf16; changes results by rounding"),
+    ("--search-memory", real(positive=True), 1.0, "GIB",
+     "memory that the nearest-neighbour search may take in addition to the embeddings, in GiB"),
+)
 
 
 def train_parser() -> Parser:
@@ -402,245 +320,115 @@ def train_parser() -> Parser:
         "--query photo.jpg\n"
         "  resume a run           python code/train.py --dataset folder --resume"
     )
-    data = add_data_flags(parser, batch_size=32)
-    data.add_argument(
-        "--IPC",
-        type=whole(0),
-        default=0,
-        metavar="K",
-        help="images per class in a batch: batch-size/K classes with K images each; 0: plain shuffling",
+    parser.add_table(
+        "data", *DATA_FLAGS, *image_flags(batch_size=32), SKIP_BAD_IMAGES,
+        ("--IPC", whole(0), 0, "K",
+         "images per class in a batch: batch-size/K classes with K images each; 0: plain shuffling"),
+        ("--val-classes", real(0, 1), 0.0, "SHARE",
+         "share of the training classes to hold out, drawn by --seed; they choose the best epoch. 0: the test split "
+         "chooses it, as in the paper's protocol"),
     )
-    data.add_argument(
-        "--val-classes",
-        type=real(0, 1),
-        default=0.0,
-        metavar="SHARE",
-        help="share of the training classes to hold out, drawn by --seed; they choose the best epoch. 0: the test "
-        "split chooses it, as in the paper's protocol",
+    parser.add_table(
+        "network", *NETWORK_FLAGS,
+        ("--weights", text, "imagenet", "imagenet|none|FILE",
+         "initial weights of the backbone: imagenet (IMAGENET1K_V1, downloaded), none (random), or a file (.pth or "
+         ".safetensors: a state dict of the backbone, or a checkpoint), looked for in the current folder, the data "
+         "root and data/"),
+        ("--bn-freeze", binary, 1, "0|1",
+         "1: the backbone's BatchNorm statistics stay fixed. Its affine parameters start frozen too, but train once a "
+         "warm-up has un-frozen the backbone; with --warm 0 they stay frozen. 0: all of BatchNorm trains"),
     )
-    network = add_network_flags(parser)
-    network.add_argument(
-        "--weights",
-        type=text,
-        default="imagenet",
-        metavar="imagenet|none|FILE",
-        help="initial weights of the backbone: imagenet (IMAGENET1K_V1, downloaded), none (random), or a file (a "
-        "state dict of the backbone, or a checkpoint), looked for in the current folder, the data root and data/",
+    parser.add_table(
+        "loss",
+        ("--loss", LOSSES, "hist", None,
+         "hist, or for comparison a loss of pytorch-metric-learning; multi_similarity, triplet and contrastive compare "
+         "the images of a batch with each other and need --IPC 4 or so"),
+        ("--loss-args", text, "", "NAME=NUMBER,…",
+         "settings of a loss other than hist, such as margin=0.1,alpha=32; default: those of its paper or library"),
+        ("--tau", real(positive=True), 32.0, "X", "temperature of the distribution loss; the paper uses 16 to 32"),
+        ("--alpha", real(), 0.9, "X", "scale of distances in the hypergraph; the paper uses 0.9 to 2"),
+        ("--ls", real(), 1.0, "X", "lambda_s, weight of the HGNN's cross-entropy; 0: only the distribution loss"),
+        ("--hgnn-hidden", whole(1), 512, "N", "width of the HGNN's hidden layer"),
+        description="tau, alpha, ls and hgnn-hidden only apply to HIST",
     )
-    network.add_argument(
-        "--bn-freeze",
-        type=binary,
-        default=1,
-        metavar="0|1",
-        help="1: the backbone's BatchNorm statistics stay fixed. Its affine parameters start frozen too, but train "
-        "once a warm-up has un-frozen the backbone; with --warm 0 they stay frozen. 0: all of BatchNorm trains",
+    parser.add_table(
+        "optimisation",
+        ("--epochs", whole(0), 50, "N", "training epochs; warm-up epochs are not counted"),
+        ("--warm", whole(0), 1, "N", "warm-up epochs, in which the backbone is frozen"),
+        ("--optimizer", ("adam", "adamw", "sgd", "rmsprop"), "adam", None,
+         "sgd: Nesterov momentum 0.9; rmsprop: alpha 0.9, momentum 0.9"),
+        ("--lr", real(), 1e-4, "RATE", "learning rate of backbone and embedding layer"),
+        ("--lr-ds", real(), 1e-1, "RATE",
+         "learning rate of the class distributions, or of the proxies, centres or class weights of another --loss"),
+        ("--lr-hgnn-factor", real(), 10.0, "X", "learning rate of the HGNN, as a multiple of --lr"),
+        ("--weight-decay", real(), 1e-4, "X", "weight decay of all parameters"),
+        ("--lr-decay-step", whole(1), 10, "N", "epochs between drops of all learning rates"),
+        ("--lr-decay-gamma", real(), 0.5, "X", "factor of each drop of the learning rates"),
     )
-
-    loss = parser.add_argument_group("loss", "tau, alpha, ls and hgnn-hidden only apply to HIST")
-    loss.add_argument(
-        "--loss",
-        choices=LOSSES,
-        default="hist",
-        help="hist, or for comparison a loss of pytorch-metric-learning; multi_similarity, triplet and contrastive "
-        "compare the images of a batch with each other and need --IPC 4 or so",
+    parser.add_table(
+        "device and speed", *DEVICE_FLAGS,
+        ("--compile", binary, 0, "0|1",
+         "1: torch.compile the network for training; the first epoch starts slowly; changes results by rounding"),
+        ("--cuda-graphs", binary, 0, "0|1",
+         "1: record the network's training step on the GPU once, as CUDA graphs, and replay it, so that a fast GPU "
+         "does not wait for Python at small batches; float32 results stay the same, bf16 changes by rounding. Not yet "
+         "run on a GPU"),
     )
-    loss.add_argument(
-        "--loss-args",
-        type=text,
-        default="",
-        metavar="NAME=NUMBER,…",
-        help="settings of a loss other than hist, such as margin=0.1,alpha=32; default: those of its paper or library",
+    parser.add_table(
+        "run",
+        ("--seed", whole(0), 1, "N", "seed of everything random: initial weights, batches, augmentation"),
+        ("--deterministic", "switch", False, None, "deterministic algorithms on the GPU too; slower"),
+        ("--log-dir", Path, CODE.parent / "logs", "DIR", "a run is kept in log-dir/DATASET/run_N"),
+        ("--run-num", whole(0), 1, "N",
+         "N of run_N (%(default)s in the original); without this flag the next free number"),
+        ("--overwrite", "switch", False, None, "replace the run of --run-num if it exists"),
+        ("--resume", str, None, "RUN",
+         "resume an interrupted run: RUN is its folder or its last.pth; without RUN the run of --run-num, else the one "
+         "of --dataset with the highest number. The run's own flags apply", {"nargs": "?", "const": ""}),
+        ("--allow-changed-images", "switch", False, None,
+         "resume although images were added or removed; the classes must be the same, in the same order"),
+        ("--wandb", ("off", "offline", "online"), None, None,
+         "also record the run in wandb; without this flag WANDB_MODE decides, else off"),
+        (*REMARK, "a note that is kept with the run"),
     )
-    loss.add_argument(
-        "--tau",
-        type=real(positive=True),
-        default=32.0,
-        metavar="X",
-        help="temperature of the distribution loss; the paper uses 16 to 32",
-    )
-    loss.add_argument(
-        "--alpha",
-        type=real(),
-        default=0.9,
-        metavar="X",
-        help="scale of distances in the hypergraph; the paper uses 0.9 to 2",
-    )
-    loss.add_argument(
-        "--ls",
-        type=real(),
-        default=1.0,
-        metavar="X",
-        help="lambda_s, weight of the HGNN's cross-entropy; 0: only the distribution loss",
-    )
-    loss.add_argument("--hgnn-hidden", type=whole(1), default=512, metavar="N", help="width of the HGNN's hidden layer")
-
-    optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument(
-        "--epochs",
-        dest="nb_epochs",
-        type=whole(0),
-        default=50,
-        metavar="N",
-        help="training epochs; warm-up epochs are not counted",
-    )
-    optimisation.add_argument(
-        "--warm", type=whole(0), default=1, metavar="N", help="warm-up epochs, in which the backbone is frozen"
-    )
-    optimisation.add_argument(
-        "--optimizer",
-        choices=("adam", "adamw", "sgd", "rmsprop"),
-        default="adam",
-        help="sgd: Nesterov momentum 0.9; rmsprop: alpha 0.9, momentum 0.9",
-    )
-    optimisation.add_argument(
-        "--lr", type=real(), default=1e-4, metavar="RATE", help="learning rate of backbone and embedding layer"
-    )
-    optimisation.add_argument(
-        "--lr-ds",
-        type=real(),
-        default=1e-1,
-        metavar="RATE",
-        help="learning rate of the class distributions, or of the proxies, centres or class weights of another --loss",
-    )
-    optimisation.add_argument(
-        "--lr-hgnn-factor",
-        type=real(),
-        default=10.0,
-        metavar="X",
-        help="learning rate of the HGNN, as a multiple of --lr",
-    )
-    optimisation.add_argument(
-        "--weight-decay", type=real(), default=1e-4, metavar="X", help="weight decay of all parameters"
-    )
-    optimisation.add_argument(
-        "--lr-decay-step", type=whole(1), default=10, metavar="N", help="epochs between drops of all learning rates"
-    )
-    optimisation.add_argument(
-        "--lr-decay-gamma", type=real(), default=0.5, metavar="X", help="factor of each drop of the learning rates"
-    )
-
-    device = add_device_flags(parser)
-    device.add_argument(
-        "--compile",
-        type=binary,
-        default=0,
-        metavar="0|1",
-        help="1: torch.compile the network for training; the first epoch starts slowly; changes results by rounding",
-    )
-    device.add_argument(
-        "--cuda-graphs",
-        type=binary,
-        default=0,
-        metavar="0|1",
-        help="1: record the network's training step on the GPU once, as CUDA graphs, and replay it, so that a fast GPU "
-        "does not wait for Python at small batches; float32 results stay the same, bf16 changes by rounding. Not yet "
-        "run on a GPU",
-    )
-
-    run = parser.add_argument_group("run")
-    run.add_argument(
-        "--seed",
-        type=whole(0),
-        default=1,
-        metavar="N",
-        help="seed of everything random: initial weights, batches, augmentation",
-    )
-    run.add_argument("--deterministic", action="store_true", help="deterministic algorithms on the GPU too; slower")
-    run.add_argument(
-        "--log-dir",
-        type=Path,
-        default=CODE.parent / "logs",
-        metavar="DIR",
-        help="a run is kept in log-dir/DATASET/run_N",
-    )
-    run.add_argument(
-        "--run-num",
-        type=whole(0),
-        default=1,
-        metavar="N",
-        help="N of run_N (%(default)s in the original); without this flag the next free number",
-    )
-    run.add_argument("--overwrite", action="store_true", help="replace the run of --run-num if it exists")
-    run.add_argument(
-        "--resume",
-        nargs="?",
-        const="",
-        metavar="RUN",
-        help="resume an interrupted run: RUN is its folder or its last.pth; without RUN the run of --run-num, else the "
-        "one of --dataset with the highest number. The run's own flags apply",
-    )
-    run.add_argument(
-        "--allow-changed-images",
-        action="store_true",
-        help="resume although images were added or removed; the classes must be the same, in the same order",
-    )
-    run.add_argument(
-        "--wandb",
-        choices=("off", "offline", "online"),
-        help="also record the run in wandb; without this flag WANDB_MODE decides, else off",
-    )
-    run.add_argument("--remark", type=text, default="", metavar="TEXT", help="a note that is kept with the run")
     return parser
 
 
 def evaluate_parser() -> Parser:
     parser = Parser("Score a checkpoint: R@K of images of classes that it was not trained on.")
-    parser.add_argument(
-        "--model-path", default="", metavar="PATH", help="checkpoint, or a folder that holds DATASET_MODEL_best.pth"
+    parser.add_table(
+        "", (*MODEL_PATH, "checkpoint or .safetensors file, or a folder that holds DATASET_MODEL_best.pth")
     )
-    add_data_flags(parser, batch_size=EVALUATION_BATCH)
-    add_network_flags(parser, FROM_CHECKPOINT)
-    add_device_flags(parser)
-    parser.add_argument("--remark", type=text, default="", metavar="TEXT", help="a note to print with the scores")
-    scores = parser.add_argument_group("scores")
-    scores.add_argument(
-        "--metrics",
-        nargs="+",
-        choices=("recall", "rp", "map", "nmi", "all"),
-        default=["recall"],
-        metavar="NAME",
-        help="recall; rp: R-precision; map: MAP@R; nmi: normalised mutual information of k-means; all",
-    )
-    scores.add_argument("--json", type=Path, metavar="FILE", help="also write the scores to FILE")
-    scores.add_argument("--save-embeddings", type=Path, metavar="FILE.npz", help="keep embeddings, labels and paths")
-    scores.add_argument(
-        "--embeddings", type=Path, metavar="FILE.npz", help="score these embeddings, without a network or images"
-    )
-    scores.add_argument(
-        "--pictures", type=Path, metavar="DIR", help="draw the nearest neighbours of some queries and a map of classes"
-    )
-    scores.add_argument(
-        "--export", type=Path, metavar="FILE.onnx", help="write the network for other programs instead of scoring it"
+    parser.add_table("data", *DATA_FLAGS, *image_flags(EVALUATION_BATCH), SKIP_BAD_IMAGES)
+    parser.add_table("network", *NETWORK_FLAGS, description=FROM_CHECKPOINT)
+    parser.add_table("device and speed", *DEVICE_FLAGS)
+    parser.add_table("", (*REMARK, "a note to print with the scores"))
+    parser.add_table(
+        "scores",
+        ("--metrics", ("recall", "rp", "map", "nmi", "all"), ["recall"], "NAME",
+         "recall; rp: R-precision; map: MAP@R; nmi: normalised mutual information of k-means; all", {"nargs": "+"}),
+        ("--json", Path, None, "FILE", "also write the scores to FILE"),
+        ("--save-embeddings", Path, None, "FILE.npz", "keep embeddings, labels and paths"),
+        ("--embeddings", Path, None, "FILE.npz", "score these embeddings, without a network or images"),
+        ("--pictures", Path, None, "DIR", "draw the nearest neighbours of some queries and a map of the pictures"),
+        ("--export", Path, None, "FILE.onnx", "write the network for other programs instead of scoring it"),
     )
     return parser
 
 
 def retrieve_parser() -> Parser:
     parser = Parser("Find the images of a folder that are most like given ones.")
-    parser.add_argument(
-        "--model-path", default="", metavar="PATH", help="checkpoint, or a run's folder that holds its *_best.pth"
+    parser.add_table(
+        "", (*MODEL_PATH, "checkpoint or .safetensors file, or a run's folder that holds its *_best.pth")
     )
-    search = parser.add_argument_group("search")
-    search.add_argument("--gallery", type=Path, required=True, metavar="DIR", help="folder of images to search in")
-    search.add_argument(
-        "--query", type=Path, required=True, metavar="IMAGE_OR_DIR", help="image to search for, or a folder of images"
+    parser.add_table(
+        "search",
+        ("--gallery", Path, None, "DIR", "folder of images to search in", {"required": True}),
+        ("--query", Path, None, "IMAGE_OR_DIR", "image to search for, or a folder of images", {"required": True}),
+        ("--top-k", whole(1), 10, "K", "neighbours of each query; pictures and page show at most 20"),
+        ("--output", Path, Path("retrieved"), "DIR", "folder for neighbours.csv, .png and .html"),
     )
-    search.add_argument(
-        "--top-k",
-        type=whole(1),
-        default=10,
-        metavar="K",
-        help="neighbours of each query; pictures and page show at most 20",
-    )
-    search.add_argument(
-        "--output",
-        type=Path,
-        default=Path("retrieved"),
-        metavar="DIR",
-        help="folder for neighbours.csv, .png and .html",
-    )
-    images = parser.add_argument_group("images")
-    add_image_flags(images, batch_size=EVALUATION_BATCH)
-    add_network_flags(parser, FROM_CHECKPOINT)
-    add_device_flags(parser)
+    parser.add_table("images", *image_flags(EVALUATION_BATCH))
+    parser.add_table("network", *NETWORK_FLAGS, description=FROM_CHECKPOINT)
+    parser.add_table("device and speed", *DEVICE_FLAGS)
     return parser

@@ -111,7 +111,7 @@ def test_one_line():
     assert flags.one_line(KeyboardInterrupt()) == "KeyboardInterrupt"
     assert flags.one_line(FileNotFoundError(2, "No such file", "a/b")) == "a/b: No such file"
     assert flags.one_line(OSError("a/b is not there")) == "a/b is not there"
-    assert "--batch-size" in flags.one_line(torch.OutOfMemoryError("Tried to allocate 2 GiB.\nOf which 3"))
+    assert "--batch-size" in flags.explain(torch.OutOfMemoryError("Tried to allocate 2 GiB.\nOf which 3"))
     wrapped = (
         "Caught OSError in DataLoader worker process 1.\nOriginal Traceback (most recent call last):\n"
         '  File "a.py", line 1, in f\n    raise OSError\nOSError: the disk: is\nfull\n'
