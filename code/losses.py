@@ -9,7 +9,6 @@ each class in it (--IPC).
 
 import inspect
 
-import flags
 import torch
 from pytorch_metric_learning import distances, losses, miners
 from refused import Refused
@@ -76,16 +75,12 @@ def contrastive(num_classes, embedding_size, pos_margin=0.0, neg_margin=1.0):
     return LibraryLoss(losses.ContrastiveLoss(pos_margin, neg_margin))
 
 
-LOSSES = {name: globals()[name] for name in flags.LOSSES if name != "hist"}
-
-
 def build(name: str, num_classes: int, embedding_size: int, settings: str = "") -> LibraryLoss:
-    """The loss of that name; settings: 'margin=0.1,alpha=32', as --loss-args takes them.
+    """The loss of that name, one of flags.LOSSES; settings: 'margin=0.1,alpha=32', as --loss-args takes them.
 
-    Raises:
-        ValueError: a setting that the loss does not have, that is no number, or that it cannot work with.
+    Raises Refused: a setting that the loss does not have, that is no number, or that it cannot work with.
     """
-    make = LOSSES[name]
+    make = globals()[name]
     known = {p.name: p.default for p in inspect.signature(make).parameters.values() if p.default is not p.empty}
     given = {}
     for setting in filter(None, settings.split(",")):
