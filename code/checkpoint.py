@@ -1,13 +1,16 @@
 """Files that a run leaves behind: written whole or not at all, and read without running what is in them."""
 
+import glob
 import os
 import random
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from refused import Refused
 
@@ -18,6 +21,7 @@ def write(content: Callable[[Any], None], path: Path) -> None:
     """Let content(file) write, under a temporary name in the same folder; then force it to the disk and rename it.
 
     A reader sees the old file or the new one; a crash, a full disk or a pulled plug leaves the old one.
+    Raises Refused if the file cannot be written.
     """
     path, temporary = Path(path), None
     try:
@@ -35,7 +39,7 @@ def write(content: Callable[[Any], None], path: Path) -> None:
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(cause, OSError) or "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
             reason = getattr(cause, "strerror", None) or "is the disk full?"
-            raise OSError(f"{path}: cannot be written ({reason}); what was saved before is untouched") from error
+            raise Refused(f"{path}: cannot be written ({reason}); what was saved before is untouched") from error
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -44,41 +48,37 @@ def write(content: Callable[[Any], None], path: Path) -> None:
         os.close(folder)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a kill in the middle of write() left in a folder, and nothing else."""
-    for path in folder.glob(f".*{TEMPORARY}"):
+def save(content: dict, path: Path) -> None:
+    """Save a checkpoint. Raises Refused, the file that was there before intact."""
+    write(lambda file: torch.save(content, file), path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a text file. Raises Refused, the file that was there before intact."""
+    write(lambda file: file.write(text.encode()), path)
+
+
+def remove_leftovers(folder: Path, beginning: str = "") -> None:
+    """Remove what kills in the middle of write() left in a folder, of files whose names begin so, and nothing else."""
+    for path in folder.glob(f".{glob.escape(beginning)}*{TEMPORARY}"):
         path.unlink(missing_ok=True)
 
 
 def require_writable(path: Path | None, option: str) -> None:
-    """Find out before the work, not after it, that a file named by an option cannot be written; None is no file.
-
-    Raises:
-        ValueError: it is a folder.
-        OSError: its folder is not there or cannot be written to.
-    """
-    if path is None:
-        return
-    if path.is_dir():
-        raise Refused(f"{option} {path}: this is a folder, name a file")
-    _try_writing(path.parent, f"{option} {path}")
+    """Find out before the work, not after it, that a file named by an option cannot be written; None is no file."""
+    if path is not None:
+        if path.is_dir():
+            raise Refused(f"{option} {path}: this is a folder, name a file")
+        _try_writing(path.parent, f"{option} {path}")
 
 
 def require_folder(path: Path | None, option: str) -> None:
-    """Find out before the work that files cannot be written to a folder named by an option. It is not made yet.
-
-    Raises:
-        ValueError: it is a file.
-        OSError: it cannot be made or written to.
-    """
-    if path is None:
-        return
-    if path.exists() and not path.is_dir():
-        raise Refused(f"{option} {path}: this is a file, name a folder")
-    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    if not existing.is_dir():
-        raise OSError(f"{option} {path}: cannot be made ({existing} is a file)")
-    _try_writing(existing, f"{option} {path}")
+    """Find out before the work that files cannot be written to a folder named by an option. It is not made yet."""
+    if path is not None:
+        if path.exists() and not path.is_dir():
+            raise Refused(f"{option} {path}: this is a file, name a folder")
+        existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        _try_writing(existing, f"{option} {path}")
 
 
 def _try_writing(folder: Path, what: str) -> None:
@@ -86,7 +86,7 @@ def _try_writing(folder: Path, what: str) -> None:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=TEMPORARY):
             pass
     except OSError as error:
-        raise OSError(f"{what}: cannot be written ({error.strerror})") from error
+        raise Refused(f"{what}: cannot be written ({folder}: {error.strerror})") from error
 
 
 def _umask() -> int:
@@ -95,14 +95,7 @@ def _umask() -> int:
     return mask
 
 
-def save(content: dict, path: Path) -> None:
-    """Save a checkpoint. Raises OSError, the file that was there before intact."""
-    write(lambda file: torch.save(content, file), path)
-
-
-def write_text(text: str, path: Path) -> None:
-    """Write a text file. Raises OSError, the file that was there before intact."""
-    write(lambda file: file.write(text.encode()), path)
+# ---------------------------------------------------------------- checkpoints and weights
 
 
 def best_name(dataset: str, model: str) -> str:
@@ -114,7 +107,7 @@ def find(model_path: str, name: str, only: bool) -> Path:
     """The checkpoint that --model-path means: a file, or in a folder the file `name` (DATASET_MODEL_best.pth).
 
     Without that file the only *_best.pth there; with `only`, just where a last.pth shows that the folder is a run's.
-    Raises ValueError for no path and FileNotFoundError, which lists what is there instead.
+    Raises Refused for no path, and for a folder without such a file, with what is there instead.
     """
     if not model_path:
         raise Refused("--model-path is needed: a checkpoint, or a folder that holds DATASET_MODEL_best.pth")
@@ -129,39 +122,39 @@ def find(model_path: str, name: str, only: bool) -> Path:
     if candidates:
         there = f"there are {', '.join(c.name for c in candidates)}"
     elif below := sorted({found.parent for found in (*path.glob("*/*_best.pth"), *path.glob("*/*/*_best.pth"))}):
-        there = f"it holds the runs {_some(below)}: give one of them"
+        more = f" and {len(below) - 10:,} more" if len(below) > 10 else ""
+        there = f"it holds the runs {', '.join(map(str, below[:10]))}{more}: give one of them"
     else:
         there = "there is no *_best.pth at all"
     wanted = path / (name if only else "*_best.pth")
-    raise FileNotFoundError(f"{wanted}: there is no such checkpoint ({there}); give --model-path a file")
-
-
-def _some(items: list, most: int = 10) -> str:
-    return ", ".join(map(str, items[:most])) + (f" and {len(items) - most:,} more" if len(items) > most else "")
+    raise Refused(f"{wanted}: there is no such checkpoint ({there}); give --model-path a file")
 
 
 def load(path: Path) -> dict:
-    """Read a checkpoint onto the CPU. Nothing in the file is executed: torch's weights_only reader refuses code.
+    """Read a checkpoint or a .safetensors file onto the CPU. Nothing in it is run: weights_only refuses code.
 
-    Raises:
-        FileNotFoundError, OSError: it cannot be read.
-        ValueError: it is no checkpoint, or holds anything but tensors and plain values.
+    Raises Refused: no such file, not a checkpoint, a damaged one, or one that holds more than tensors and plain values.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no such checkpoint")
-    if path.is_dir():
-        raise Refused(f"{path}: this is a folder, a checkpoint file is needed")
+    if not path.is_file():
+        what = "this is a folder, a checkpoint file is needed" if path.is_dir() else "there is no such checkpoint"
+        raise Refused(f"{path}: {what}")
     try:
-        with open(path, "rb") as file:
-            content = torch.load(file, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:  # says why a file cannot be opened, which safetensors does not
+            if path.suffix == ".safetensors":
+                content = safetensors.torch.load_file(path)
+            else:
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise OSError(f"{path}: cannot be read ({error.strerror or 'input/output error'})") from error
+        raise Refused(f"{path}: cannot be read ({error.strerror or 'input/output error'})") from error
     except Exception as error:  # what a damaged file sets off in unpickling and unzipping has no common type
         refusals = [line for line in str(error).splitlines() if "GLOBAL" in line]  # a name that code would be run by
         if refusals:
             reason = refusals[0].removeprefix("WeightsUnpickler error: ").strip().partition(". ")[0]
-            raise Refused(f"{path}: refused, it holds more than tensors and plain values ({reason})") from error
+            raise Refused(
+                f"{path}: refused, it holds more than tensors and plain values ({reason}); save the state dict alone "
+                "where the file was made: torch.save(network.state_dict(), FILE)"
+            ) from error
         raise Refused(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from error
     if not isinstance(content, dict):
         raise Refused(f"{path}: not a checkpoint, it holds a {type(content).__name__}")
@@ -169,11 +162,23 @@ def load(path: Path) -> dict:
 
 
 def network_state(content: dict, path: Path) -> dict[str, torch.Tensor]:
-    """The network's state dict of a checkpoint, ours or a published one. Raises ValueError if it has none."""
-    state = content.get("model_state_dict")
-    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise Refused(f"{path}: not a checkpoint of this project, it has no 'model_state_dict' of tensors")
-    return state
+    """The network's state dict in what load() returned, by the names of this project: 'model.conv1.weight'.
+
+    It is found under 'model_state_dict', 'state_dict' or 'model', or is the whole content. DataParallel,
+    DistributedDataParallel and torch.compile put 'module.' and '_orig_mod.' before the names, in any order; the state
+    dict of the backbone alone has no 'model.'. Raises Refused if there is no state dict.
+    """
+    state = content
+    for key in ("model_state_dict", "state_dict", "model"):
+        if isinstance(state.get(key), dict):
+            state = state[key]
+    if not state or not all(isinstance(name, str) and isinstance(state[name], torch.Tensor) for name in state):
+        raise Refused(f"{path}: holds no state dict of tensors, nor a model_state_dict, state_dict or model of them")
+    wrappers = "(?:module[.]|_orig_mod[.])*"
+    named = {re.sub(f"^{wrappers}(?:model[.])?{wrappers}", "model.", name): value for name, value in state.items()}
+    if len(named) < len(state):
+        raise Refused(f"{path}: holds some weights twice, with and without a prefix of their names")
+    return named
 
 
 def stored_flags(content: dict) -> dict[str, Any]:

@@ -15,7 +15,7 @@ def to_onnx(network, image_size: int, path: Path) -> None:
     """Write a network in float32, for batches of any size: images (N, 3, H, W) -> embeddings (N, D).
 
     Preprocessing is stored in the file's metadata. Where onnxruntime is installed, its embeddings are compared with
-    torch's. Raises ValueError if they differ, if the network cannot be exported, or if packages are missing.
+    torch's. Raises Refused if they differ, if the network cannot be exported, or if packages are missing.
     """
     try:
         import onnx  # noqa: F401
@@ -59,7 +59,7 @@ def _trace(network, images: torch.Tensor):
 
 
 def _compare(network, images: torch.Tensor, content: bytes) -> str:
-    """How far onnxruntime's embeddings are from torch's, in words. Raises ValueError if too far."""
+    """How far onnxruntime's embeddings are from torch's, in words. Raises Refused if too far."""
     try:
         import onnxruntime
     except ImportError:

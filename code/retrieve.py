@@ -214,8 +214,8 @@ def write_cache(cache: Path, images, states, embeddings, known):
     arrays = {"paths": paths, "states": states[known], "embeddings": embeddings[known]}
     try:
         checkpoint.write(lambda file: np.savez(file, **arrays), cache)
-    except OSError as error:
-        print(f"warning: {flags.one_line(error)}; the next call has to embed the gallery again", file=sys.stderr)
+    except Refused as error:
+        print(f"warning: {error}; the next call has to embed the gallery again", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- search

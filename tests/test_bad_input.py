@@ -189,7 +189,7 @@ CASES = [
     ("evaluate.py", CUB + " --model-path {root}/text.pth", None, r"text\.pth: not a checkpoint"),
     ("evaluate.py", CUB + " --model-path {root}/empty.pth", None, r"empty\.pth: not a checkpoint"),
     ("evaluate.py", CUB + " --model-path {root}/list.pth", None, r"holds a list"),
-    ("evaluate.py", CUB + " --model-path {root}/foreign.pth", None, r"no 'model_state_dict'"),
+    ("evaluate.py", CUB + " --model-path {root}/foreign.pth", None, r"holds no state dict"),
     ("evaluate.py", CUB + " --model-path {root}/other.pth", None, r"other\.pth does not fit resnet50"),
     ("evaluate.py", "--embeddings {root}/nowhere.npz", None, r"nowhere\.npz"),
     ("evaluate.py", "--embeddings {root}/text.pth", None, r"text\.pth: no embeddings"),

@@ -261,7 +261,7 @@ def test_embedding_layer_comes_from_a_checkpoint_only_if_its_size_fits(tmp_path)
 
 
 def test_unusable_files_say_why_in_one_line(tmp_path):
-    assert "nowhere.pth" in error_line(FileNotFoundError, build, weights=tmp_path / "nowhere.pth")
+    assert "nowhere.pth" in error_line(ValueError, build, weights=tmp_path / "nowhere.pth")
     (tmp_path / "text.pth").write_text("<html>404</html>")
     assert "text.pth" in error_line(ValueError, build, weights=tmp_path / "text.pth")
     torch.save([1, 2, 3], tmp_path / "list.pth")
@@ -289,7 +289,7 @@ def refuse(url, *arguments, **options):
 
 def test_no_download_says_what_to_do_in_one_line(monkeypatch):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
-    message = error_line(OSError, net.build, "resnet50")
+    message = error_line(ValueError, net.build, "resnet50")
     assert "https://download.pytorch.org/models/resnet50-0676ba61.pth" in message
     assert str(Path(torch.hub.get_dir(), "checkpoints")) in message
     assert "--weights FILE" in message and "--weights none" in message
@@ -382,4 +382,4 @@ def test_timm(name, tmp_path, monkeypatch):
 
     assert "resnet18" in error_line(ValueError, build, "timm:resnet18z")
     monkeypatch.setattr(timm, "create_model", refuse)
-    assert "--weights FILE" in error_line(OSError, net.build, f"timm:{name}")
+    assert "--weights FILE" in error_line(ValueError, net.build, f"timm:{name}")

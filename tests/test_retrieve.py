@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import retrieve
 import torch
+from refused import Refused
 from trees import picture
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -224,7 +225,7 @@ def test_a_folder_that_cannot_be_written_beside_costs_only_the_cache(find, galle
 def fail_for_npz(write):
     def writes(content, path):
         if Path(path).suffix == ".npz":
-            raise OSError(30, "Read-only file system", str(path))
+            raise Refused(f"{path}: cannot be written (Read-only file system)")
         write(content, path)
 
     return writes

@@ -7,6 +7,7 @@ embeddings = network(images)            # (N, 3, 224, 224) → (N, 512)
 import difflib
 from pathlib import Path
 
+import checkpoint
 import torch
 from refused import Refused
 from torchvision import models
@@ -34,14 +35,13 @@ def build(
 
     name            one of MODELS, or 'timm:NAME' for a model of timm
     embedding_size  D, dimensions of an embedding
-    weights         'imagenet': downloaded by torchvision, or by timm; 'none': random; or a file for
-                    torch.load: the backbone's state dict as torchvision publishes it (bn_inception:
-                    pretrained-models.pytorch; timm: timm), or a checkpoint of this project. The embedding
-                    layer is taken from a checkpoint if its size fits and is otherwise new
+    weights         'imagenet': downloaded by torchvision, or by timm; 'none': random; or a file that checkpoint.py
+                    reads: the backbone's state dict as torchvision publishes it (bn_inception:
+                    pretrained-models.pytorch; timm: timm), or a checkpoint. The embedding layer is taken from
+                    it if its size fits and is otherwise new
     add_gmp, layer_norm, bn_freeze      see EmbeddingNet
 
-    Raises ValueError (unknown name; a file that holds no weights or does not fit), FileNotFoundError (no such
-    file) and OSError (no download), each with a message of one line.
+    Raises Refused: unknown name; no such file, or one that holds no weights or does not fit; no download.
     """
     if name not in MODELS and not name.startswith("timm:"):
         nearest = difflib.get_close_matches(name, MODELS, 1, cutoff=0)[0]
@@ -68,12 +68,11 @@ def build(
 
 def construct(name: str, **options) -> EmbeddingNet:
     """The network `name` of MODELS with random weights."""
-    classes = {"googlenet": GoogLeNet, "bn_inception": BNInception}
-    return classes.get(name, ResNet)(name, **options)
+    return {"googlenet": GoogLeNet, "bn_inception": BNInception}.get(name, ResNet)(name, **options)
 
 
 def download_imagenet(name: str) -> dict[str, torch.Tensor]:
-    """torchvision's ImageNet state dict of `name`, from torch's cache or downloaded; OSError without either.
+    """torchvision's ImageNet state dict of `name`, from torch's cache or downloaded; Refused without either.
 
     IMAGENET1K_V1 are the weights there were when the paper was written (ResNet-50: 76.1 % top-1). V2, today's
     default, comes from a much longer training (80.9 %): another starting point, whose results do not compare.
@@ -84,42 +83,30 @@ def download_imagenet(name: str) -> dict[str, torch.Tensor]:
             "bn_inception-52deb4733.pth of pretrained-models.pytorch, or --weights none"
         )
     url = models.get_model_weights(name).IMAGENET1K_V1.url
-    file = url.rsplit("/", 1)[1]
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
     except Exception as error:  # no connection, a wrong hash, a damaged file in the cache
-        place = Path(torch.hub.get_dir(), "checkpoints")
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise OSError(
-            f"no ImageNet weights: {file} could not be loaded from {url} ({reason}); "
-            f"torch looks for it in {place}: put it there, or give --weights FILE or "
-            f"--weights none"
+        raise Refused(
+            f"no ImageNet weights: {url.rsplit('/', 1)[1]} could not be loaded from {url} ({reason}); torch looks for "
+            f"it in {Path(torch.hub.get_dir(), 'checkpoints')}: put it there, or give --weights FILE or --weights none"
         ) from error
 
 
-def read_weights(path):
-    """The state dict in a backbone's file or a checkpoint, names without 'module.' and 'model.' before them."""
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """The state dict in a backbone's file or a checkpoint, by the backbone's names, without 'model.'."""
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(
+        raise Refused(
             f"no weights file '{path}': --weights takes imagenet, none or a file "
             "(`python code/prepare.py download efficientnet_lite0` fetches one)"
         )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises nearly anything on a file that is not its own
-        raise Refused(f"{path}: torch.load cannot read it as weights ({type(error).__name__})") from error
-    state = content if isinstance(content, dict) else None
-    for name in ("model_state_dict", "state_dict"):  # ours, and what many other projects call it
-        state = state.get(name, state) if isinstance(state, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise Refused(f"{path} holds no state dict: neither tensors by name nor a model_state_dict")
-    # DataParallel and DistributedDataParallel put 'module.' before every name.
-    return {key.removeprefix("module.").removeprefix("model."): value for key, value in state.items()}
+    state = checkpoint.network_state(checkpoint.load(path), path)
+    return {key.removeprefix("model."): value for key, value in state.items()}
 
 
 def load_backbone(network: EmbeddingNet, state: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Loads a backbone's state dict (names without 'model.') into the network; ValueError if it does not fit.
+    """Loads a backbone's state dict (names without 'model.') into the network; Refused if it does not fit.
 
     Classifier, auxiliary heads and embedding layer are taken where they fit and may be missing; so may
     num_batches_tracked, which old files lack. Some old files hold BatchNorm's vectors as (1, C).
@@ -131,8 +118,7 @@ def load_backbone(network: EmbeddingNet, state: dict[str, torch.Tensor], path: s
             value = value[0]
         if not key.startswith(network.optional) or (key in own and own[key].shape == value.shape):
             fitting[key] = value
-    counters = [key for key in own if key.endswith("num_batches_tracked")]
-    complain_unless_fitting(network, own, fitting, (*network.optional, *counters), path)
+    require_fitting(network, own, fitting, (*network.optional, *counters(own)), path)
     network.model.load_state_dict(fitting, strict=False)
 
 
@@ -140,14 +126,14 @@ def load_network_state(network: EmbeddingNet, state_dict: dict[str, torch.Tensor
     """Loads the state dict of a whole network ('model.…', as in a checkpoint), strictly.
 
     Only GoogLeNet's auxiliary heads may be missing: forward does not use them.
-    Raises a ValueError of one line that names `path`, what does not fit, and the flags that would.
+    Raises Refused with one line that names `path`, what does not fit, and the flags that would.
     """
-    complain_unless_fitting(network, network.state_dict(), state_dict, ("model.aux1.", "model.aux2."), path)
+    require_fitting(network, network.state_dict(), state_dict, ("model.aux1.", "model.aux2."), path)
     network.load_state_dict(state_dict, strict=False)
 
 
 def require_image_size(network: EmbeddingNet, image_size: int) -> None:
-    """ValueError of one line unless the network (on the CPU) takes images of that many pixels.
+    """Refused unless the network (on the CPU) takes images of that many pixels.
 
     Some vision transformers only take their own size; small images leave nothing of a deep network's maps.
     """
@@ -165,6 +151,10 @@ def require_image_size(network: EmbeddingNet, image_size: int) -> None:
         network.train(training)
 
 
+def counters(own: dict) -> tuple[str, ...]:
+    return tuple(key for key in own if key.endswith("num_batches_tracked"))
+
+
 def compare(own: dict, state: dict, optional: tuple[str, ...]) -> tuple[list[str], list[str], list[str]]:
     """The names that `state` lacks (`optional` prefixes aside), has too many, and has in another shape."""
     missing = [key for key in own if key not in state and not key.startswith(optional)]
@@ -173,10 +163,8 @@ def compare(own: dict, state: dict, optional: tuple[str, ...]) -> tuple[list[str
     return missing, unexpected, reshaped
 
 
-def complain_unless_fitting(
-    network: EmbeddingNet, own: dict, state: dict, optional: tuple[str, ...], path: str | Path
-) -> None:
-    """ValueError of one line unless `state` fits `own`, the state dict of the network or its backbone."""
+def require_fitting(network: EmbeddingNet, own: dict, state: dict, optional: tuple[str, ...], path: str | Path) -> None:
+    """Refused unless `state` fits `own`, the state dict of the network or its backbone."""
     missing, unexpected, reshaped = compare(own, state, optional)
     if not (missing or unexpected or reshaped):
         return
@@ -190,8 +178,7 @@ def complain_unless_fitting(
     )
 
     flags = []
-    backbone = {key.removeprefix("model."): value for key, value in state.items()}
-    looks_like = find_model(backbone)
+    looks_like = find_model({key.removeprefix("model."): value for key, value in state.items()})
     if looks_like not in (None, network.name):
         message += f"; it looks like {looks_like}"
         flags.append(f"--model {looks_like}")
@@ -209,7 +196,6 @@ def find_model(backbone: dict[str, torch.Tensor]) -> str | None:
             network = construct(name)
         own = network.model.state_dict()
         relevant = {key: value for key, value in backbone.items() if not key.startswith(network.optional)}
-        counters = tuple(key for key in own if key.endswith("num_batches_tracked"))
-        if not any(compare(own, relevant, network.optional + counters)):
+        if not any(compare(own, relevant, network.optional + counters(own))):
             return name
     return None

@@ -21,7 +21,7 @@ class TimmModel(EmbeddingNet):
     name        'timm:NAME'
     pretrained  fetch timm's weights for NAME
 
-    Raises ValueError when timm is not installed or does not know NAME, OSError when the weights do not come.
+    Raises Refused when timm is not installed or does not know NAME, or the weights do not come.
     """
 
     def __init__(self, name: str, pretrained: bool, **options):
@@ -78,10 +78,9 @@ def create_model(name: str, pretrained: bool) -> torch.nn.Module:
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0)
     except Exception as error:  # timm passes on whatever its downloader raises, of many libraries
-        reason = " ".join(str(error).split())
         if not pretrained:
-            raise Refused(f"timm cannot build '{name}': {reason}") from error
-        raise OSError(
-            f"no pretrained weights for timm's '{name}' ({type(error).__name__}: {reason}); "
-            f"give --weights FILE or --weights none"
+            raise Refused(f"timm cannot build '{name}': {' '.join(str(error).split())}") from error
+        raise Refused(
+            f"no pretrained weights for timm's '{name}' ({type(error).__name__}: {' '.join(str(error).split())}); "
+            "give --weights FILE or --weights none"
         ) from error
