@@ -1,6 +1,6 @@
 """Images, labels, splits, transforms, sampler, loaders.
 
-layouts.py knows where the files lie under the data root.
+layouts/ knows where the files lie under the data root.
 """
 
 import hashlib
@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import distributed
+import layouts
 import numpy as np
 import torch
 from decoding import UnreadableImage, read_rgb
-from facts import BENCHMARKS, RECALL_AT
 from folders import shorten
 from layouts import (
     Listing,
@@ -79,7 +79,7 @@ class Benchmark:
 
 def recall_at(name: str) -> tuple[int, ...]:
     """The K of R@K that a data set reports."""
-    return BENCHMARKS[name].recall_at if name in BENCHMARKS else RECALL_AT
+    return layouts.get(name).recall_at
 
 
 def make_image_list(listing: Listing, splits: Iterable[str]) -> dict[str, ImageList]:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import distributed
-import facts
+import layouts
 import torch
 from refused import Refused
 
@@ -210,7 +210,7 @@ def text(value: str) -> str:
 def dataset_name(name: str) -> str:
     """The documented name of a data set, whatever the case it is given in; any other name as it is."""
     try:
-        return facts.dataset_name(name)
+        return layouts.dataset_name(name)
     except ValueError:
         return name  # argparse then lists the choices
 
@@ -267,7 +267,8 @@ SKIP_BAD_IMAGES = (
     "left out of training and scoring",
 )
 DATA_FLAGS = (
-    ("--dataset", facts.DATASETS, "cars", None, "benchmark, or 'folder' for your own pictures", {"type": dataset_name}),
+    ("--dataset", layouts.DATASETS, "cars", None, "benchmark, or 'folder' for your own pictures",
+     {"type": dataset_name}),
     ("--data-root", Path, DATA, "DIR",
      "folder that holds the benchmarks; with --dataset folder your folder of class folders, or a CSV file"),
     ("--train-classes", real(0, 1, positive=True), 0.5, "SHARE",

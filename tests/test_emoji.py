@@ -7,6 +7,7 @@ import os
 import sys
 import tarfile
 
+import layouts
 import numpy as np
 import pytest
 from layouts import emoji
@@ -86,7 +87,7 @@ def test_the_list_names_each_class_once():
 
 def test_layout_is_that_of_cub(world):
     folder = emoji.download(world, progress=False)
-    assert folder == world / "emoji" == emoji.ensure_emoji(world)
+    assert folder == world / "emoji"
     assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*") if path.is_file()) == [
         "ATTRIBUTION.md",
         "images/0001.right/0001.right_one.png",
@@ -125,8 +126,8 @@ def test_same_packages_give_the_same_bytes(world, tmp_path):
 
 
 def test_training_downloads_nothing(world):
-    with pytest.raises(FileNotFoundError, match="emoji is not there; `python code/prepare.py download emoji`"):
-        emoji.ensure_emoji(world)
+    with pytest.raises(ValueError, match="emoji/images is not there; `python code/prepare.py download emoji`"):
+        layouts.read_listing("emoji", world)
     assert not world.exists()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import evaluate
-import facts
+import layouts
 import flags
 import inference
 import numpy as np
@@ -84,7 +84,7 @@ def test_every_command_parses(parse, script, words, command):
         return  # it takes no flags
     args = parse(script, words)
     if script == "code/prepare.py":
-        assert args.name == prepare.WEIGHTS or facts.dataset_name(args.name)
+        assert args.name == prepare.WEIGHTS or layouts.dataset_name(args.name)
 
 
 def test_commands_are_found():

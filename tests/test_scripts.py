@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import dataset
-import layouts
 import net
 import numpy as np
 import pandas as pd
@@ -255,7 +254,8 @@ def test_glyphs_are_made_on_first_use(call, tmp_path, monkeypatch):
 
     made = []
     small = glyphs.ensure_glyphs(tmp_path, num_classes=8, images_per_class=4, size=32)
-    monkeypatch.setattr(layouts, "ensure_glyphs", lambda root, **options: made.append(root) or small)
+    monkeypatch.setattr(glyphs, "ensure_glyphs", made.append)
+    trees.patch(monkeypatch, "glyphs", home=small.name)
     outcome = call("train.py", *TINY, "--dataset", "glyphs", "--data-root", tmp_path, "--log-dir", tmp_path)
     assert outcome.code == 0 and made == [tmp_path]
     image = Image.open(next(small.rglob("*.png")))

@@ -20,6 +20,8 @@ from PIL import Image
 from refused import Refused
 from tqdm import tqdm
 
+from layouts.reading import Layout, read_numbered_folders
+
 CLASSES_FILE = Path(__file__).with_name("emoji_classes.txt")
 SIZE = 96  # pixels, width and height
 NPM_PACK = ("npm", "pack", "--ignore-scripts")
@@ -45,17 +47,6 @@ A picture stays under its source's licence.
 | source | title | author | licence | npm package |
 |---|---|---|---|---|
 """
-
-
-def ensure_emoji(root: Path) -> Path:
-    """The folder root/emoji, in CUB-200-2011's layout: images/NNNN.NAME/NNNN.NAME_SOURCE.png, NNNN being the class id.
-
-    Raises FileNotFoundError if the benchmark was not downloaded: this function never fetches anything.
-    """
-    target = Path(root) / "emoji"
-    if not target.is_dir():
-        raise FileNotFoundError(f"{target} is not there; `python code/prepare.py download emoji` fetches and draws it")
-    return target
 
 
 def download(root: Path, progress: bool = True) -> Path:
@@ -157,3 +148,12 @@ def write_emoji(folder: Path, sources: dict[str, dict], render, progress: bool) 
                     "`pip install -r requirements.txt` brings the resvg_py that draws them all"
                 ) from error
             (class_folder / f"{class_name}_{source}.png").write_bytes(png)
+
+
+LAYOUT = Layout(
+    home="emoji",
+    read=read_numbered_folders,
+    published={"train": (4706, 602), "test": (4686, 601)},
+    last_train_class=602,
+    draw=download,
+)

@@ -20,6 +20,8 @@ from PIL import Image, ImageDraw, ImageFont
 from refused import Refused
 from tqdm import tqdm
 
+from layouts.reading import Layout, Listing, read_numbered_folders
+
 FONT_FILE = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 
 # How much the drawings of one letter differ. With these values the nearest neighbour on raw pixels has the right
@@ -135,3 +137,11 @@ def ensure_glyphs(root: Path, num_classes=200, images_per_class=20, size=64, see
     with written_whole(target) as folder:
         write_glyphs(folder, num_classes, images_per_class, size, seed, progress)
     return target
+
+
+def read(home: Path) -> Listing:
+    ensure_glyphs(home.parent)
+    return read_numbered_folders(home)
+
+
+LAYOUT = Layout(home="glyphs", read=read, published={"train": (2000, 100), "test": (2000, 100)}, draw=ensure_glyphs)

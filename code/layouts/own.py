@@ -1,0 +1,167 @@
+"""Your own images, under any names, in folders or in a list.
+
+DIR/train/<class>/..., DIR/test/<class>/...             the test images search among themselves
+DIR/train/<class>/..., DIR/query/..., DIR/gallery/...   the queries search in the gallery
+DIR/<class>/...                                         split by class, the first in sorted order train
+LIST, or a DIR with one and at most one folder          a .csv, .tsv or .txt, see read_list
+
+train, test, query and gallery may be written in any letter case. test alone, or query and gallery, can be scored.
+
+All files below a class folder, however deep, whose suffix is that of a format Pillow opens (jpg, png, webp, tiff, gif,
+bmp and more, in any letter case) are images of the class. Files without a suffix or with another one are skipped and
+counted, as are broken links, pipes and folders that cannot be read. When an image is decoded only its content counts,
+not its suffix: a PNG named .jpg is fine. A list may name images with any suffix or none.
+"""
+
+import csv
+import io
+from pathlib import Path
+
+from folders import class_folders
+from refused import Refused
+
+from layouts.reading import Layout, Listing, bad_line, read_class_folders, read_text
+
+SPLIT_NAMES = ("train", "test", "query", "gallery")
+# Which of them belong together; without train they can be scored, but not trained on.
+SPLITS = (("train", "query", "gallery"), ("train", "test"), ("query", "gallery"), ("test",))
+# Of open-metric-learning's lists: the split of a row of `validation` by (is_query, is_gallery), and bounding boxes
+VALIDATION = {(True, True): "test", (True, False): "query", (False, True): "gallery"}
+TRUTH = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
+BOX = ("x_1", "x_2", "y_1", "y_2")
+
+
+def read(root: Path) -> Listing:
+    """Raises Refused for what has none of the layouts above."""
+    if root.is_file():
+        return read_list(root)
+    if not root.is_dir():
+        raise Refused(f"{root} is not there; --data-root names your folder of images or your list (.csv, .tsv, .txt)")
+    folders = class_folders(root)
+    lists = sorted(path for path in root.iterdir() if is_list(path))
+    if len(folders) < 2 and len(lists) == 1:  # a single folder holds what the list names
+        return read_list(lists[0])
+    notes = [f"{path} is not read, the folders next to it are; --data-root {path} reads it" for path in lists]
+    parts = split_folders(root, folders)
+    if parts:
+        notes += [f"{root / name} is not used" for name in folders if name not in parts.values()]
+        splits = {split: read_class_folders(root, name, notes) for split, name in parts.items()}
+        return Listing(root, splits, notes=notes, own=True)
+    if len(folders) < 2:
+        inner = class_folders(root / folders[0]) if folders else []
+        advice = f"; is it --data-root {root / folders[0]}, which holds {len(inner)} folders?" if len(inner) > 1 else ""
+        raise Refused(
+            f"{root}: it has {len(folders)} folders and {len(lists)} lists (.csv, .tsv, .txt); needed are the folders "
+            f"train and test, or train, query and gallery, or one per class, or one list{advice}"
+        )
+    return Listing(root, {"all": read_class_folders(root, "", notes)}, notes=notes, own=True)
+
+
+def split_folders(root: Path, folders: list[str]) -> dict[str, str]:
+    """{split: folder}, empty if no folder is named like a split. Raises Refused for splits that lack others."""
+    found: dict[str, str] = {}
+    for name in folders:
+        if name.lower() in SPLIT_NAMES and found.setdefault(name.lower(), name) != name:
+            raise Refused(f"{root}: {found[name.lower()]} and {name} are the same split; merge them into one folder")
+    for parts in SPLITS:
+        if set(parts) <= set(found):
+            return {part: found[part] for part in parts}
+    if found:
+        lacking = {"train": "test, or query and gallery", "query": "gallery", "gallery": "query"}
+        first = next(name for name in lacking if name in found)
+        raise Refused(
+            f"{root}: beside {found[first]} there must be {lacking[first]}; needed are train and test, or train, query "
+            f"and gallery (if {found[first]} is a class, rename it)"
+        )
+    return {}
+
+
+# ---------------------------------------------------------------- lists
+
+
+def is_list(path: Path) -> bool:
+    """A .csv or .tsv; a .txt only if its first line names the columns, as it may well be a readme."""
+    suffix = path.suffix.lower()
+    if path.name.startswith(".") or suffix not in (".csv", ".tsv", ".txt") or not path.is_file():
+        return False
+    try:
+        return suffix != ".txt" or bool(read_header(read_text(path)))
+    except Refused:  # not a text
+        return False
+
+
+def read_header(text: str) -> dict[str, list[str]]:
+    """{separator: columns in lower case} of the separators that make the first line name path and label."""
+    found = {}
+    for separator in ",;\t":
+        header = next(csv.reader([text.partition("\n")[0]], delimiter=separator, skipinitialspace=True), [])
+        columns = [name.strip().lower() for name in header]
+        if columns.count("path") == columns.count("label") == 1 and columns.count("split") < 2:
+            found[separator] = columns
+    return found
+
+
+def split_of(row: dict[str, str]) -> str | None:
+    """all where there is no column of splits; None if the row's is none of the known ones."""
+    if "split" not in row:
+        return "all"
+    split = row["split"].lower()
+    if split == "validation":
+        return VALIDATION.get(tuple(TRUTH.get(row.get(name, "").lower()) for name in ("is_query", "is_gallery")))
+    return split if split in SPLIT_NAMES else None
+
+
+def read_list(list_file: Path) -> Listing:
+    """A table with a header, separated by commas, semicolons or tabs; everything in it is text.
+
+    Its columns are path, label and perhaps split (train, test, query or gallery, together as for folders), in any
+    order and letter case; others are ignored. Without a split the classes are split, the first in alphabetical order
+    train. Paths are relative to the file's folder, or absolute. The lists of open-metric-learning are understood, too:
+    a row of the split `validation` is what its is_query and is_gallery say, and both of them is test.
+
+    Raises Refused with the line that is wrong.
+    """
+    text = read_text(list_file)
+    headers = read_header(text)
+    if len(headers) > 1:
+        raise Refused(f"{list_file}, line 1: separators {' and '.join(map(repr, headers))} both fit; use one of them")
+    if not headers:
+        expected = "the columns path,label,split, each once (split may be left out; or with semicolons or tabs)"
+        raise bad_line(list_file, 1, expected, text.partition("\n")[0])
+    ((separator, columns),) = headers.items()
+    rows = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
+    splits: dict[str, list[tuple[str, str]]] = {}
+    first_lines, end = {}, 0
+    try:
+        for row in rows:
+            number, end = end + 1, rows.line_num  # a field in quotation marks may hold line ends
+            if number == 1 or not any(row):
+                continue
+            values = dict(zip(columns, (value.strip() for value in row), strict=False))
+            split = split_of(values)
+            if len(row) != len(columns):
+                expected = f"{len(columns)} fields as in the header"
+            elif not values["path"] or not values["label"] or "\n" in values["path"] + values["label"]:
+                expected = "a path and a label, each on one line"
+            elif split is None:
+                expected = "a split: train, test, query, gallery, or validation with 1 or 0 as is_query and is_gallery"
+            elif any(values.get(corner, "").lower() not in ("", "none", "nan") for corner in BOX):
+                expected = f"no bounding box in {', '.join(BOX)} (crop the pictures yourself and drop these columns)"
+            else:
+                splits.setdefault(split, []).append((values["path"], values["label"]))
+                first_lines.setdefault(split, number)
+                continue
+            raise bad_line(list_file, number, expected, separator.join(row))
+    except csv.Error as error:
+        raise Refused(f"{list_file}, line {end + 1}: {error}; is a quotation mark not closed?") from None
+    for parts in (("all",), *SPLITS):
+        if set(splits) == set(parts):
+            return Listing(list_file.parent, {part: splits[part] for part in parts}, str(list_file), own=True)
+    found = ", ".join(f"{split} (from line {number})" for split, number in first_lines.items())
+    raise Refused(
+        f"{list_file}: the splits in it are {found or 'none'}; needed are train and test, or train, query and gallery"
+        + ("; either all rows of validation are query and gallery, or each is one of them" * ("is_query" in columns))
+    )
+
+
+LAYOUT = Layout(home="", read=read)

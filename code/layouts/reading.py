@@ -1,0 +1,169 @@
+"""What the layouts share: what is known about one, what a reader finds, and how folders and lists are read."""
+
+import codecs
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from folders import SKIPPED, class_folders, describe_skipped, find_images, has_image_suffix, kind_of, scan, shorten
+from refused import Refused
+
+AUDIT = "As an independent audit found (this project has not fetched any of these): "
+
+
+@dataclass
+class Listing:
+    """What a reader found: per split, pairs of (path relative to root, class id).
+
+    The splits are train + test, or train + query + gallery, or all (still to be split by class, see read_splits);
+    a folder of your own may lack train. source names the list files that gave the paths, None if the folders
+    themselves were walked. own marks the user's own pictures, which nobody has published figures on.
+    """
+
+    root: Path
+    splits: dict[str, list[tuple[str, int | str]]]
+    source: str | None = None
+    names: dict[int | str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    own: bool = False
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A download and the md5 of its bytes."""
+
+    url: str
+    md5: str
+
+    @property
+    def file_name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One data set: where it lies, what was published, how it is read and how it is had.
+
+    home              its folder under the data root
+    read              its listing, from the path of that folder; a list file that is not there is a FileNotFoundError
+    published         (images, classes) of each split
+    recall_at         the K of R@K in its papers
+    last_train_class  where no list names the splits, the classes up to it train
+    results           published figures in percent, ± where it was published: (model, source, text), the figures in the
+                      order of results_at; all with HIST's whole loss in 512 dimensions
+    archive           its download; or by_hand, how to get it where that is not possible; or draw, which makes it
+                      under a data root, unless it is there, and gives its folder
+    mirrors           which copies elsewhere are right or wrong
+    """
+
+    home: str
+    read: Callable[[Path], Listing]
+    published: dict[str, tuple[int, int]] = field(default_factory=dict)
+    recall_at: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    last_train_class: int | None = None
+    results_at: tuple[str, ...] = ()
+    results: tuple[tuple[str, str, str], ...] = ()
+    archive: Archive | None = None
+    by_hand: str = ""
+    draw: Callable[[Path], Path] | None = None
+    mirrors: str = ""
+
+
+# ---------------------------------------------------------------- list files
+
+
+def read_text(path: Path) -> str:
+    r"""The text of a UTF-8 file, or of a UTF-16 file if its byte order mark says so; its lines end in \n."""
+    content = path.read_bytes()
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise Refused(f"{path}: not a text file (byte {error.start} is no UTF-8); save it as UTF-8") from None
+    if "\0" in text:
+        raise Refused(f"{path}: not a text file (it holds zero bytes)")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, without blanks around them."""
+    return [line.strip() for line in read_text(path).split("\n")]
+
+
+def bad_line(list_file: Path, number: int, expected: str, found: str) -> Refused:
+    return Refused(f"{list_file}, line {number}: expected {expected}, found {found[:80]!r}")
+
+
+def inside_root(path: str, list_file: Path, number: int) -> str:
+    """The path as it is, unless it leads out of the data folder."""
+    if re.match(r"[A-Za-z]:|[\\/]", path) or ".." in re.split(r"[\\/]", path):
+        raise bad_line(list_file, number, "a path inside the data folder", path)
+    return path
+
+
+def read_rows(
+    list_file: Path, lines: list[str], pattern: str, expected: str, first: int = 1
+) -> Iterator[tuple[int, re.Match]]:
+    """(number, what the pattern finds) of each line from the first on that is not empty.
+
+    Its group `path` must not lead out of the data folder; expected says what a line should be.
+    """
+    for number, line in enumerate(lines[first - 1 :], first):
+        if line:
+            row = re.fullmatch(pattern, line, re.ASCII)
+            if not row:
+                raise bad_line(list_file, number, expected, line)
+            inside_root(row["path"], list_file, number)
+            yield number, row
+
+
+# ---------------------------------------------------------------- folders of images
+
+
+def read_class_folders(root: Path, inside: str, notes: list[str]) -> list[tuple[str, str]]:
+    """The images of root/inside/<class>/ with the folder's name as the class id (inside may be '')."""
+    top, pairs, nested = root / inside, [], []
+    entries = [(entry.name, kind_of(entry)) for entry in scan(top)]
+    skipped = Counter(kind for _, kind in entries if kind in SKIPPED)
+    loose = [name for name, kind in entries if kind == "file" and has_image_suffix(name)]
+    if loose:
+        notes.append(
+            f"{top}: images beside the class folders have no class, not used: {len(loose):,} ({shorten(loose)})"
+        )
+    for name in (name for name, kind in entries if kind == "folder"):
+        found, more = find_images(top / name, posixpath.join(inside, name), (root, top))
+        if not found and not more["unreadable"] and not more["again"]:
+            raise Refused(f"{top / name}: the class folder holds no image; fill it or remove it")
+        pairs += [(path, name) for path in found]
+        skipped += more
+        folders = sorted({posixpath.dirname(path) for path in found})
+        if len(folders) > 1 and posixpath.commonpath(folders) not in folders:
+            nested.append((top / name, [posixpath.basename(path) for path in folders]))
+    if skipped:
+        notes.append(describe_skipped(top, skipped))
+    if nested:
+        folder, inner = nested[0]
+        others = f" (and {len(nested) - 1:,} more class folders like it)" if len(nested) > 1 else ""
+        notes.append(
+            f"{folder}{others}: holds no images itself but {len(inner):,} folders of them ({shorten(inner)}), all "
+            f"taken as one class; if each of these is a class, move them into {top}"
+        )
+    return pairs
+
+
+def read_numbered_folders(home: Path) -> Listing:
+    """home/images/NNN.Name/*: the class id is the folder's number, as in CUB."""
+    names: dict[int, str] = {}
+    for folder in class_folders(home / "images"):
+        number = folder.partition(".")[0]
+        if not re.fullmatch(r"0*[1-9]\d{0,8}", number, re.ASCII):
+            raise Refused(f"{home / 'images' / folder}: a class folder begins with its number: 001.Name")
+        if int(number) in names:
+            raise Refused(f"{home / 'images' / folder}: a second class folder with the number {number}")
+        names[int(number)] = folder
+    notes: list[str] = []
+    pairs = [(path, int(folder.partition(".")[0])) for path, folder in read_class_folders(home, "images", notes)]
+    return Listing(home, {"all": pairs}, names=names, notes=notes)
