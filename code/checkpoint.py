@@ -1,6 +1,5 @@
 """Files that a run leaves behind: written whole or not at all, and read without running what is in them."""
 
-import contextlib
 import glob
 import os
 import random
@@ -62,8 +61,7 @@ def write_text(text: str, path: Path) -> None:
 def remove_leftovers(folder: Path, beginning: str = "") -> None:
     """Remove what kills in the middle of write() left in a folder, of files whose names begin so, and nothing else."""
     for path in folder.glob(f".{glob.escape(beginning)}*{TEMPORARY}"):
-        with contextlib.suppress(OSError):  # another user's, beside a gallery that both search in
-            path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def require_writable(path: Path | None, option: str) -> None:

@@ -217,7 +217,7 @@ def save_embeddings(path: Path, benchmark, query, gallery) -> None:
             arrays |= {
                 f"{prefix}embeddings": part.embeddings.numpy(),
                 f"{prefix}labels": part.labels.numpy(),
-                f"{prefix}paths": np.array(images.paths),
+                f"{prefix}paths": np.array([images.paths[row] for row in part.rows]),
             }
     checkpoint.write(lambda file: np.savez(file, **arrays), path)
 
@@ -275,7 +275,7 @@ def embedded_from_arrays(path: Path, embeddings: np.ndarray, labels: np.ndarray)
         raise Refused(f"{path}: labels must be whole numbers, they are {kind}: number the classes from 0")
     wide = np.float64 if embeddings.dtype.itemsize > 8 else embeddings.dtype  # torch has no float128
     embeddings, labels = embeddings.astype(np.dtype(wide).newbyteorder("=")), labels.astype(np.int64)
-    return inference.Embedded(torch.from_numpy(embeddings), torch.from_numpy(labels))
+    return inference.Embedded(torch.from_numpy(embeddings), torch.from_numpy(labels), torch.arange(len(labels)))
 
 
 if __name__ == "__main__":

@@ -23,10 +23,11 @@ class NotFinite(Refused):
 
 
 class Embedded(NamedTuple):
-    """embeddings (N, D) float32 and labels (N,) int64, on the CPU."""
+    """embeddings (N, D) float32 and labels (N,) int64 on the CPU, and which images of the data set they are, (N,)."""
 
     embeddings: Tensor
     labels: Tensor
+    rows: Tensor
 
 
 class Loaded(NamedTuple):
@@ -99,9 +100,9 @@ def embed(
 ) -> Embedded:
     """Embeddings of every image of a loader, in its order. The network is left in eval mode.
 
-    amp: bf16 autocast. after_batch is called after every batch and may raise to stop. With several processes each
-    embeds its share, and all get all: process r of n has to be given a loader of the images r, r + n, r + 2n, … and all
-    of them the same data set.
+    Images with the label -1 are left out. amp: bf16 autocast. after_batch is
+    called after every batch and may raise to stop. With several processes each embeds its share, and all get all:
+    process r of n has to be given a loader of the images r, r + n, r + 2n, … and all of them the same data set.
 
     Raises:
         NotFinite: embeddings hold NaN or Inf.
@@ -131,9 +132,11 @@ def embed(
     if embeddings is None:  # fewer images than processes
         embeddings = torch.empty(0, network.embedding_size, device=device)
     embeddings, labels = (distributed.gather_shares(x, total).cpu() for x in (embeddings, labels.to(device)))
-    if bad := int((~torch.isfinite(embeddings)).any(dim=1).sum()):
-        raise NotFinite(f"{bad:,} of {total:,} embeddings hold NaN or Inf: the network has diverged")
-    return Embedded(embeddings, labels)
+    decoded = labels >= 0
+    embedded = Embedded(embeddings[decoded], labels[decoded], decoded.nonzero()[:, 0])
+    if bad := int((~torch.isfinite(embedded.embeddings)).any(dim=1).sum()):
+        raise NotFinite(f"{bad:,} of {len(embedded.labels):,} embeddings hold NaN or Inf: the network has diverged")
+    return embedded
 
 
 def embed_split(
@@ -155,7 +158,7 @@ def embed_split(
 
 def score(query: Embedded, gallery: Embedded | None, ks, device, memory_gib=1.0, precision=False) -> metrics.Retrieval:
     """R@K, with precision also R-precision and MAP@R, of what was embedded."""
-    sets = (*query, *(gallery or (None, None)))
+    sets = (*query[:2], *(gallery[:2] if gallery else (None, None)))
     return metrics.retrieval(*sets, ks, precision, memory_gib, device, progress=True)
 
 
@@ -182,10 +185,10 @@ def draw_search(
     itself = torch.from_numpy(chosen) if gallery is None else None
     nearest, similarities = metrics.nearest(query.embeddings[chosen], targets.embeddings, 8, itself)
     names = pictures.short_names([query_images.class_names[label] for label in query.labels[chosen]], 80)
-    files = [query_images.root / path for path in query_images.paths]
+    files = [query_images.root / query_images.paths[row] for row in query.rows]
     pictures.neighbours(
         [files[q] for q in chosen],
-        [[images.root / images.paths[n] for n in row] for row in nearest],
+        [[images.root / images.paths[targets.rows[n]] for n in row] for row in nearest],
         (targets.labels[nearest] == query.labels[chosen][:, None]).tolist(),
         similarities.tolist(),
         [f"{'worst' if n < len(worst) else 'random'} query: {name}" for n, name in enumerate(names)],
