@@ -108,7 +108,7 @@ class Step:
             self.device,
             self.args,
             title="",
-            stop=SimpleNamespace(number=0),
+            stop=SimpleNamespace(check=lambda: None),
         )
 
     def train(self, steps: int) -> tuple[np.ndarray, np.ndarray]:

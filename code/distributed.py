@@ -7,6 +7,7 @@ another method, with smaller batches. So the embeddings of all processes are gat
 loss of the whole batch. On one process the functions here do nothing.
 """
 
+import contextlib
 import datetime
 import os
 import signal
@@ -22,6 +23,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 _control = None  # a group that talks over the hosts' network: asking a GPU for a number would make the host wait for it
+
+
+class Interrupted(Exception):
+    """SIGTERM or Ctrl-C came, and the batch under way is done."""
+
+
+class Lost(RuntimeError):
+    """Another process of the group has ended."""
 
 
 class Processes(NamedTuple):
@@ -42,15 +51,19 @@ def several() -> bool:
     return _from_environment("WORLD_SIZE", 1) > 1
 
 
+def is_first() -> bool:
+    """Whether this is process 0, the one that writes and speaks; known before start(), too."""
+    return not several() or _from_environment("RANK") == 0
+
+
 def start(gpu_id: int) -> torch.device:
     """Join the process group if torchrun started this process, and choose the device.
 
     gpu_id: as --gpu-id says, -1 for the CPU; of several processes on one machine each takes the GPU of its own number.
     From here on only process 0 speaks: the standard output, warnings and progress bars of the others are silenced.
 
-    Raises:
-        ValueError: no GPU of that number, fewer GPUs than processes on this machine, an environment that is not
-            torchrun's, or processes that cannot reach each other.
+    Raises Refused: no GPU of that number, fewer GPUs than processes on this machine, an environment that is not
+    torchrun's, or processes that cannot reach each other.
     """
     if not several():
         return choose_device(gpu_id)
@@ -123,9 +136,24 @@ def reports_errors() -> bool:
         return dist.get_rank() == 0
 
 
+@contextlib.contextmanager
+def together():
+    """Around what all processes do at the same time: raises Lost where one of them is missing.
+
+    nccl says so by a DistError. gloo raises a plain RuntimeError, from each collective and from the backward pass of
+    DistributedDataParallel; what else fails there (a full GPU, a CUDA error) has a type of its own.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if dist.is_initialized() and (type(error) is RuntimeError or isinstance(error, dist.DistError)):
+            raise Lost(error) from error
+        raise
+
+
 def lost_another_process(error: RuntimeError) -> bool:
     """Whether the error only says that another process of the group has ended."""
-    return dist.is_initialized() and any(word in str(error) for word in ("gloo", "NCCL", "peer"))
+    return isinstance(error, Lost | dist.DistError)
 
 
 def stop() -> None:
@@ -140,7 +168,11 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
     """
     if not dist.is_initialized() or not any(p.requires_grad for p in module.parameters()):
         return module
-    return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
+    with together():
+        # broadcast_buffers would share BatchNorm's statistics before every step; share_buffers does once an epoch.
+        return DistributedDataParallel(
+            module, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
+        )
 
 
 def synchronise_batchnorm(network: nn.Module, device: torch.device) -> None:
@@ -149,10 +181,11 @@ def synchronise_batchnorm(network: nn.Module, device: torch.device) -> None:
         network.synchronise_batchnorm()
 
 
+@together()
 def share_buffers(network: nn.Module) -> None:
     """Give all processes the first one's BatchNorm statistics, which checkpoints keep: all score the same network.
 
-    Without synchronised BatchNorm each has those of its own images since DistributedDataParallel last shared them.
+    Without synchronised BatchNorm each has those of its own images.
     """
     if dist.is_initialized():
         for buffer in network.buffers():
@@ -177,12 +210,8 @@ class _GatherEmbeddings(torch.autograd.Function):
         return grad[ctx.rows] * dist.get_world_size()
 
 
-class Interrupted(Exception):
-    """SIGTERM or Ctrl-C came, and the step under way is done."""
-
-
 class StopSignals:
-    """Notes the first SIGTERM or Ctrl-C, for the loops to stop after the step; another Ctrl-C ends at once.
+    """Notes the first SIGTERM or Ctrl-C, for the loops to stop after a batch; another Ctrl-C ends at once.
 
     One request can arrive twice: `timeout` signals its child and then the whole process group, torchrun passes on what
     the processes have received already. So SIGTERM is only ever noted, and a second Ctrl-C counts after a moment.
@@ -200,25 +229,25 @@ class StopSignals:
         self.number, self.since = self.number or number, self.since or now
 
     def check(self) -> None:
-        """Raise Interrupted; of several processes none may leave by itself, they agree in gather_batch."""
-        if self.number and processes().count == 1:
+        """Raise Interrupted once a signal came. All processes have to call it after each of their batches.
+
+        A signal may reach one process only, or each at another moment. They agree, so that all stop after the same
+        batch; the largest number received wins.
+        """
+        if dist.is_initialized():
+            self.number = int(max(all_gather(torch.tensor([self.number]), _control)))
+        if self.number:
             raise Interrupted
 
 
-def gather_batch(embeddings: Tensor, labels: Tensor, stop_number: int) -> tuple[Tensor, Tensor, int]:
-    """The whole batch from each process's share: embeddings (N, D), labels (N,) beside them, and a stop signal.
-
-    A signal reaches one process only, or each at another moment. Carried along with the labels it is known to all
-    after the same step, so that they stop together; the largest number received wins, 0 is none.
-    """
+def gather_batch(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The whole batch from each process's share: embeddings (N, D), and labels (N,) beside them."""
     if not dist.is_initialized():
-        return embeddings, labels, stop_number
-    message = torch.cat([labels, labels.new_tensor([stop_number])])
-    together = torch.stack(all_gather(message, _control))
-    labels = together[:, :-1].flatten()
+        return embeddings, labels
+    labels = torch.cat(all_gather(labels, _control))
     if embeddings.is_cuda:  # DistributedDataParallel would move them, and make the host wait for the device
         labels = labels.pin_memory().to(embeddings.device, non_blocking=True)
-    return _GatherEmbeddings.apply(embeddings), labels, int(together[:, -1].max())
+    return _GatherEmbeddings.apply(embeddings), labels
 
 
 def to_host(values: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None]]:
@@ -233,13 +262,10 @@ def to_host(values: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None]]:
 
 def from_first(value):
     """A plain value of process 0, on every process."""
-    if not dist.is_initialized():
-        return value
-    holder = [value]
-    dist.broadcast_object_list(holder)
-    return holder[0]
+    return from_all(value)[0]
 
 
+@together()
 def from_all(value) -> list:
     """The plain values of all processes, in their order, on every process."""
     if not dist.is_initialized():
@@ -249,12 +275,14 @@ def from_all(value) -> list:
     return values
 
 
+@together()
 def all_reduce(values: Tensor, how: str) -> None:
     """The sum or maximum over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(values, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[how])
 
 
+@together()
 def all_gather(values: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
     """The values of every process, of one shape everywhere, in order of process."""
     if not dist.is_initialized():

@@ -129,6 +129,9 @@ def embed(
             done += len(batch)
             bar.update(len(batch) * count)
             after_batch()
+    largest_share = -(-total // count)
+    for _ in range(len(loader), -(-largest_share // loader.batch_size)):
+        after_batch()  # other processes have a batch more
     if embeddings is None:  # fewer images than processes
         embeddings = torch.empty(0, network.embedding_size, device=device)
     embeddings, labels = (distributed.gather_shares(x, total).cpu() for x in (embeddings, labels.to(device)))

@@ -290,12 +290,13 @@ def train_epoch(
             images = network.normalise(images.to(device, non_blocking=True, memory_format=layout))
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
                 embeddings = forward(images)
-            embeddings, labels, stop_number = distributed.gather_batch(embeddings, labels, stop.number)
+            embeddings, labels = distributed.gather_batch(embeddings, labels)
             loss = loss_of(embeddings, labels)
             names, values = zip(*terms_of(loss, criterion).items(), strict=True)
             terms, arrived = distributed.to_host(torch.stack(values))
             optimizer.zero_grad()
-            loss.backward()
+            with distributed.together():
+                loss.backward()
             # The terms were known before the backward pass began, so this does not hold up a busy GPU.
             arrived()
             if not math.isfinite(terms[0]):
@@ -305,9 +306,7 @@ def train_epoch(
             means = {name.removesuffix("_loss"): mean for name, mean in zip(names, totals / step, strict=True)}
             bar.set_postfix(means, refresh=False)
             bar.update(len(labels))
-            if stop_number:
-                stop.number = stop_number
-                raise Interrupted
+            stop.check()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     distributed.share_buffers(network)

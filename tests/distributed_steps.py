@@ -44,7 +44,7 @@ def main():
         share = slice(rank * 8 // count, (rank + 1) * 8 // count)
         embeddings, labels = forward(images[share]), labels[share]
         if mode != "local":
-            embeddings, labels, _ = distributed.gather_batch(embeddings, labels, 0)
+            embeddings, labels = distributed.gather_batch(embeddings, labels)
         loss = loss_of(embeddings, labels)
         optimizer.zero_grad()
         loss.backward()
