@@ -44,15 +44,15 @@ def main():
         loaded = inference.load_network(parser, args, given, named, bool(given & {"dataset", "model"}), device)
         args = loaded.args
         if args.export:
-            export.to_onnx(loaded.network.cpu(), args.image_size, args.export)
+            export.to_onnx(loaded.network.cpu(), loaded.image_size, args.export)
             return
         benchmark, unreadable = load_benchmark(args, given, loaded)
-        options = (args.image_size, args.sz_batch, args.nb_workers, device)
+        options = (loaded.image_size, args.sz_batch, args.nb_workers, device)
         loaders = [inference.make_loader(images, *options) for images in (benchmark.query, benchmark.gallery)]
         query, gallery = inference.embed_split(
             loaded.network, *loaders, device, amp=args.amp == "bf16", channels_last=args.channels_last
         )
-        ks, measured = benchmark.recall_at, describe(args, benchmark, loaded, len(unreadable))
+        ks, measured = benchmark.recall_at, describe(benchmark, loaded, len(unreadable))
         if args.save_embeddings and processes.rank == 0:
             save_embeddings(args.save_embeddings, benchmark, query, gallery)
             print(f"embeddings: {args.save_embeddings}")
@@ -101,7 +101,7 @@ def check_flags(args, given):
 def load_benchmark(args, given, loaded) -> tuple[dataset.Benchmark, list[str]]:
     """(the data to score on, a line for each image that was left out).
 
-    Raises ValueError where flags, data and checkpoint do not fit each other.
+    Raises Refused or OSError where flags, data and checkpoint do not fit each other.
     """
     stored = checkpoint.stored_flags(loaded.content)
     if "dataset" not in given and "dataset" not in stored:
@@ -128,15 +128,15 @@ def load_benchmark(args, given, loaded) -> tuple[dataset.Benchmark, list[str]]:
 def compare_with_training(args, given, loaded, benchmark) -> None:
     """Refuse to score a network on classes that it was trained on; say so where the test images changed since."""
     stored, trained_on = checkpoint.stored_flags(loaded.content), loaded.content.get("data")
-    same_kind = args.dataset == stored.get("dataset") or "folder" in (args.dataset, stored.get("dataset"))
-    if not trained_on or not same_kind:
+    same = args.dataset == stored.get("dataset")
+    if not trained_on or not (same or "folder" in (args.dataset, stored.get("dataset"))):
         return
     tested = set(benchmark.query.class_names)
     seen = [name for name in trained_on["train"]["classes"] if name in tested]
-    if args.dataset != stored.get("dataset"):
+    if not same:
         seen = [name for name in seen if not name.isdigit()]  # numbers of one benchmark are not those of another folder
     if seen:
-        if args.dataset != stored.get("dataset"):
+        if not same:
             cause = f"--dataset {args.dataset}"
         elif "train_classes" in given and args.train_classes != stored.get("train_classes"):
             cause = f"--train-classes {args.train_classes:g} instead of {stored['train_classes']:g}"
@@ -144,32 +144,29 @@ def compare_with_training(args, given, loaded, benchmark) -> None:
             cause = f"--data-root {args.data_root} divides them otherwise, or has classes of the same name"
         else:
             cause = f"{args.data_root} changed since"
-        names = shorten([repr(name) for name in seen])
         raise Refused(
-            f"{loaded.path} was trained on {len(seen):,} of the {len(tested):,} classes to score on ({names}): "
-            f"{cause}; a score on them says nothing about unseen classes"
+            f"{loaded.path} was trained on {len(seen):,} of the {len(tested):,} classes to score on "
+            f"({shorten([repr(name) for name in seen])}): {cause}; a score on them says nothing about unseen classes"
         )
-    if args.dataset == stored.get("dataset"):
-        for split, images in (("query", benchmark.query), ("gallery", benchmark.gallery)):
-            then = trained_on.get(split)
-            changed = dataset.changes(then, dataset.fingerprint(images)) if then and images is not None else ""
-            if changed:
+    for split, images in (("query", benchmark.query), ("gallery", benchmark.gallery)):
+        if same and images is not None and (then := trained_on.get(split)):
+            if changed := dataset.changes(then, dataset.fingerprint(images)):
                 print(f"warning: not the test images of the training run: {changed}", file=sys.stderr)
 
 
-def describe(args, benchmark, loaded, undecoded: int) -> dict:
-    """What a score is measured on, for the console and the JSON file."""
+def describe(benchmark, loaded, undecoded: int) -> dict:
+    """What a checkpoint is scored on, for the console and the JSON file."""
     splits = {"train": benchmark.train, "query": benchmark.query, "gallery": benchmark.gallery}
     return {
         "checkpoint": str(loaded.path),
-        "dataset": args.dataset,
+        "dataset": benchmark.name,
         "data_root": str(benchmark.query.root),
         "splits": {
             split: {"images": len(images), "classes": images.num_classes}
             for split, images in splits.items()
             if images is not None
         },
-        "image_size": args.image_size,
+        "image_size": loaded.image_size,
         "undecoded": undecoded,
         "trained_by": loaded.content.get("made_by"),
         "trained_with": checkpoint.stored_flags(loaded.content),
@@ -178,23 +175,14 @@ def describe(args, benchmark, loaded, undecoded: int) -> dict:
 
 def report(args, scored_by, measured, found, scores):
     """Print the scores and what they were measured on; write both as JSON if asked to."""
-    content = measured | {
-        "queries": found.num_queries,
-        "gallery": measured["splits"].get("gallery", {}).get("images"),
-        "without_positive": found.num_without_positive,
-        "figures": scores,
-        "scored_by": scored_by,
-        "scored_with": flags.plain(args),
-    }
-    print(f"checkpoint: {content['checkpoint']}")
-    splits = ", ".join(
-        f"{split} {size['images']:,} images of {size['classes']:,} classes" for split, size in content["splits"].items()
-    )
-    print(f"data: {content['dataset'] or 'unknown'} in {content['data_root']}, {splits}")
-    if content["image_size"]:
-        print(f"images: {content['image_size']} pixels")
-    gallery = content["splits"].get("gallery")
-    searched = f"gallery: {gallery['images']:,}" if gallery else "each among the others"
+    sizes = measured["splits"]
+    gallery = sizes["gallery"]["images"] if "gallery" in sizes else None
+    splits = [f"{split} {size['images']:,} images of {size['classes']:,} classes" for split, size in sizes.items()]
+    print(f"checkpoint: {measured['checkpoint']}")
+    print(f"data: {measured['dataset'] or 'unknown'} in {measured['data_root']}, {', '.join(splits)}")
+    if measured["image_size"]:
+        print(f"images: {measured['image_size']} pixels")
+    searched = f"gallery: {gallery:,}" if gallery else "each among the others"
     print(f"queries: {found.num_queries:,}, {searched}")
     if found.num_without_positive:
         print(f"left out: {found.num_without_positive:,} queries without another image of their class")
@@ -203,6 +191,14 @@ def report(args, scored_by, measured, found, scores):
     for name, value in scores.items():
         print(f"{name:<7} {100 * value:.4f}")
     if args.json:
+        content = measured | {
+            "queries": found.num_queries,
+            "gallery": gallery,
+            "without_positive": found.num_without_positive,
+            "figures": scores,
+            "scored_by": scored_by,
+            "scored_with": flags.plain(args) | {"image_size": measured["image_size"]},
+        }
         checkpoint.write_text(json.dumps(content, indent=2) + "\n", args.json)
 
 
@@ -217,7 +213,7 @@ def save_embeddings(path: Path, benchmark, query, gallery) -> None:
             arrays |= {
                 f"{prefix}embeddings": part.embeddings.numpy(),
                 f"{prefix}labels": part.labels.numpy(),
-                f"{prefix}paths": np.array([images.paths[row] for row in part.rows]),
+                f"{prefix}paths": np.array(images.paths),
             }
     checkpoint.write(lambda file: np.savez(file, **arrays), path)
 
@@ -225,26 +221,24 @@ def save_embeddings(path: Path, benchmark, query, gallery) -> None:
 def read_embeddings(args, given):
     """(query, gallery or None, K, what is measured) of a file like those of --save-embeddings.
 
-    The K are those of --dataset if it is given, else the file's, else 1 2 4 8 16 32. Raises ValueError or OSError.
+    The K are those of --dataset if it is given, else the file's, else 1 2 4 8 16 32. Raises Refused or OSError.
     """
     path = args.embeddings
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            parts = [
-                tuple(arrays[f"{prefix}{what}"] for what in ("embeddings", "labels"))
-                for prefix in ("", "gallery_")
-                if not prefix or f"{prefix}embeddings" in arrays
-            ]
-            ks = arrays["ks"] if "ks" in arrays else np.array(dataset.recall_at("folder"))
-            name = arrays["dataset"].item() if "dataset" in arrays else None
-            half = "gallery_labels" in arrays and len(parts) == 1
-    except OSError:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file if not name.endswith("paths")}
+        query, gallery = embedded(path, arrays["embeddings"], arrays["labels"]), None
+        if "gallery_embeddings" in arrays:
+            gallery = embedded(path, arrays["gallery_embeddings"], arrays["gallery_labels"])
+        name = arrays["dataset"].item() if "dataset" in arrays else None
+    except (OSError, Refused):
         raise
     except Exception as error:  # a damaged archive fails in many ways
         reason = f"{type(error).__name__}: {error}"
         raise Refused(f"{path}: no embeddings that --save-embeddings wrote ({reason})") from error
-    if half:
+    if "gallery_labels" in arrays and gallery is None:
         raise Refused(f"{path}: gallery_labels without gallery_embeddings")
+    ks = arrays.get("ks", np.array(dataset.recall_at("folder")))
     if ks.dtype.kind not in "iu" or ks.ndim != 1:
         raise Refused(f"{path}: ks must be whole numbers, one for each R@K")
     ks = tuple(ks.tolist())
@@ -253,8 +247,6 @@ def read_embeddings(args, given):
             print(f"warning: {path} says that its embeddings are of {name}; --dataset {args.dataset} only sets K",
                   file=sys.stderr)  # fmt: skip
         name, ks = name or args.dataset, dataset.recall_at(args.dataset)
-    embedded = [embedded_from_arrays(path, *arrays) for arrays in parts]
-    query, gallery = embedded[0], embedded[1] if len(embedded) > 1 else None
     splits = {
         split: {"images": len(part.labels), "classes": len(part.labels.unique())}
         for split, part in (("query", query), ("gallery", gallery))
@@ -264,18 +256,25 @@ def read_embeddings(args, given):
     return query, gallery, ks, measured
 
 
-def embedded_from_arrays(path: Path, embeddings: np.ndarray, labels: np.ndarray) -> inference.Embedded:
-    """Arrays of a file as tensors. Raises ValueError unless they are floating point and whole numbers."""
+def embedded(path: Path, embeddings: np.ndarray, labels: np.ndarray) -> inference.Embedded:
+    """Arrays of a file as tensors. Raises Refused unless they are floating point and whole numbers."""
     if embeddings.dtype.kind != "f":
         raise Refused(f"{path}: embeddings must be floating point, they are {embeddings.dtype}")
     if labels.ndim != 1:
         raise Refused(f"{path}: labels (N,) are needed, they have the shape {labels.shape}")
+    if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
+        raise Refused(
+            f"{path}: embeddings (N, D) and labels (N,) expected, got the shapes {embeddings.shape} and {labels.shape}"
+        )
     if labels.dtype.kind not in "iu":
         kind = "text" if labels.dtype.kind in "US" else str(labels.dtype)
         raise Refused(f"{path}: labels must be whole numbers, they are {kind}: number the classes from 0")
     wide = np.float64 if embeddings.dtype.itemsize > 8 else embeddings.dtype  # torch has no float128
     embeddings, labels = embeddings.astype(np.dtype(wide).newbyteorder("=")), labels.astype(np.int64)
-    return inference.Embedded(torch.from_numpy(embeddings), torch.from_numpy(labels), torch.arange(len(labels)))
+    embeddings, labels = torch.from_numpy(embeddings), torch.from_numpy(labels)
+    if bad := int((~embeddings.isfinite()).any(dim=1).sum()):
+        raise Refused(f"{path}: {bad:,} of {len(embeddings):,} embeddings hold NaN or Inf")
+    return inference.Embedded(embeddings, labels)
 
 
 if __name__ == "__main__":

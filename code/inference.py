@@ -23,17 +23,17 @@ class NotFinite(Refused):
 
 
 class Embedded(NamedTuple):
-    """embeddings (N, D) float32 and labels (N,) int64 on the CPU, and which images of the data set they are, (N,)."""
+    """embeddings (N, D) float32 and labels (N,) int64, on the CPU."""
 
     embeddings: Tensor
     labels: Tensor
-    rows: Tensor
 
 
 class Loaded(NamedTuple):
     """A network on its device, in eval mode, and where it came from: file, its content, the flags it was made with."""
 
     network: net.EmbeddingNet
+    image_size: int
     path: Path
     content: dict
     args: object
@@ -59,10 +59,10 @@ def load_network(parser, args, given: set[str], name: str, only: bool, device: t
     args = parser.adopt(args, given, checkpoint.stored_flags(content), path)
     network = net.build(args.model, args.sz_embedding, "none", bool(args.add_gmp), bool(args.layer_norm))
     net.load_network_state(network, checkpoint.network_state(content, path), path)
-    args.image_size = args.image_size or network.image_size
-    net.require_image_size(network, args.image_size)
+    image_size = args.image_size or network.image_size
+    net.require_image_size(network, image_size)
     network.to(device, memory_format=memory_format(args.channels_last)).eval()
-    return Loaded(network, path, content, args)
+    return Loaded(network, image_size, path, content, args)
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:
@@ -100,9 +100,9 @@ def embed(
 ) -> Embedded:
     """Embeddings of every image of a loader, in its order. The network is left in eval mode.
 
-    Images with the label -1 are left out. amp: bf16 autocast. after_batch is
-    called after every batch and may raise to stop. With several processes each embeds its share, and all get all:
-    process r of n has to be given a loader of the images r, r + n, r + 2n, … and all of them the same data set.
+    amp: bf16 autocast. after_batch is called after every batch and may raise to stop. With several processes each
+    embeds its share, and all get all: process r of n has to be given a loader of the images r, r + n, r + 2n, … and all
+    of them the same data set.
 
     Raises:
         NotFinite: embeddings hold NaN or Inf.
@@ -135,11 +135,9 @@ def embed(
     if embeddings is None:  # fewer images than processes
         embeddings = torch.empty(0, network.embedding_size, device=device)
     embeddings, labels = (distributed.gather_shares(x, total).cpu() for x in (embeddings, labels.to(device)))
-    decoded = labels >= 0
-    embedded = Embedded(embeddings[decoded], labels[decoded], decoded.nonzero()[:, 0])
-    if bad := int((~torch.isfinite(embedded.embeddings)).any(dim=1).sum()):
-        raise NotFinite(f"{bad:,} of {len(embedded.labels):,} embeddings hold NaN or Inf: the network has diverged")
-    return embedded
+    if bad := int((~torch.isfinite(embeddings)).any(dim=1).sum()):
+        raise NotFinite(f"{bad:,} of {total:,} embeddings hold NaN or Inf: the network has diverged")
+    return Embedded(embeddings, labels)
 
 
 def embed_split(
@@ -161,11 +159,11 @@ def embed_split(
 
 def score(query: Embedded, gallery: Embedded | None, ks, device, memory_gib=1.0, precision=False) -> metrics.Retrieval:
     """R@K, with precision also R-precision and MAP@R, of what was embedded."""
-    sets = (*query[:2], *(gallery[:2] if gallery else (None, None)))
+    sets = (*query, *(gallery or (None, None)))
     return metrics.retrieval(*sets, ks, precision, memory_gib, device, progress=True)
 
 
-# ---------------------------------------------------------------- from a search to its pictures
+# ---------------------------------------------------------------- from networks and searches to pictures
 
 
 def draw_search(
@@ -188,10 +186,10 @@ def draw_search(
     itself = torch.from_numpy(chosen) if gallery is None else None
     nearest, similarities = metrics.nearest(query.embeddings[chosen], targets.embeddings, 8, itself)
     names = pictures.short_names([query_images.class_names[label] for label in query.labels[chosen]], 80)
-    files = [query_images.root / query_images.paths[row] for row in query.rows]
+    files = [query_images.root / path for path in query_images.paths]
     pictures.neighbours(
         [files[q] for q in chosen],
-        [[images.root / images.paths[targets.rows[n]] for n in row] for row in nearest],
+        [[images.root / images.paths[n] for n in row] for row in nearest],
         (targets.labels[nearest] == query.labels[chosen][:, None]).tolist(),
         similarities.tolist(),
         [f"{'worst' if n < len(worst) else 'random'} query: {name}" for n, name in enumerate(names)],
@@ -212,3 +210,16 @@ def choose_queries(scores: np.ndarray, count_worst: int, count_random: int, seed
     worst = shuffled[np.argsort(scores[shuffled], kind="stable")][:count_worst]
     others = shuffled[~np.isin(shuffled, worst)]
     return worst, others[:count_random]
+
+
+def draw_hypergraph(folder: Path, network, criterion, loader: DataLoader, at_once: int, device) -> None:
+    """hypergraph.png in folder, of an epoch's first batch; at_once: images that the network is given at a time."""
+    items = next(loader.batch_sampler.whole())
+    images, labels = zip(*(loader.dataset[item] for item in items), strict=True)
+    labels = torch.tensor(labels)
+    with torch.no_grad():
+        network.eval()
+        parts = torch.stack(images).to(device).split(at_once)
+        X = torch.cat([network(network.normalise(part)) for part in parts])
+        H = criterion.cds2hg(X, labels.to(device))[1]
+    pictures.hypergraph(H.cpu().numpy(), labels.numpy(), loader.dataset.images.class_names, folder / "hypergraph.png")

@@ -66,7 +66,7 @@ def retrieval(
 
     Raises:
         ValueError: shapes that do not fit, complex embeddings, NaN or Inf in them, labels that are not integers,
-            K below 1, or no query with a positive.
+            K below 1, or (Refused) no query with a positive.
     """
     if any(k < 1 for k in ks):
         raise ValueError(f"R@K needs K of at least 1, got {min(ks)}")

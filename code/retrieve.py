@@ -14,7 +14,6 @@ import base64
 import contextlib
 import csv
 import hashlib
-import html
 import io
 import os
 import sys
@@ -29,6 +28,7 @@ import distributed
 import flags
 import folders
 import inference
+import jinja2
 import metrics
 import numpy as np
 import pictures
@@ -38,6 +38,7 @@ from refused import Refused
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+TEMPLATE = flags.CODE / "retrieve_template.html"
 PART = 10_000  # images that are embedded at a time, with the cache written in between
 MOST_SHOWN, MOST_ON_PAGE = 10, 200  # queries that are printed and drawn, and on the page; the CSV file holds all
 MOST_NEIGHBOURS = 20  # of each that are printed and shown; the CSV file holds all of them
@@ -51,31 +52,32 @@ def main():
     if distributed.several():
         raise Refused("retrieve.py is one process: start it without torchrun")
     queries, galleries = list_images(args.query, "--query"), list_images(args.gallery, "--gallery")
-    for searched in [args.gallery, args.query]:
+    for searched in (args.gallery, args.query):
         if searched.is_dir() and args.output.resolve().is_relative_to(searched.resolve()):
-            raise Refused(f"--output {args.output} lies in {searched}, where it would be found next time: name another")
+            raise Refused(
+                f"--output {args.output} lies in {searched}, where the next search would find it: name another"
+            )
     checkpoint.require_folder(args.output, "--output")
     device = distributed.choose_device(args.gpu_id)
     print(f"device: {distributed.describe(device)}")
     loaded = inference.load_network(parser, args, given, checkpoint.best_name("DATASET", "MODEL"), False, device)
-    args, network = loaded.args, loaded.network
     print(f"checkpoint: {loaded.path}")
 
     # Embeddings
-    query = embed(network, queries, device, args, "embed queries")
-    if not len(query.rows):
-        raise Refused(why_not(queries, 0) + (f", nor any other of the {len(queries)} queries" * (len(queries) > 1)))
+    vectors, rows = embed(loaded, queries, device, "embed queries")
+    if not len(rows):
+        others = f"; nor can the other {len(queries) - 1:,} queries" if len(queries) > 1 else ""
+        raise Refused(why_not(queries, 0) + others)
     states, files = look_at_files(galleries)
-    cache = cache_path(args, checkpoint.network_state(loaded.content, loaded.path))
-    gallery = embed_gallery(network, galleries, states, cache, device, args)
+    gallery_vectors, gallery_rows = embed_gallery(loaded, galleries, states, device)
 
     # Search
-    own, others = look_at_files(queries)[1][query.rows.numpy()], files[gallery.rows.numpy()]
-    found, similarities = search(query.embeddings, own, gallery.embeddings, others, args, device)
+    own, others = look_at_files(queries)[1][rows], files[gallery_rows]
+    found, similarities = search(vectors, own, gallery_vectors, others, loaded.args, device)
     neighbours = {row: [] for row in range(len(queries))}  # query -> [(image of the gallery, cosine similarity), …]
-    for row, indices, values in zip(query.rows.tolist(), found.tolist(), similarities.tolist(), strict=True):
-        neighbours[row] = [(gallery.rows[i].item(), value) for i, value in zip(indices, values, strict=True) if i >= 0]
-    write(args, queries, galleries, neighbours, set(query.rows.tolist()), len(gallery.rows))
+    for row, indices, values in zip(rows.tolist(), found, similarities.tolist(), strict=True):
+        neighbours[row] = [(int(gallery_rows[i]), value) for i, value in zip(indices, values, strict=True) if i >= 0]
+    write(loaded.args, queries, galleries, neighbours, rows.tolist(), len(gallery_rows))
 
 
 def list_images(path: Path, option: str) -> dataset.ImageList:
@@ -84,7 +86,7 @@ def list_images(path: Path, option: str) -> dataset.ImageList:
         return own_pictures(path.parent, [path.name])
     if not path.is_dir():
         wanted = "image or folder" if option == "--query" else "folder"
-        raise FileNotFoundError(f"{option} {path}: {'is no' if path.exists() else 'there is no such'} {wanted}")
+        raise Refused(f"{option} {path}: {'not an' if path.exists() else 'there is no such'} {wanted}")
     found, skipped = folders.find_images(path, ".")
     if skipped:
         print(f"note: {folders.describe_skipped(path, skipped)}", file=sys.stderr)
@@ -97,17 +99,10 @@ def own_pictures(root: Path, paths: list[str]) -> dataset.ImageList:
     return dataset.ImageList(root, paths, np.zeros(len(paths), np.int64), [""], own=True)
 
 
-def embed(network, images, device, args, description) -> inference.Embedded:
-    """Embeddings of those of the images that can be decoded."""
-    options = dataset.worker_options(args.nb_workers, pin_memory=device.type == "cuda")
-    loader = DataLoader(MarkedWhereUnreadable(images, args.image_size), args.sz_batch, **options)
-    return inference.embed(network, loader, device, args.amp == "bf16", args.channels_last, description)
-
-
 class MarkedWhereUnreadable(dataset.ImageDataset):
-    """Zeros and the label -1 for what cannot be decoded; embed leaves those rows out."""
+    """Zeros and the label -1 for what cannot be decoded."""
 
-    def __init__(self, images, image_size):
+    def __init__(self, images: dataset.ImageList, image_size: int):
         super().__init__(images, dataset.eval_transform(image_size))
         self.nothing = torch.zeros(3, image_size, image_size, dtype=torch.uint8), -1
 
@@ -118,32 +113,48 @@ class MarkedWhereUnreadable(dataset.ImageDataset):
             return self.nothing
 
 
+def embed(loaded, images, device, description) -> tuple[torch.Tensor, np.ndarray]:
+    """Embeddings (n, D) of those of the images that can be decoded, and which these are (n,)."""
+    args = loaded.args
+    options = dataset.worker_options(args.nb_workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(MarkedWhereUnreadable(images, loaded.image_size), args.sz_batch, **options)
+    done = inference.embed(loaded.network, loader, device, args.amp == "bf16", args.channels_last, description)
+    decoded = done.labels >= 0
+    return done.embeddings[decoded], np.flatnonzero(decoded)
+
+
 def why_not(images, row) -> str:
     """Why an image could not be decoded."""
-    try:
-        decoding.read_rgb(str(images.root / images.paths[row]), own=True)
-    except decoding.UnreadableImage as error:
-        return str(error)
-    return f"{images.root / images.paths[row]}: could not be decoded"
+    return dataset.Decoded(images)[row][1] or f"{images.root / images.paths[row]}: could not be decoded"
 
 
 # ---------------------------------------------------------------- the gallery and its cache
 
 
-def cache_path(args, state: dict[str, torch.Tensor]) -> Path:
+def cache_path(loaded) -> Path:
     """Beside the gallery; other weights, or another preparation of the images, have another name."""
-    key = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
+    key, args = hashlib.sha256(), loaded.args
+    for name, tensor in sorted(checkpoint.network_state(loaded.content, loaded.path).items()):
         key.update(name.encode())
         key.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    key.update(repr((args.model, args.sz_embedding, args.add_gmp, args.layer_norm, args.image_size, args.amp)).encode())
+    made_with = (
+        args.model,
+        args.sz_embedding,
+        args.add_gmp,
+        args.layer_norm,
+        loaded.image_size,
+        args.amp,
+    )
+    key.update(repr(made_with).encode())
     gallery = args.gallery.resolve()
     return gallery.with_name(f"{gallery.name}.embeddings-{key.hexdigest()[:12]}.npz")
 
 
-def embed_gallery(network, images, states, cache: Path, device, args) -> inference.Embedded:
-    """All images of the gallery that can be decoded; from the cache where a file is as it was."""
-    embeddings, known = read_cache(cache, images, states, args.sz_embedding)
+def embed_gallery(loaded, images, states, device) -> tuple[torch.Tensor, np.ndarray]:
+    """As embed(), with embeddings from the cache where a file is as it was."""
+    cache = cache_path(loaded)
+    checkpoint.remove_leftovers(cache.parent, cache.name.rpartition("-")[0])
+    embeddings, known = read_cache(cache, images, states, loaded.network.embedding_size)
     todo = np.flatnonzero(~known)
     print(f"gallery: {len(images):,} images, {len(images) - len(todo):,} of them from {cache}")
     unsaved = 0
@@ -151,25 +162,24 @@ def embed_gallery(network, images, states, cache: Path, device, args) -> inferen
         rows = todo[start : start + PART]
         part = own_pictures(images.root, [images.paths[row] for row in rows])
         count = f" {start // PART + 1}/{-(-len(todo) // PART)}" if len(todo) > PART else ""
-        done = embed(network, part, device, args, f"embed gallery{count}")
-        done_rows = rows[done.rows.numpy()]
-        embeddings[done_rows] = done.embeddings.numpy()
-        known[done_rows] = True
-        unsaved += len(done.rows)
+        vectors, decoded = embed(loaded, part, device, f"embed gallery{count}")
+        embeddings[rows[decoded]] = vectors
+        known[rows[decoded]] = True
+        unsaved += len(decoded)
         # The whole file is written anew, so that a large one waits until a tenth of it is new.
         if unsaved > known.sum() // 10 or (unsaved and start + PART >= len(todo)):
             write_cache(cache, images, states, embeddings, known)
             unsaved = 0
     bad = np.flatnonzero(~known)
+    if len(bad) == len(images):
+        raise Refused(
+            f"--gallery {images.root}: none of its {len(images):,} images can be decoded: {why_not(images, 0)}"
+        )
     if len(bad):
         print(f"warning: left out of the gallery: {len(bad):,} that cannot be decoded, the first:", file=sys.stderr)
     for row in bad[:MOST_SHOWN]:
         print(f"warning: {why_not(images, row)}", file=sys.stderr)
-    if not known.any():
-        raise Refused(f"--gallery {images.root}: none of its {len(images):,} images can be decoded")
-    rows = torch.from_numpy(np.flatnonzero(known))
-    vectors = torch.from_numpy(embeddings[known] if len(bad) else embeddings)
-    return inference.Embedded(vectors, torch.zeros(len(rows), dtype=torch.int64), rows)
+    return torch.from_numpy(embeddings[known] if len(bad) else embeddings), np.flatnonzero(known)
 
 
 def look_at_files(images) -> tuple[np.ndarray, np.ndarray]:
@@ -239,12 +249,13 @@ def search(query, own, gallery, others, args, device) -> tuple[np.ndarray, np.nd
 # ---------------------------------------------------------------- what is written
 
 
-def write(args, queries, galleries, neighbours, decoded, size):
+def write(args, queries, galleries, neighbours, decoded: list[int], size: int) -> None:
+    """neighbours: query -> [(image of the gallery, similarity), …]; decoded: queries that were; size: the gallery's."""
     args.output.mkdir(parents=True, exist_ok=True)
     files = [args.output / f"neighbours.{suffix}" for suffix in ("csv", "png", "html")]
     text = csv_text(queries, galleries, neighbours)
     checkpoint.write(lambda file: file.write(text.encode("utf-8", "surrogateescape")), files[0])
-    drawn = sorted(decoded)[:MOST_SHOWN]
+    drawn = decoded[:MOST_SHOWN]
     shown = {row: found[:MOST_NEIGHBOURS] for row, found in neighbours.items()}
     pictures.neighbours(
         [queries.root / queries.paths[row] for row in drawn],
@@ -256,7 +267,10 @@ def write(args, queries, galleries, neighbours, decoded, size):
         captions=[[Path(galleries.paths[i]).name for i, _ in shown[row]] for row in drawn],
         own=True,
     )
-    checkpoint.write_text(page(args, queries, galleries, shown, decoded, size), files[2])
+    bad = sorted(set(neighbours) - set(decoded))
+    count = f"{len(decoded):,}" + (f" and {len(bad):,} that cannot be decoded" if bad else "")
+    html = page(args, queries, galleries, shown, set(bad), count, size)
+    checkpoint.write(lambda file: file.write(html.encode("utf-8", "replace")), files[2])
 
     for row in drawn:
         print(f"\n{queries.root / queries.paths[row]}")
@@ -264,15 +278,10 @@ def write(args, queries, galleries, neighbours, decoded, size):
             print(f"{rank:>4}  {similarity:.4f}  {galleries.root / galleries.paths[i]}")
     if len(decoded) > len(drawn):
         print(f"\n… and {len(decoded) - len(drawn):,} more")
-    for row in sorted(set(neighbours) - decoded)[:MOST_SHOWN]:
+    for row in bad[:MOST_SHOWN]:
         print(f"warning: {why_not(queries, row)}", file=sys.stderr)
-    print(f"\nqueries: {count(queries, decoded)}; gallery: {size:,}; similarity: cosine")
+    print(f"\nqueries: {count}; gallery: {size:,}; similarity: cosine")
     print("written: " + ", ".join(map(str, files)))
-
-
-def count(queries, decoded) -> str:
-    bad = len(queries) - len(decoded)
-    return f"{len(decoded):,}" + (f" and {bad:,} that cannot be decoded" if bad else "")
 
 
 def csv_text(queries, galleries, neighbours) -> str:
@@ -290,71 +299,32 @@ def csv_text(queries, galleries, neighbours) -> str:
     return text.getvalue()
 
 
-STYLE = """
-body { font: 14px/1.4 system-ui, sans-serif; color: #1f2328; background: #fff; margin: 2em auto; max-width: 1900px;
-       padding: 0 1.5em; }
-section { border-top: 2px solid #d0d7de; padding: .8em 0; }
-h2 { font-size: 1em; margin: 0 0 .6em; overflow-wrap: anywhere; }
-.row { display: flex; gap: .8em; align-items: flex-start; }
-.found { display: flex; flex-wrap: wrap; gap: .8em; border-left: 3px solid #0969da; padding-left: .8em; }
-figure { margin: 0; width: 160px; flex: none; }
-.box { height: 160px; display: flex; align-items: center; justify-content: center; background: #f6f8fa; }
-.box img { width: 160px; height: 160px; object-fit: contain; }
-figcaption { font-size: 12px; color: #57606a; overflow-wrap: anywhere; }
-figcaption b { color: #1f2328; }
-.bad { color: #cf222e; }
-a { color: inherit; text-decoration: none; }
-a:hover { text-decoration: underline; }
-"""
-
-
-def page(args, queries, galleries, neighbours, decoded, size) -> str:
-    """The queries and what they found as one file. Its policy forbids every request: it is the same page offline."""
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+def page(args, queries, galleries, neighbours, bad: set[int], count: str, size: int) -> str:
+    """The queries and what they found as one file."""
     shown = list(neighbours.items())[:MOST_ON_PAGE]
-    more = f" The first {len(shown):,} of {len(queries):,} queries; neighbours.csv holds all." * (
-        len(shown) < len(queries)
-    )
-    parts = []
-    for row, found in tqdm(shown, "page", unit="query", disable=None, leave=False):
-        query = queries.root / queries.paths[row]
-        figures = []
-        if row not in decoded:
-            figures.append(f"<p class='bad'>{escape(why_not(queries, row))}</p>")
-        for rank, (i, similarity) in enumerate(found, 1):
-            path = galleries.root / galleries.paths[i]
-            caption = f"<b>{rank}</b> · similarity <b>{similarity:.4f}</b><br>{escape(galleries.paths[i])}"
-            figures.append(figure(args, path, caption))
-        both = f"{figure(args, query, '<b>query</b>')}<div class='found'>{''.join(figures)}</div>"
-        parts.append(f"<section><h2>{escape(query)}</h2><div class='row'>{both}</div></section>")
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Nearest images</title>\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        f'<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">\n'
-        f"<style>{STYLE}</style></head>\n<body><h1>Nearest images</h1>\n"
-        f"<p>Queries: {count(queries, decoded)}. Gallery: {size:,} images in {escape(args.gallery)}. Network: "
-        f"{escape(args.model_path)}. Similarity: cosine, 1 is the same direction.{more}</p>\n"
-        f"{chr(10).join(parts)}\n</body></html>\n"
+    template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(
+        sections=tqdm(shown, "page", unit="query", disable=None, leave=False),
+        number=len(shown),
+        why_not={row: why_not(queries, row) for row, _ in shown if row in bad},
+        link=lambda path: quote(os.path.relpath(path, args.output).encode("utf-8", "surrogateescape")),
+        thumbnail=thumbnail,
+        args=args,
+        queries=queries,
+        galleries=galleries,
+        count=count,
+        size=size,
     )
 
 
-def figure(args, path: Path, caption: str) -> str:
-    """A picture that leads to its file when clicked."""
+def thumbnail(path: Path) -> str:
+    """The picture as a JPEG in base64; empty if it cannot be decoded."""
     pixels = pictures.read_thumbnail(path, SIDE, own=True)
-    image = "<span class='bad'>cannot be decoded</span>"
-    if pixels is not None:
-        data = io.BytesIO()
-        Image.fromarray(pixels).save(data, "JPEG", quality=85)
-        image = (
-            f'<img alt="{escape(path.name)}" src="data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}">'
-        )
-    link = quote(os.path.relpath(path, args.output).encode("utf-8", "surrogateescape"))
-    linked = f'<a href="{link}"><div class="box">{image}</div></a>'
-    return f"<figure>{linked}<figcaption>{caption}</figcaption></figure>"
-
-
-def escape(text) -> str:
-    return html.escape(str(text).encode("utf-8", "replace").decode())
+    if pixels is None:
+        return ""
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "JPEG", quality=85)
+    return base64.b64encode(data.getvalue()).decode()
 
 
 if __name__ == "__main__":

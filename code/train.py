@@ -17,6 +17,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,9 @@ import metrics
 import net
 import numpy as np
 import run
+import summary
 import torch
+import tracking
 from distributed import Interrupted, StopSignals
 from folders import shorten
 from hist import HISTLoss
@@ -42,8 +45,13 @@ PAIR_LOSSES = ("multi_similarity", "triplet", "contrastive")  # learn from image
 
 
 def main() -> None:
-    # Flags, or a run to go on with
-    args, state = run.parse_flags()
+    with ExitStack() as locks:  # of the run's folder
+        args, state = run.parse_flags(locks)
+        train(args, state, locks)
+
+
+def train(args: Namespace, state: dict | None, locks: ExitStack) -> None:
+    # Device
     check_flags(args)
     device = distributed.start(args.gpu_id)
     processes = distributed.processes()
@@ -60,7 +68,7 @@ def main() -> None:
     print(describe_data(benchmark.name, images))
 
     # Network, loss, optimiser
-    network = make_network(args, "none" if state else args.weights, device)
+    network, image_size = make_network(args, "none" if state else args.weights, device)
     criterion = make_criterion(train_images.num_classes, args).to(device)
     optimizer = make_optimizer(network, criterion, args)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_decay_step, args.lr_decay_gamma)
@@ -68,12 +76,12 @@ def main() -> None:
     print(f"network: {args.model}, {millions[0]:.1f} M parameters; loss: {args.loss}, {millions[1]:.1f} M")
 
     # Loaders
-    loaders = make_loaders(args, benchmark, train_images, validation_images, device)
+    loaders = make_loaders(args, image_size, benchmark, train_images, validation_images, device)
     warn_without_positives(loaders.train.batch_sampler, args)
 
     # The run's folder, or the run to go on with
     parts = dict(network=network, criterion=criterion, optimizer=optimizer, scheduler=scheduler)
-    log = run.Run(args, device, parts, data, state)
+    log = run.Run(args, image_size, device, parts, data, state, locks)
     print(f"run: {log.folder}" + (f", resumed after epoch {log.epoch}" if state else ""))
     if state and log.done:
         wanted = max(log.epoch, args.nb_epochs)
@@ -83,18 +91,17 @@ def main() -> None:
     stop = StopSignals()
     try:
         if not log.history:
-            row, started = {"phase": "untrained", "epoch": log.epoch}, time.monotonic()
-            finish_epoch(row, started, log, loaders, benchmark, stop)
+            finish_epoch({"phase": "untrained", "epoch": log.epoch}, time.monotonic(), log, loaders, benchmark, stop)
         first = log.epoch + 1
         for phase, epochs in (("warm-up", range(first, 1)), ("train", range(max(first, 1), args.nb_epochs + 1))):
             if not epochs:
                 continue
             if args.warm > 0:
                 network.set_backbone_trainable(phase == "train")
-            forward, loss = wrap(network, criterion, device, args.compile)
+            forward, loss = wrap(network, criterion, device, args)
             for epoch in epochs:
                 row, started = {"phase": phase, "epoch": epoch}, time.monotonic()
-                title = run.epoch_title(row, args.nb_epochs)
+                title = summary.epoch_title(row, args.nb_epochs)
                 loaders.train.batch_sampler.set_epoch(epoch + args.warm)
                 row |= train_epoch(
                     network, forward, criterion, loss, loaders.train, optimizer, device, args, title, stop
@@ -103,14 +110,13 @@ def main() -> None:
                     scheduler.step()
                 finish_epoch(row, started, log, loaders, benchmark, stop)
     except Interrupted:
-        if processes.rank == 0:
-            print(f"\n{signal.Signals(stop.number).name}: stopped. {log.kept()}", file=sys.stderr)
+        print(f"\n{signal.Signals(stop.number).name}: stopped. {summary.kept(log)}", file=sys.stderr)
         distributed.stop()
         sys.exit(128 + stop.number)
     finally:
-        log.finish()
+        tracking.finish(log.wandb)
     if processes.rank == 0:  # the others keep no history
-        print(log.summary())
+        print(summary.summary(log))
     distributed.stop()
 
 
@@ -158,19 +164,19 @@ def describe_data(name: str, images: dict[str, dataset.ImageList | None]) -> str
     )
 
 
-def make_network(args: Namespace, weights: str, device: torch.device) -> net.EmbeddingNet:
-    """The network on its device. Sets args.image_size to the network's own where no flag said it."""
+def make_network(args: Namespace, weights: str, device: torch.device) -> tuple[net.EmbeddingNet, int]:
+    """The network on its device, and the size of its images: the network's own where no flag says it."""
     if weights not in ("imagenet", "none"):
         # prepare.py puts them below a data root, which own pictures are not in
         places = (Path(weights), args.data_root / weights, flags.DATA / weights)
         weights = next((place for place in places if place.is_file()), weights)
     network = net.build(args.model, args.sz_embedding, weights, args.add_gmp, args.layer_norm, args.bn_freeze)
-    args.image_size = args.image_size or network.image_size
-    net.require_image_size(network, args.image_size)
+    image_size = args.image_size or network.image_size
+    net.require_image_size(network, image_size)
     network.to(device, memory_format=inference.memory_format(args.channels_last))
     if not args.bn_freeze:
         distributed.synchronise_batchnorm(network, device)
-    return network
+    return network, image_size
 
 
 def make_criterion(num_classes: int, args: Namespace) -> nn.Module:
@@ -212,6 +218,7 @@ class Loaders(NamedTuple):
 
 def make_loaders(
     args: Namespace,
+    image_size: int,
     benchmark: dataset.Benchmark,
     train_images: dataset.ImageList,
     validation_images: dataset.ImageList | None,
@@ -219,7 +226,7 @@ def make_loaders(
 ) -> Loaders:
     train_loader = dataset.make_train_loader(
         train_images,
-        dataset.train_transform(args.image_size),
+        dataset.train_transform(image_size),
         args.sz_batch,
         args.seed,
         args.IPC,
@@ -228,7 +235,7 @@ def make_loaders(
         shard=distributed.processes(),
     )
 
-    options = (args.image_size, flags.EVALUATION_BATCH, args.nb_workers, device)
+    options = (image_size, flags.EVALUATION_BATCH, args.nb_workers, device)
     query, gallery, validation = (
         inference.make_loader(images, *options) for images in (benchmark.query, benchmark.gallery, validation_images)
     )
@@ -255,10 +262,11 @@ def warn_without_positives(batches: dataset.RandomBatches, args: Namespace) -> N
 # ---------------------------------------------------------------- one epoch
 
 
-def wrap(network: net.EmbeddingNet, criterion: nn.Module, device: torch.device, compiled: bool) -> tuple:
-    """(forward, loss): network and criterion as one process or several compute them, compiled if asked for."""
+def wrap(network: net.EmbeddingNet, criterion: nn.Module, device: torch.device, args: Namespace) -> tuple:
+    """(forward, loss): network and criterion as a phase computes them; by several processes, compiled."""
     forward, loss = distributed.wrap(network, device), distributed.wrap(criterion, device)
-    return torch.compile(forward) if compiled else forward, loss
+    forward = torch.compile(forward) if args.compile else forward
+    return forward, loss
 
 
 def train_epoch(
@@ -283,10 +291,12 @@ def train_epoch(
         network.freeze_batchnorm_statistics()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    totals, started, rates = 0.0, time.monotonic(), rates_of(optimizer)
+    totals, waited, rates = 0.0, 0.0, rates_of(optimizer)
     layout = inference.memory_format(args.channels_last)
     with tqdm(total=len(loader) * args.sz_batch, desc=title, unit="img", disable=None, leave=False) as bar:
+        started = asked = time.monotonic()
         for step, (images, labels) in enumerate(loader, start=1):
+            waited += time.monotonic() - asked
             images = network.normalise(images.to(device, non_blocking=True, memory_format=layout))
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
                 embeddings = forward(images)
@@ -307,6 +317,7 @@ def train_epoch(
             bar.set_postfix(means, refresh=False)
             bar.update(len(labels))
             stop.check()
+            asked = time.monotonic()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     distributed.share_buffers(network)
@@ -314,7 +325,7 @@ def train_epoch(
     row = dict(zip(names, (totals / len(loader)).tolist(), strict=True)) | rates
     if args.loss == "hist" and args.ls:
         row |= {name: value.item() for name, value in criterion.hypergraph_summary().items()}
-    row["images_per_s"] = len(loader) * args.sz_batch / seconds
+    row |= {"images_per_s": len(loader) * args.sz_batch / seconds, "data_time": waited / seconds}
     if device.type == "cuda":
         row["gpu_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
     return row
@@ -349,25 +360,28 @@ def finish_epoch(
     row: dict, started: float, log: run.Run, loaders: Loaders, benchmark: dataset.Benchmark, stop: StopSignals
 ) -> None:
     """Score the network, save what was reached, draw it."""
+    network, criterion = log.parts["network"], log.parts["criterion"]
     try:
-        scores, searched = evaluate(log.parts["network"], loaders, benchmark.recall_at, log.device, log.args, stop)
+        scores, (found, query, gallery) = evaluate(network, loaders, benchmark.recall_at, log.device, log.args, stop)
     except inference.NotFinite as error:
         raise Refused(
-            f"training diverged in {run.epoch_title(row, log.args.nb_epochs)}: {error} "
+            f"training diverged in {summary.epoch_title(row, log.args.nb_epochs)}: {error} "
             f"({named(rates_of(log.parts['optimizer']))}); last.pth holds the epoch before. Smaller learning rates may "
             "help (--lr, --lr-ds, --lr-hgnn-factor)"
         ) from None
     row |= scores | {"seconds": time.monotonic() - started}
-    if distributed.processes().rank == 0:
-        log.add(row)
-        log.one_point = metrics.almost_one_point(searched[1].embeddings)
-        found, query, gallery = searched
-        log.draw(
-            loaders.train,
-            lambda folder, points: inference.draw_search(
-                folder, found, query, benchmark.query, gallery, benchmark.gallery, points
-            ),
-        )
+    if distributed.processes().rank != 0:
+        return
+    log.add(row)
+    log.one_point = metrics.almost_one_point(query.embeddings)
+    at_once = log.args.sz_batch // distributed.processes().count  # as in training: that much fits the memory
+
+    def draw(folder: Path, points: int) -> None:
+        inference.draw_search(folder, found, query, benchmark.query, gallery, benchmark.gallery, points)
+        if log.args.loss == "hist":
+            inference.draw_hypergraph(folder, network, criterion, loaders.train, at_once, log.device)
+
+    log.draw(draw)
 
 
 def evaluate(

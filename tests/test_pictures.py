@@ -259,7 +259,7 @@ def test_search_draws_the_nearest_of_each_query(tmp_path, images, gallery):
 
     labels = torch.arange(45) % 2
     embeddings = torch.nn.functional.one_hot(labels, 8) + 0.1 * torch.rand(45, 8)
-    query = inference.Embedded(embeddings, labels, torch.arange(45))
+    query = inference.Embedded(embeddings, labels)
     others = (query, Images) if gallery else (None, None)
     found = metrics.Retrieval({1: 0.5}, None, None, 45, 0, {"R@1": np.linspace(0, 1, 45)})
     inference.draw_search(tmp_path, found, query, Images, *others)

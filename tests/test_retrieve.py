@@ -109,9 +109,9 @@ def embedded(monkeypatch):
     """Notes which images are embedded."""
     seen, embed = [], retrieve.embed
 
-    def noting(network, images, *more):
+    def noting(loaded, images, *more):
         seen.extend(images.paths)
-        return embed(network, images, *more)
+        return embed(loaded, images, *more)
 
     monkeypatch.setattr(retrieve, "embed", noting)
     return seen
@@ -188,7 +188,11 @@ def test_what_was_embedded_before_an_interruption_is_kept(find, gallery, tmp_pat
     outcome, _ = find(gallery, query)
     assert outcome.code == 130
     monkeypatch.setattr(retrieve, "write_cache", write_cache)
+    killed, foreign = (tmp_path / f".{name}.npz.x1.hist-tmp" for name in ("gallery.embeddings-0", "other.embeddings-0"))
+    killed.touch()
+    foreign.touch()
     outcome, rows = find(gallery, query)
+    assert foreign.exists() and not killed.exists()
     assert "24 images, 20 of them from" in outcome.out and len(rows) == 10
 
 
@@ -204,7 +208,7 @@ def test_pictures_that_cannot_be_decoded_are_named_and_left_out(find, gallery, t
         assert outcome.code == 0
         assert "left out of the gallery: 1 that cannot be decoded" in outcome.err
         assert "bad.jpg: cannot be decoded" in outcome.err
-        assert f"note: {gallery}: skipped 1 × broken link" in outcome.err
+        assert f"note: {gallery}: 1 broken link was skipped" in outcome.err
         assert "b <i>.jpg: cannot be decoded" in outcome.err
         assert [(Path(row["query"]).name, row["rank"]) for row in rows] == [
             ("a.png", "1"),

@@ -1,5 +1,6 @@
 """wandb: off unless asked for, never in the way, and all there when read back from its own file."""
 
+import argparse
 import builtins
 import json
 import os
@@ -8,8 +9,9 @@ import time
 
 import pytest
 import torch
+import tracking
 from conftest import options
-from run import environment, start_wandb
+from run import environment
 
 wandb = pytest.importorskip("wandb")
 
@@ -123,7 +125,8 @@ def test_mode(monkeypatch, tmp_path, capsys, flag, environment, expected):
             assert (name, step_metric) == ("*", "epoch")
 
     monkeypatch.setattr(wandb, "init", lambda **options: started.append(options) or Run())
-    run = start_wandb(flag, "cub", tmp_path / "run_3", {"lr": 1}, ["t"], None)
+    args = argparse.Namespace(wandb=flag, dataset="cub", model="resnet18", seed=1, remark="")
+    run = tracking.start(args, tmp_path / "run_3", {"lr": 1}, None)
     assert (run is not None) == (expected is not None)
     assert [options["mode"] for options in started] == ([expected] if expected else [])
     said = capsys.readouterr().out

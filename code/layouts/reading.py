@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import folders
-from folders import class_folders, find_images, has_image_suffix, kind_of, scan, shorten
+from folders import SKIPPED, class_folders, describe_skipped, find_images, has_image_suffix, kind_of, scan, shorten
 from refused import Refused
 
 AUDIT = "As an independent audit found (this project has not fetched any of these): "
@@ -128,7 +127,7 @@ def read_class_folders(root: Path, inside: str, notes: list[str]) -> list[tuple[
     """The images of root/inside/<class>/ with the folder's name as the class id (inside may be '')."""
     top, pairs, nested = root / inside, [], []
     entries = [(entry.name, kind_of(entry)) for entry in scan(top)]
-    skipped = Counter(kind for _, kind in entries if kind not in ("file", "folder"))
+    skipped = Counter(kind for _, kind in entries if kind in SKIPPED)
     loose = [name for name, kind in entries if kind == "file" and has_image_suffix(name)]
     if loose:
         notes.append(
@@ -136,15 +135,15 @@ def read_class_folders(root: Path, inside: str, notes: list[str]) -> list[tuple[
         )
     for name in (name for name, kind in entries if kind == "folder"):
         found, more = find_images(top / name, posixpath.join(inside, name), (root, top))
-        if not found and not more[folders.UNREADABLE] and not more[folders.READ_ALREADY]:
+        if not found and not more["unreadable"] and not more["again"]:
             raise Refused(f"{top / name}: the class folder holds no image; fill it or remove it")
         pairs += [(path, name) for path in found]
         skipped += more
-        inner = sorted({posixpath.dirname(path) for path in found})
-        if len(inner) > 1 and posixpath.commonpath(inner) not in inner:
-            nested.append((top / name, [posixpath.basename(path) for path in inner]))
+        folders = sorted({posixpath.dirname(path) for path in found})
+        if len(folders) > 1 and posixpath.commonpath(folders) not in folders:
+            nested.append((top / name, [posixpath.basename(path) for path in folders]))
     if skipped:
-        notes.append(folders.describe_skipped(top, skipped))
+        notes.append(describe_skipped(top, skipped))
     if nested:
         folder, inner = nested[0]
         others = f" (and {len(nested) - 1:,} more class folders like it)" if len(nested) > 1 else ""

@@ -1,0 +1,128 @@
+"""A run in words: the line of an epoch, the table, the results beside the best checkpoint, the last lines.
+
+run is a run.Run; rows are those of its history.
+"""
+
+import csv
+import io
+import os
+import shlex
+from pathlib import Path
+
+import flags
+import metrics
+
+
+def csv_text(rows: list[dict]) -> str:
+    """Rows as CSV with one header; a row may lack columns that others have."""
+    fullest_first = sorted(rows, key=len, reverse=True)
+    columns = list(dict.fromkeys(name for row in fullest_first for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def percent(scores: dict[str, float]) -> str:
+    """{'R@1': 0.714, …} -> 'R@1 71.40  …', in percent."""
+    return "  ".join(f"{name} {100 * value:.2f}" for name, value in scores.items())
+
+
+def recalls(row: dict) -> dict[str, float]:
+    """The R@K of a row."""
+    return {name: value for name, value in row.items() if name.startswith("R@")}
+
+
+def epoch_title(row: dict, num_epochs: int) -> str:
+    if row["phase"] == "train":
+        return f"epoch {row['epoch']}/{num_epochs}"
+    return row["phase"]
+
+
+def console_line(row: dict, num_epochs: int) -> str:
+    """One epoch in one line: loss and HIST's two terms, R@K in percent, learning rate, images per second."""
+    parts = [f"{epoch_title(row, num_epochs):>12}"]
+    if "loss" in row:
+        terms = f" = dist {row['dist_loss']:.4f} + ls · ce {row['ce_loss']:.4f}" if "ce_loss" in row else ""
+        parts.append(f"loss {row['loss']:.4f}{terms}")
+    if "val R@1" in row:
+        parts.append(f"val R@1 {100 * row['val R@1']:.2f}")
+    parts.append(percent(recalls(row)))
+    if "loss" in row:
+        parts.append(f"lr {row['lr']:.3g}  {row['images_per_s']:.0f} img/s")
+    if row.get("data_time", 0) > 0.1:
+        parts.append(f"{100 * row['data_time']:.0f} % waiting for images")
+    parts.append(f"{row['seconds']:.1f} s")
+    return "   ".join(parts)
+
+
+def protocol(run) -> str:
+    """How the best epoch is chosen."""
+    if run.args.val_classes > 0:
+        return f"R@1 on {run.args.val_classes:g} of the training classes, held out (--val-classes)"
+    return "R@1 on the test split, the paper's protocol (optimistic; --val-classes 0.1 is not)"
+
+
+def results_text(run) -> str:
+    """The text beside the best checkpoint."""
+    lines = [f"Best epoch: {run.best['epoch']}", f"Chosen by: {protocol(run)}"]
+    lines += [f"{name}: {100 * value:.4f}" for name, value in run.best.items() if "R@" in name]
+    lines += [f"Seed: {run.args.seed}", f"Remark: {run.flags.get('remark', '')}"]
+    # The command stays out: a run that was resumed leaves the same text as one that was not.
+    made_by = run.made_by | {name: run.best[name] for name in ("commit", "torch") if name in run.best}
+    lines += [f"{what.capitalize()}: {value}" for what, value in made_by.items() if what != "command"]
+    return "\n".join(lines) + "\n"
+
+
+def kept(run) -> str:
+    """What is left of a run that was stopped."""
+    if not run.history:
+        return f"No epoch was completed, so there is nothing to resume in {run.folder}."
+    resume = command_for("train.py", "--resume", os.path.relpath(run.folder / "last.pth"))
+    last = run.history[-1]
+    return f"Kept: {last['phase']} epoch {last['epoch']} in {run.folder}. Resume with: {resume}"
+
+
+def summary(run) -> str:
+    """What a run reached, advice, and the commands that go on from it."""
+    args, best, last, untrained = run.args, run.best, run.history[-1], run.history[0]
+    lines = [""]
+    if best:
+        lines.append(f"best   epoch {best['epoch']:<4} {percent(recalls(best))}")
+        lines.append(f"       chosen by {protocol(run)}")
+    lines.append(f"last   epoch {last['epoch']:<4} {percent(recalls(last))}")
+    lines.append(f"untrained {' ':<8}{percent(recalls(untrained))}")
+    if best and best["R@1"] < untrained["R@1"]:
+        lines.append("       better than the best epoch: train longer (--epochs), or look at the learning rates")
+    if run.one_point:
+        lines.append(f"       {metrics.ONE_POINT}; from random weights, train with --bn-freeze 0")
+    lowest, chance = min((row["ce_loss"] for row in run.history if "ce_loss" in row), default=0), run.chance()
+    if chance and lowest > 0.95 * chance:
+        lines.append(
+            f"       the HGNN's cross-entropy stayed at chance (lowest {lowest:.2f}; ln C is {chance:.2f}): the "
+            "hypergraph did nothing in this run; try a larger --alpha or a smaller --lr-ds"
+        )
+    waited = [row["data_time"] for row in run.history if "data_time" in row]
+    if waited and (share := sum(waited) / len(waited)) > 1 / 3:
+        lines.append(
+            f"       training waited for images {100 * share:.0f} % of the time: give it more --workers (at most one a "
+            "core is used), or store the pictures smaller"
+        )
+    lines.append(f"files  {os.path.relpath(run.folder)}")
+    if best:
+        words = ["--model-path", os.path.relpath(run.best_path)]
+        if args.data_root != flags.DATA:
+            words += ["--data-root", args.data_root]
+        if args.skip_bad_images:
+            words.append("--skip-bad-images")
+        lines.append(f"score  {command_for('evaluate.py', *words)}")
+    if best and args.dataset == "folder" and args.data_root.is_dir():
+        words = ["--model-path", os.path.relpath(run.folder), "--gallery", args.data_root]
+        lines.append(f"search {command_for('retrieve.py', *words)} --query IMAGE_OR_FOLDER")
+    return "\n".join(lines)
+
+
+def command_for(script: str, *words) -> str:
+    path = os.path.relpath(Path(__file__).parent / script)
+    return shlex.join(["python", path, *map(str, words)])
