@@ -28,6 +28,7 @@ import inference
 import metrics
 import net
 import numpy as np
+import recorded
 import run
 import summary
 import torch
@@ -57,6 +58,8 @@ def train(args: Namespace, state: dict | None, locks: ExitStack) -> None:
     processes = distributed.processes()
     seed_everything(args.seed, args.deterministic)
     print(f"device: {distributed.describe(device)}" + (f", {processes.count} processes" * (processes.count > 1)))
+    if args.cuda_graphs:
+        print(f"steps: {recorded.way(device)}")
 
     # Data
     benchmark, train_images, validation_images = load_data(args)
@@ -263,9 +266,11 @@ def warn_without_positives(batches: dataset.RandomBatches, args: Namespace) -> N
 
 
 def wrap(network: net.EmbeddingNet, criterion: nn.Module, device: torch.device, args: Namespace) -> tuple:
-    """(forward, loss): network and criterion as a phase computes them; by several processes, compiled."""
+    """(forward, loss): network and criterion as a phase computes them; by several processes, compiled, recorded."""
     forward, loss = distributed.wrap(network, device), distributed.wrap(criterion, device)
     forward = torch.compile(forward) if args.compile else forward
+    if args.cuda_graphs and recorded.refusal(device) is None:
+        forward = recorded.record(forward, criterion)
     return forward, loss
 
 
