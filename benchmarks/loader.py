@@ -6,12 +6,12 @@
 - one worker process: images per second of its CPU time, which other load on the machine hardly touches, for what
   the training loader hands over (bytes, normalised on the device), for floats normalised by the worker, and for
   ImageFolder with torchvision's usual transforms;
-- decoding and augmenting: images per second of the training loader, against a plain ImageFolder loader with
-  the usual transforms, the same batch size and workers, taking turns;
-- the same by number of workers, against what the training step takes (benchmarks/train_step.py measures that).
+- decoding and augmenting: images per second of the training loader by number of workers, against a plain ImageFolder
+  loader with the usual transforms and the same batch size, taking turns. benchmarks/train_step.py measures what the
+  training step takes.
 
     python benchmarks/loader.py                          # some minutes on two cores
-    python benchmarks/loader.py --workers 8 --images 8000 --need 1200
+    python benchmarks/loader.py --images 5864            # as many as CUB trains on
     python benchmarks/loader.py --quick                  # does it run? half a minute
 """
 
@@ -25,7 +25,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "code"))
@@ -47,20 +46,6 @@ def write_sop(root: Path, num_images: int, num_classes: int = 22_634) -> None:
     for split, lines in rows.items():
         text = "\n".join(["image_id class_id super_class_id path", *lines])
         (home / f"Ebay_{split}.txt").write_text(text + "\n")
-
-
-def write_photos(root: Path, num_images: int, per_class: int = 50) -> None:
-    """JPEGs of 500×375 pixels (as in CUB) with structure at all scales: root/train/<class>/, root/test/."""
-    random = np.random.RandomState(0)
-    for i in range(num_images + 1):
-        pixels = np.full((375, 500, 3), 128.0)
-        for scale in (4, 16, 64):
-            coarse = Image.fromarray(random.randint(0, 256, (scale, scale, 3), dtype=np.uint8))
-            smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC))
-            pixels += (smooth - 127.5) * 2 / scale**0.5
-        folder = root / "train" / f"c{i // per_class:04d}" if i < num_images else root / "test" / "other"
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i:06d}.jpg", quality=90)
 
 
 def memory(field: str) -> float:
@@ -194,57 +179,37 @@ def images_per_second(loader) -> float:
     return images / (time.perf_counter() - start)
 
 
-def bench_loading(root: Path, workers: int, repeats: int) -> None:
-    from dataset import load_benchmark, make_train_loader, train_transform
+def bench_loading(root: Path, repeats: int) -> None:
+    from dataset import available_cores, load_benchmark, make_train_loader, train_transform
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
 
-    images = load_benchmark("folder", root).train
-    ours = make_train_loader(images, train_transform(224), 32, seed=1, workers=workers)
-    keep_workers = {"persistent_workers": True, "prefetch_factor": 4} if workers else {}
-    plain = DataLoader(
-        ImageFolder(str(root / "train"), usual_transform(224)),
-        32,
-        shuffle=True,
-        drop_last=True,
-        num_workers=workers,
-        **keep_workers,
-    )
-    rates = {"this project": [], "ImageFolder loader": []}
-    for turn in range(repeats + 1):
-        for kind, loader in (("this project", ours), ("ImageFolder loader", plain)):
-            rate = images_per_second(loader)
-            if turn > 0:  # the first turn starts the workers and fills the page cache
-                rates[kind].append(rate)
-    print(f"\ntraining loader, batch 32, {workers} workers ({repeats} epochs each, taking turns)")
-    print(f"{'':<26}{'images/s':>9}{'lowest':>9}{'highest':>9}")
-    for kind, values in rates.items():
-        print(f"{kind:<26}{statistics.median(values):>9.0f}{min(values):>9.0f}{max(values):>9.0f}")
-
-
-def bench_workers(root: Path, need: float | None, repeats: int) -> None:
-    from dataset import available_cores, load_benchmark, make_train_loader, train_transform
-
-    images = load_benchmark("folder", root).train
-    step = f", the step takes {need:.0f} images/s" if need else ""
-    print(f"\ntraining loader by number of workers, batch 32 ({repeats} epochs each){step}")
-    print(f"{'workers':<26}{'images/s':>9}{'lowest':>9}{'highest':>9}" + (f"{'of the need':>13}" if need else ""))
+    images = load_benchmark("cub", root).train
+    plain = ImageFolder(str(root / "CUB_200_2011" / "images"), usual_transform(224))
+    print(f"\ntraining loader, 224×224, batch 32 ({repeats} epochs each, taking turns)")
+    print(f"{'':<26}{'workers':>9}{'images/s':>9}{'lowest':>9}{'highest':>9}")
     workers = 0
     while workers <= available_cores():  # the loader starts no more than that
-        loader = make_train_loader(images, train_transform(224), 32, seed=1, workers=workers)
-        values = [images_per_second(loader) for _ in range(repeats + 1)][1:]  # the first starts the workers
-        rate = statistics.median(values)
-        share = f"{rate / need:>13.0%}" if need else ""
-        print(f"{workers:<26}{rate:>9.0f}{min(values):>9.0f}{max(values):>9.0f}{share}")
+        options = {"persistent_workers": True, "prefetch_factor": 4} if workers else {}
+        options |= {"num_workers": workers, "shuffle": True, "drop_last": True}
+        loaders = {
+            "this project": make_train_loader(images, train_transform(224), 32, seed=1, workers=workers),
+            "ImageFolder loader": DataLoader(plain, 32, **options),
+        }
+        rates = {kind: [] for kind in loaders}
+        for _ in range(repeats + 1):
+            for kind, loader in loaders.items():
+                rates[kind].append(images_per_second(loader))
+        for kind, (_, *values) in rates.items():  # the first turn starts the workers and fills the page cache
+            figures = (workers, statistics.median(values), min(values), max(values))
+            print(f"{kind:<26}" + "".join(f"{figure:>9.0f}" for figure in figures), flush=True)
         workers = max(1, 2 * workers)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--workers", type=int, default=2, help="worker processes of both loaders (default 2)")
     parser.add_argument("--images", type=int, default=1600, help="JPEGs for the loaders (default 1600)")
     parser.add_argument("--repeats", type=int, default=5, help="repetitions of every figure (default 5)")
-    parser.add_argument("--need", type=float, help="images/s that the training step takes, to compare with")
     parser.add_argument("--quick", action="store_true", help="few files, one repetition: does it run?")
     parser.set_defaults(files=120_053)
     if parser.parse_args().quick:
@@ -254,17 +219,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         bench_set_up(Path(scratch) / "sop", args.files, args.repeats)
         photos = Path(scratch) / "photos"
-        write_photos(photos, args.images)
-        print(f"\n{args.images:,} JPEGs of 500×375 for the loaders")
-        import torch  # neither at the top: each process that measures the set-up imports this file, too
-        from layouts.glyphs import ensure_glyphs
+        import torch  # none at the top: each process that measures the set-up imports this file, too
+        from layouts.glyphs import write_glyphs
+        from photographs import make_photographs
+
+        half = max(1, args.images // 50)
+        make_photographs(photos, args.images, test=half, classes=2 * half)
+        print(f"\n{args.images:,} JPEGs of about 500×375 for the loaders")
 
         torch.set_num_threads(1)  # matters with 0 workers only: workers have one thread each anyway
-        glyphs = ensure_glyphs(Path(scratch), args.images // 20, progress=False)
-        bench_worker(photos / "train", 224, args.repeats)
-        bench_worker(glyphs / "images", 64, args.repeats)
-        bench_loading(photos, args.workers, args.repeats)
-        bench_workers(photos, args.need, args.repeats)
+        write_glyphs(Path(scratch) / "glyphs", args.images // 20, 20, 64, seed=0, progress=False)
+        bench_worker(photos / "CUB_200_2011" / "images", 224, args.repeats)
+        bench_worker(Path(scratch) / "glyphs" / "images", 64, args.repeats)
+        bench_loading(photos, args.repeats)
 
 
 if __name__ == "__main__":

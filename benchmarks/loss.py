@@ -1,4 +1,4 @@
-"""Measures HISTLoss, forward and backward, against the textbook form of the same loss, and what is left to gain.
+"""Measures HISTLoss, forward and backward, against the textbook form of the same loss.
 
 The textbook form is what one writes from the paper's equations: an (N, C, D) tensor of squared differences, one-hot
 labels made on the CPU by scikit-learn, softmax and then the logarithm, G as a product of diagonal matrices. Both have
@@ -111,31 +111,6 @@ def measure_loss(form: str, N: int, C: int, D: int, device: str, threads: int, r
     return {"seconds": timed(step, device, repeats), "extra": extra}
 
 
-def measure_floor(N: int, C: int, D: int, device: str, threads: int, repeats: int) -> dict:
-    """Seconds of what no form can do without: the products of the distances, those of the last layer, the traffic."""
-    torch.set_num_threads(threads)
-    x, hidden = torch.randn(N, D, device=device), torch.randn(N, D, device=device)
-    a, b, scores = (torch.randn(*shape, device=device) for shape in ((C, D), (C, D), (N, C)))
-    out_x, out_a, out_scores = torch.empty_like(x), torch.empty_like(a), torch.empty_like(scores)
-
-    def one_layer(left, right):
-        torch.mm(left, right.T, out=out_scores)  # forward
-        torch.mm(scores, right, out=out_x)  # backward
-        torch.mm(scores.T, left, out=out_a)
-
-    def distances():
-        one_layer(x, a)
-        one_layer(x, b)
-
-    def traffic():  # means, log-variances and the last layer read once, their gradients written once
-        out_a.copy_(a)
-        out_a.copy_(b)
-        out_a.copy_(a)
-
-    pieces = {"distances": distances, "last layer": lambda: one_layer(hidden, a), "traffic": traffic}
-    return {name: timed(piece, device, repeats, warm_up=2) for name, piece in pieces.items()}
-
-
 def relative_differences(one: dict, two: dict) -> dict[str, float]:
     """The loss, all gradients as one vector, the worst of the gradients without theta 1, the worst of theta 1.
 
@@ -175,7 +150,6 @@ def measure_size(N: int, C: int, D: int, args) -> dict:
             fits = bytes_needed(form, N, C, D) < 0.85 * free_memory(args.device)
             repeats = args.repeats if form == "ours" else max(1, args.repeats // 3)
             found[form] = alone(measure_loss, form, *size, repeats, str(files[form])) if wanted and fits else None
-        found["floor"] = alone(measure_floor, *size, args.repeats) if found["ours"] else None
         pairs = [("ours", "textbook"), ("ours", "float64"), ("textbook", "float64")]
         found["differences"] = {
             f"{one} from {two}": relative_differences(torch.load(files[one]), torch.load(files[two]))
@@ -195,34 +169,12 @@ def mb(size: int) -> str:
 
 def comparison_row(found: dict) -> list[str]:
     ours, textbook = found["ours"], found["textbook"]
-    if ours is None:
-        return [found["size"], "too large", "", "", "", "", ""]
-    if textbook is None:
-        return [found["size"], ms(ours["seconds"]), "too large", "", mb(ours["extra"]), "too large", ""]
-    return [
-        found["size"],
-        ms(ours["seconds"]),
-        ms(textbook["seconds"]),
-        f"{textbook['seconds'] / ours['seconds']:.1f}",
-        mb(ours["extra"]),
-        mb(textbook["extra"]),
-        f"{textbook['extra'] / max(ours['extra'], 1):.1f}",
-    ]
-
-
-def floor_row(found: dict) -> list[str]:
-    floor, ours = found["floor"], found["ours"]["seconds"]
-    least = floor["distances"] + floor["traffic"]
-    return [
-        found["size"],
-        ms(ours),
-        ms(floor["distances"]),
-        ms(floor["traffic"]),
-        ms(least),
-        f"{ours / least:.2f}",
-        ms(floor["last layer"]),
-        f"{ours / (least + floor['last layer']):.2f}",
-    ]
+    times, sizes = (
+        [text(run[what]) if run else "too large" for run in (ours, textbook)]
+        for what, text in (("seconds", ms), ("extra", mb))
+    )
+    ratios = [f"{textbook[what] / max(ours[what], 1e-9):.1f}" if textbook else "" for what in ("seconds", "extra")]
+    return [found["size"], *times, ratios[0], *sizes, ratios[1]]
 
 
 def main() -> None:
@@ -254,13 +206,6 @@ def main() -> None:
         for pair, values in found["differences"].items()
     ]
     print(table(["N × C × D", *columns], differences))
-    print(
-        "\nThe floor: 2 forward and 4 backward matrix products of the distances, and one pass over the parameters "
-        "(read)\nand their gradients (written); beside it the 3 products of the HGNN's last layer\n"
-    )
-    head = ["N × C × D", "ours ms", "6 products ms", "traffic ms", "floor ms", "ours / floor"]
-    head += ["last layer ms", "ours / (floor + last layer)"]
-    print(table(head, [floor_row(found) for found in rows if found["ours"]]))
 
 
 if __name__ == "__main__":

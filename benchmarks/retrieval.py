@@ -12,7 +12,6 @@ threads. Each runs in its own process, after a small run that loads its librarie
 
     python benchmarks/retrieval.py --size sop       # 60,502 x 512, 11,316 classes: some minutes on two cores
     python benchmarks/retrieval.py --size cub       # 5,924 x 512, 100 classes
-    python benchmarks/retrieval.py --size large     # ours only: 300,000 x 128 against 60,502 images
     python benchmarks/retrieval.py --quick          # 3,000 x 128: only to see that it works
     python benchmarks/retrieval.py --size sop --device cuda
 
@@ -42,8 +41,6 @@ SETS = {
     "quick": (3_000, 128, 100, 2.1, SOP_K),
     "cub": (5_924, 512, 100, 3.3, CUB_K),
     "sop": (60_502, 512, 11_316, 2.25, SOP_K),
-    "sop, D = 128": (60_502, 128, 11_316, 1.4, SOP_K),
-    "large": (300_000, 128, 56_110, 1.3, SOP_K),
 }
 
 
@@ -149,7 +146,7 @@ def measure_method(name: str, folder: str, ks: tuple, device: str, threads: int,
     return {"seconds": seconds, "peak": memory.peak(), "extra": memory.extra(), "figures": figures}
 
 
-def measure_set(name: str, methods: list[str], args) -> dict[str, dict]:
+def measure_set(name: str, methods: list[str], args) -> None:
     images, size, classes, noise, ks = SETS[name]
     print(f"\n{name}: {images:,} × {size}, {classes:,} classes, search memory {args.memory_gib} GiB\n", flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -178,7 +175,6 @@ def measure_set(name: str, methods: list[str], args) -> dict[str, dict]:
     ]
     print(table(["", "seconds", "times ours", "ps/pair", "peak MB", "over the embeddings MB"], rows))
     print_figures(found)
-    return found
 
 
 def print_figures(found: dict[str, dict]) -> None:
@@ -199,7 +195,7 @@ def print_figures(found: dict[str, dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--size", choices=["sop", "cub", "large"], default="sop", help="size of the set (default sop)")
+    parser.add_argument("--size", choices=["sop", "cub"], default="sop", help="size of the set (default sop)")
     parser.add_argument("--quick", action="store_true", help="a small set instead of --size, only to see that it works")
     parser.add_argument("--threads", type=int, default=2, help="threads on the CPU (default 2)")
     parser.add_argument(
@@ -212,17 +208,8 @@ def main() -> None:
         os.environ[variable] = str(args.threads)
 
     print(machine(args.device, args.threads))
-    if args.quick or args.size != "large":
-        on_gpu = [*OURS, "usual research code, R@K"]
-        measure_set("quick" if args.quick else args.size, list(METHODS) if args.device == "cpu" else on_gpu, args)
-        return
-    found = {name: measure_set(name, OURS, args) for name in ("large", "sop", "sop, D = 128")}
-    print("\nTime per pair of images, 300,000 × 128 over:\n")
-    rows = []
-    for method in OURS:
-        pairs = {name: run[method]["seconds"] / SETS[name][0] / (SETS[name][0] - 1) for name, run in found.items()}
-        rows.append([method, *(f"{pairs['large'] / pairs[name]:.2f}" for name in ("sop", "sop, D = 128"))])
-    print(table(["", "60,502 × 512", "60,502 × 128"], rows))
+    on_gpu = [*OURS, "usual research code, R@K"]
+    measure_set("quick" if args.quick else args.size, list(METHODS) if args.device == "cpu" else on_gpu, args)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ import json
 import re
 import statistics
 import sys
-import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import checkpoint
@@ -24,42 +22,12 @@ import flags
 import jinja2
 import layouts
 import pandas as pd
-import pictures
 from refused import Refused
 from run import run_folders
 
 LOGS = flags.CODE.parent / "logs"
 TEMPLATE = flags.CODE / "report_template.html"
-# Figures in percent, ± where it was published; all with HIST's whole loss in 512 dimensions.
-PUBLISHED_SIZE = 512
-PUBLISHED_FIGURES = {
-    "cub": ("R@1", "R@2", "R@4"),
-    "cars": ("R@1", "R@2", "R@4"),
-    "SOP": ("R@1", "R@10", "R@100"),
-}
-PUBLISHED = (
-    ("cub", "resnet50", "paper", "71.4±0.2 81.1±0.3 88.1±0.2"),
-    ("cub", "resnet50", "replication, re-run", "70.1 79.7 87.4"),
-    ("cub", "resnet50", "replication, tuned", "72.3 81.8 88.5"),
-    ("cub", "bn_inception", "paper, quoted by a survey", "69.7 80.0 87.3"),
-    ("cub", "bn_inception", "best quoted", "70.0"),
-    ("cub", "bn_inception", "replication, re-run", "68.7"),
-    ("cub", "bn_inception", "replication, tuned", "70.0 79.4 86.6"),
-    ("cars", "resnet50", "paper", "89.6±0.2 93.9±0.1 96.4±0.1"),
-    ("cars", "resnet50", "replication, re-run", "89.8 94.4 96.6"),
-    ("cars", "resnet50", "replication, tuned", "90.2 94.5 96.8"),
-    ("cars", "bn_inception", "paper, quoted by a survey", "87.4 92.5 95.4"),
-    ("cars", "bn_inception", "best quoted", "87.6"),
-    ("cars", "bn_inception", "replication, re-run", "87.6"),
-    ("cars", "bn_inception", "replication, tuned", "88.1 92.7 95.7"),
-    ("SOP", "resnet50", "paper", "81.4±0.2 92.0±0.2 96.7±0.1"),
-    ("SOP", "resnet50", "replication, re-run", "80.7 91.2 96.4"),
-    ("SOP", "resnet50", "replication, tuned", "81.0 91.6 96.3"),
-    ("SOP", "bn_inception", "paper, quoted by a survey", "79.6 91.0 96.2"),
-    ("SOP", "bn_inception", "best quoted", "79.8"),
-    ("SOP", "bn_inception", "replication, re-run", "77.4"),
-    ("SOP", "bn_inception", "replication, tuned", "77.9 90.1 95.8"),
-)
+PUBLISHED_SIZE = 512  # dimensions; the published figures are all of HIST's whole loss
 SOURCES = {
     "paper": "Lim, Yun, Park, Choi, Hypergraph-Induced Semantic Tuplet Loss for Deep Metric Learning, CVPR 2022",
     "paper, quoted by a survey": "the paper's means for BN-Inception, as a later survey quotes them",
@@ -79,38 +47,9 @@ COMPARISON = (
     "published, than our own standard deviation; else above or below. A single run beside a figure without ± gets no "
     "verdict. The paper's protocol chooses the epoch on the test split."
 )
-MADE_BY = ("commit", "torch")  # columns of results.csv: what made the best epoch, for report.csv
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run, all of its text plain."""
-
-    folder: Path
-    flags: dict[str, str | int | float]  # by destination
-    made_by: dict[str, str]
-    data: str  # what it trained and was scored on, see read_data
-    counts: dict[str, tuple[int, int]]  # (images, classes) by split; empty if unknown
-    history: list[dict]  # the rows of results.csv
-    best: dict  # the row it chose
-    results: str  # its _results.txt
-    drawn: dict[str, bytes]  # its pictures, PNG by name
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
-    @property
-    def seed(self) -> str | int | float:
-        return self.flags["seed"]
-
-    @property
-    def trained(self) -> list[dict]:
-        return [row for row in self.history if row["phase"] == "train"]
-
-    @property
-    def chosen_by(self) -> str:
-        return "held-out classes" if "val R@1" in self.best else "test split"
+MADE_BY = ["commit", "torch"]  # columns of results.csv: what made the best epoch, for report.csv
+# What reading a damaged or foreign file can raise
+BROKEN = (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 
 
 def main():
@@ -123,12 +62,13 @@ def main():
 
     sections, left_out = [], []
     folders = args.folders or sorted(path for path in LOGS.glob("*") if run_folders(path))
-    for resolved, folder in {folder.resolve(): folder for folder in folders}.items():
+    folders = {folder.resolve(): folder for folder in folders}
+    names = [resolved.name for resolved in folders]
+    for resolved, folder in folders.items():
         runs, reasons = read_runs(folder)
         left_out += reasons
         if runs:
-            alike = [other for other in folders if other.resolve().name == resolved.name]
-            sections.append(Section(one_line(resolved.name if len(alike) == 1 else folder), runs))
+            sections.append(Section(one_line(folder if names.count(resolved.name) > 1 else resolved.name), runs))
     for line in left_out:
         print(f"warning: {line}", file=sys.stderr)
     if not sections:
@@ -152,102 +92,62 @@ def main():
 # ---------------------------------------------------------------- reading
 
 
-def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
-    """(finished runs, one line for each of the others). Raises ValueError for a folder without any run_N."""
+def read_runs(folder: Path) -> tuple[list[dict], list[str]]:
+    """(a row for each finished run, one line for each of the others). Raises Refused for a folder without any run_N.
+
+    A row holds what report.csv does, all flags and the data under their names, and what else the report shows; its
+    text is plain.
+    """
     if not run_folders(folder):
         raise Refused(f"{folder}: there is no run_N in it" if folder.is_dir() else f"{folder}: there is no such folder")
     runs, reasons = [], []
     for path in run_folders(folder):
+        file = path / "args.json"
         try:
-            runs.append(read_run(path))
-        except OSError as error:
-            name = Path(error.filename or path).name
-            no_epoch = isinstance(error, FileNotFoundError) and name == "results.csv"
-            reason = "it has no epoch yet" if no_epoch else f"{name}: {error.strerror}"
-            reasons.append(one_line(f"{path}: left out, {reason}"))
-        except (ValueError, RecursionError) as error:
-            reasons.append(one_line(f"{path}: left out, {str(error)[:300]}"))
+            origin = read_args(file)
+            file = path / "results.csv"
+            row = {"run": path.name, **read_epochs(file, *origin), "results": "", "pictures": {}}
+            for file in sorted(path.glob("*_best_results.txt")):
+                row["results"] = plain(file.read_text(encoding="utf-8", errors="replace"))
+            for file in (path / "curves.png", path / "neighbours.png"):
+                if file.exists():
+                    row["pictures"][file.stem] = base64.b64encode(file.read_bytes()).decode()
+            runs.append(row)
+        except BROKEN as error:
+            why = error.strerror if isinstance(error, OSError) else str(error)
+            why = f"it lacks {why}" if isinstance(error, KeyError) else why
+            place = "" if isinstance(error, Refused) else f"{file.name}: "
+            reasons.append(one_line(f"{path}: left out, {place}{why[:300]}"))
     return runs, reasons
 
 
-def read_run(folder: Path) -> Run:
-    """Raises OSError, ValueError or RecursionError for a run that is broken or not finished."""
-    content = parsed(folder / "args.json", read_args)
+def read_args(path: Path) -> tuple[dict, dict, str, dict, int | None]:
+    """Of args.json: flags by destination, made_by, data and counts as read_data, when the images last changed."""
+    content = json.loads(path.read_text(encoding="utf-8"), parse_constant=int)  # which refuses NaN
     # A flag that is younger than the run had its default.
     run_flags = train_flags()[0] | {plain(name): plain_value(value) for name, value in content["flags"].items()}
-    if not isinstance(run_flags["nb_epochs"], int):
-        raise Refused(f"args.json: nb_epochs is {run_flags['nb_epochs']!r}")
-    data, counts = read_data(content.get("data"))
-    made_by = {plain(name): plain(value) for name, value in content["made_by"].items()}
-    listed = content.get("resumptions")
-    resumed = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    resumed = content.get("resumptions") or []
+    wanted = [entry["flags"]["nb_epochs"] for entry in resumed if "nb_epochs" in entry.get("flags", {})]
+    run_flags["nb_epochs"] = int([run_flags["nb_epochs"], *wanted][-1])  # the last word
+    made_by = {plain(name): plain(value) for name, value in content.get("made_by", {}).items()}
     if resumed:
-        after = [plain(entry.get("after_epoch", "?")) for entry in resumed]
-        made_by["resumed"] = f"{len(resumed)} ×, after epoch {', '.join(after)}"
-
-    history = parsed(folder / "results.csv", read_history)
-    trained = [row for row in history if row["phase"] == "train"]
-    wanted = [entry["flags"].get("nb_epochs") for entry in resumed if isinstance(entry.get("flags"), dict)]
-    wanted = [run_flags["nb_epochs"], *(number for number in wanted if isinstance(number, int))][-1]  # the last word
-    if len(trained) < wanted or not trained:
-        raise Refused(f"not finished, {len(trained)} of {wanted} epochs")
-    run_flags["nb_epochs"] = len(trained)
-    chosen_by = "val R@1" if run_flags["val_classes"] else "R@1"
-    if chosen_by not in trained[0]:
-        raise Refused(f"results.csv lacks the column {chosen_by}")
-    changed_after = max(changes_of_data(resumed), default=None)
-    trained = [row for row in trained if row["epoch"] > (changed_after or 0)]
-    if not trained:
-        raise Refused("its images changed and no epoch was trained since")
-    best = max(trained, key=lambda row: row[chosen_by])
-    if changed_after is not None:
-        data, counts = f"{data}, other images until epoch {changed_after}", {}
-    if undecoded := best.get("undecoded"):
-        data = f"{data}, {undecoded:.0f} of them could not be decoded"
-        counts = counts | {"query": (counts["query"][0] - int(undecoded), counts["query"][1])} if counts else {}
-    texts = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob("*_best_results.txt"))]
-    drawn = {path.stem: path.read_bytes() for path in folder.glob("neighbours.png")}
-    return Run(folder, run_flags, made_by, data, counts, history, best, plain("\n".join(texts)), drawn)
-
-
-def changes_of_data(resumptions: list[dict]) -> list[int]:
-    """After which epochs a run went on with other images (--allow-changed-images)."""
-    epochs = [entry.get("after_epoch") for entry in resumptions if entry.get("data_before")]
-    return [epoch for epoch in epochs if isinstance(epoch, int)]
-
-
-def parsed(path: Path, read):
-    """read(path); what is wrong in the file becomes a ValueError that names it."""
-    try:
-        return read(path)
-    except (ValueError, RecursionError) as error:
-        raise Refused(f"{path.name}: {error}") from error
-
-
-def read_args(path: Path) -> dict:
-    """args.json with its dicts flags and made_by. Raises ValueError, RecursionError."""
-    content = json.loads(path.read_text(encoding="utf-8"), parse_constant=int)  # which refuses NaN
-    content = {"made_by": {}} | content if isinstance(content, dict) else {}
-    for name in ("flags", "made_by"):
-        if not isinstance(content.get(name), dict):
-            raise Refused(f"{name} is a {type(content.get(name)).__name__}, not a dict")
-    return content
+        after = ", ".join(plain(entry["after_epoch"]) for entry in resumed)
+        made_by["resumed"] = f"{len(resumed)} ×, after epoch {after}"
+    changed_after = [int(entry["after_epoch"]) for entry in resumed if entry.get("data_before")]
+    data, counts = read_data(content.get("data"))
+    return run_flags, made_by, data, counts, max(changed_after, default=None)
 
 
 def read_data(data) -> tuple[str, dict[str, tuple[int, int]]]:
     """(data in a line, (images, classes) by split) of args.json's "data"; ("unknown", {}) for older runs.
 
     Runs on the same data have the same line: 'train 5864/100, query 5924/100 (1a2b3c4d)', with a digest of all splits.
-    Raises ValueError.
     """
     if not data:
         return "unknown", {}
-    try:
-        names = ["train", "query", *(name for name in ("validation", "gallery") if data.get(name))]
-        counts = {name: (int(data[name]["images"]), int(data[name]["classes"])) for name in names}
-        digests = {name: str.lower(data[name]["digest"]) for name in names}  # refuses what is no text
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
-        raise Refused("args.json: data does not say the images, classes and digest of each split") from None
+    names = ["train", "query", *(name for name in ("validation", "gallery") if data.get(name))]
+    counts = {name: (int(data[name]["images"]), int(data[name]["classes"])) for name in names}
+    digests = {name: str.lower(data[name]["digest"]) for name in names}  # refuses what is no text
     shown = {name: counts[name] for name in names if name != "validation"}
     if "validation" in names:  # the seed draws the held-out classes: only together are they the same data
         shown["train"] = tuple(map(sum, zip(counts["train"], counts["validation"], strict=True)))
@@ -257,30 +157,49 @@ def read_data(data) -> tuple[str, dict[str, tuple[int, int]]]:
     return f"{text} ({hashlib.sha256(repr(digests).encode()).hexdigest()[:8]})", counts
 
 
-def read_history(path: Path) -> list[dict]:
-    """The rows of results.csv without what is empty, and with no other columns than the report uses."""
-    header = pd.read_csv(path, header=None, nrows=1, dtype=str).iloc[0]
-    if header.duplicated().any():
-        raise Refused(f"it has the column {header[header.duplicated()].iloc[0]} twice")
-    table = pd.read_csv(path, dtype=dict.fromkeys(MADE_BY, str))
-    if missing := [name for name in ("phase", "epoch", "R@1") if name not in table]:
-        raise Refused(f"it lacks the column {missing[0]}")
-    figures = [name for name in table if re.fullmatch(r"(val )?R@[1-9][0-9]*", name)]
-    numeric = [
-        name for name in ("epoch", "loss", "dist_loss", "ce_loss", "seconds", "undecoded", *figures) if name in table
-    ]
-    if not all(pd.api.types.is_numeric_dtype(table[name]) for name in numeric):
-        raise Refused("it holds text where there should be numbers")
-    trained = table.loc[table["phase"] == "train", figures]
-    if not ((trained >= 0) & (trained <= 1)).all(axis=None):
-        raise Refused("it lacks figures, or has some outside 0 to 1")
-    if table[["phase", "epoch"]].isna().any(axis=None) or (table[numeric].abs() > 1e9).any(axis=None):
-        raise Refused("it lacks phases or epochs, or has numbers beyond a billion")
-    table = table[["phase", *numeric, *(name for name in MADE_BY if name in table)]].astype({"epoch": int})
-    return [
-        {name: plain(value) if isinstance(value, str) else value for name, value in row.items() if pd.notna(value)}
-        for row in table.to_dict("records")
-    ]
+def read_epochs(path: Path, run_flags: dict, made_by: dict, data: str, counts: dict, changed_after: int | None) -> dict:
+    """The row of a run, of results.csv and what read_args found; the latter says how to read the former."""
+    table = pd.read_csv(path, header=None, dtype=str)  # with a header, pandas would rename columns of the same name
+    table = table[1:].set_axis(table.iloc[0], axis="columns")
+    if not table.columns.is_unique:
+        raise Refused(f"results.csv: it has the column {table.columns[table.columns.duplicated()][0]} twice")
+    names = [name for name in table if re.fullmatch(r"(val )?R@[1-9][0-9]*", str(name))]
+    trained = table[table["phase"] == "train"].astype({"epoch": int} | dict.fromkeys(names, float))
+    if len(trained) < max(run_flags["nb_epochs"], 1):
+        raise Refused(f"not finished, {len(trained)} of {run_flags['nb_epochs']} epochs")
+    if not ((trained[names] >= 0) & (trained[names] <= 1)).all(axis=None):
+        raise Refused("results.csv: it lacks figures, or has some outside 0 to 1")
+    since = trained[trained["epoch"] > (changed_after or 0)]
+    if since.empty:
+        raise Refused("its images changed and no epoch was trained since")
+    chosen_by = "val R@1" if run_flags["val_classes"] else "R@1"
+    best, last = since.loc[since[chosen_by].idxmax()], trained.iloc[-1]
+    if changed_after is not None:
+        data, counts = f"{data}, other images until epoch {changed_after}", {}
+    if float(best.get("undecoded", 0)) > 0:  # of versions that left such images out of the scores alone
+        data, counts = f"{data}, {best['undecoded']} of them could not be decoded", {}
+
+    made = {name: value for name, value in run_flags.items() if name not in flags.BOOKKEEPING | {"seed"}}
+    if made["dataset"] == "folder" and data == "unknown":  # then its folder's name has to do
+        made["data_root"] = Path(str(run_flags["data_root"])).name
+    made |= {"nb_epochs": len(trained), "data": data}
+    figures = [name for name in names if name.startswith("R@")]
+    return {
+        "experiment": [flag_name(name) for name in made],  # columns: what makes two runs the same but for their seed
+        **{flag_name(name): value for name, value in made.items()},
+        **{name: run_flags[name] for name in ("seed", "remark")},
+        "chosen by": "held-out classes" if run_flags["val_classes"] else "test split",
+        "best epoch": int(best["epoch"]),
+        "figures": figures,
+        **{f"{name} (%)": percent(best[name]) for name in figures},
+        **{f"last {name} (%)": percent(last[name]) for name in figures},
+        "all figures": str(trained[names].to_numpy().tolist()),
+        "seconds": trained["seconds"].astype(float).dropna().tolist() if "seconds" in trained else [],
+        **{name: plain(best.get(name, "")) for name in MADE_BY},
+        "made by": made_by,
+        "of": kind(made),
+        "unlike": unlike_published(made, counts),
+    }
 
 
 @functools.cache
@@ -310,118 +229,98 @@ def one_line(text: str) -> str:
 
 
 class Section:
-    """The runs of one folder, in groups of those that differ only in their seed, best group first.
+    """The runs of one folder, in groups of those that differ only in their seed, group 1 the best.
 
     A run that repeats another, with the same seed and the same figures, belongs to its group but is not counted again.
+
+    Attributes:
+        runs: the rows of read_runs with 'dataset', 'group' and 'repeats', the run that it repeats or ''.
+        groups: those that count, by number of group.
+        figures: the R@K that all runs have; differing: the flags in which the groups differ.
     """
 
-    def __init__(self, name: str, runs: list[Run]):
-        self.name, self.runs = name, runs
-        everywhere = set.intersection(*(set(run.best) for run in runs))
-        self.figures = [name for name in runs[0].best if name.startswith("R@") and name in everywhere]
-        groups: dict[tuple, list[Run]] = {}
-        counted: dict[tuple, Run] = {}
-        self.repeats: dict[str, str] = {}  # {run: the run that it repeats}
-        for run in runs:
-            key = tuple(sorted(experiment(run).items()))
-            first = counted.setdefault((key, run.seed, all_figures(run)), run)
-            if first is run:
-                groups.setdefault(key, []).append(run)
-            else:
-                self.repeats[run.name] = first.name
-        self.groups = sorted(groups.values(), key=lambda group: -mean_and_std(group, "R@1")[0])
-        self.best = max(self.groups[0], key=lambda run: run.best["R@1"])
-        numbers = {run.name: number for number, group in enumerate(self.groups, 1) for run in group}
-        self.numbers = numbers | {name: numbers[first] for name, first in self.repeats.items()}  # each run's group
-        experiments = [experiment(group[0]) for group in self.groups]
-        known = list(dict.fromkeys(name for made in experiments for name in made))
-        self.differing = [name for name in known if len({made.get(name, "") for made in experiments}) > 1]
-
-    def flags_of(self, run: Run) -> dict:
-        """The flags that differ between the groups, by name."""
-        return {flag_name(name): experiment(run).get(name, "") for name in self.differing}
+    def __init__(self, name: str, rows: list[dict]):
+        self.name = name
+        self.figures = [name for name in rows[0]["figures"] if all(name in row["figures"] for row in rows)]
+        self.experiment = list(dict.fromkeys(name for row in rows for name in row["experiment"]))
+        self.runs = runs = pd.DataFrame([dict.fromkeys(self.experiment, "") | row for row in rows], dtype=object)
+        runs.insert(0, "dataset", name)
+        self.differing = [name for name in self.experiment if runs[name].nunique() > 1]
+        runs["group"] = runs.groupby(self.experiment, sort=False).ngroup()
+        first = runs.groupby(["group", "seed", "all figures"], sort=False)["run"].transform("first")
+        runs["repeats"] = first.where(first != runs["run"], "")
+        means = runs[runs["repeats"] == ""].groupby("group")["R@1 (%)"].agg(statistics.fmean)
+        best_first = means.sort_values(ascending=False, kind="stable").index
+        runs["group"] = runs["group"].map({group: number for number, group in enumerate(best_first, 1)})
+        self.groups = runs[runs["repeats"] == ""].groupby("group")
+        self.best = max(runs[runs["group"] == 1].to_dict("records"), key=lambda run: run["R@1 (%)"])["run"]
 
     def lines(self) -> list[str]:
         """What all runs share, which of them count once, and which groups stand beside nothing published, and why."""
-        defaults = train_flags()[0] | {"dataset": None, "model": None}  # these are always named
-        shared = [
-            f"{flag_name(name).lstrip('-')} {value}"
-            for name, value in experiment(self.runs[0]).items()
-            if name not in self.differing and value not in ("", defaults.get(name))
-        ]
+        usual = {flag_name(name): value for name, value in train_flags()[0].items() if name not in ("dataset", "model")}
+        shared = [(name, self.runs[name][0]) for name in self.experiment if name not in self.differing]
+        shared = [f"{name.lstrip('-')} {value}" for name, value in shared if value not in ("", usual.get(name))]
         lines = [f"All runs: {', '.join(shared)}."]
-        for run, first in self.repeats.items():
+        for run, first in self.runs.query("repeats != ''")[["run", "repeats"]].itertuples(index=False):
             lines.append(f"{run} repeats {first} (same seed, same figures): counted once.")
         reasons: dict[str, list[str]] = {}
-        for number, group in enumerate(self.groups, 1):
-            for seed in dict.fromkeys(run.seed for run in group):
-                again = [run.name for run in group if run.seed == seed]
+        for number, group in self.groups:
+            for _, again in group.groupby("seed", sort=False)["run"]:
                 if len(again) > 1:
                     lines.append(f"{' and '.join(again)} have the same seed but different figures: each is counted.")
-            if published_of_its_kind(group[0]) and other_counts(group[0]):
-                reasons.setdefault(other_counts(group[0]), []).append(str(number))
+            run = group.iloc[0]
+            if run["unlike"] and run["of"] in set(published()["of"]):
+                reasons.setdefault(run["unlike"], []).append(str(number))
         for reason, numbers in reasons.items():
             lines.append(f"No published figures beside group {', '.join(numbers)}: {reason}.")
         return [one_line(line) for line in lines]
 
     def runs_table(self) -> pd.DataFrame:
         """One row per run, in order of number; figures in percent."""
-        rows = []
-        for run in self.runs:
-            row = {"dataset": self.name, "run": run.name, "group": self.numbers[run.name], **self.flags_of(run)}
-            row |= {"seed": run.seed, "chosen by": run.chosen_by, "best epoch": run.best["epoch"]}
-            row |= {f"{name} (%)": percent(run.best[name]) for name in self.figures}
-            row |= {f"last {name} (%)": percent(run.trained[-1][name]) for name in self.figures}
-            row |= {"repeats": self.repeats.get(run.name, ""), "remark": run.flags["remark"]}
-            rows.append(row | {name: run.best.get(name, "") for name in MADE_BY})
-        return pd.DataFrame(rows, dtype=object)
+        figures = [f"{which}{name} (%)" for which in ("", "last ") for name in self.figures]
+        columns = ["dataset", "run", "group", *self.differing, "seed", "chosen by", "best epoch", *figures]
+        return self.runs[[*columns, "repeats", "remark", *MADE_BY]]
 
     def figures_table(self) -> pd.DataFrame:
         """One row per group, figure and published figure beside it, in percent."""
         rows = []
-        for number, group in enumerate(self.groups, 1):
-            common = {"dataset": self.name} | self.describe(number, group)
+        for number, group in self.groups:
+            run = group.iloc[0]
+            common = self.describe(number, group) | {"of": "" if run["unlike"] else run["of"]}
             for name in self.figures:
-                mean, std = mean_and_std(group, name)
-                row = common | {"figure": name, "mean (%)": mean, "std (%)": std}
-                beside = [(source, *known[name]) for source, known in published(group[0]).items() if name in known]
-                for source, value, spread in beside or [(None, None, None)]:
-                    row |= {"source": source, "published (%)": value, "published ± (%)": spread}
-                    row |= {"difference": difference(mean, value) if source else None}
-                    rows.append(row | {"verdict": verdict(mean, std, value, spread) if source else None})
-        return pd.DataFrame(rows, dtype=object)
+                mean, std = mean_and_std(group[f"{name} (%)"])
+                rows.append({"dataset": self.name} | common | {"figure": name, "mean (%)": mean, "std (%)": std})
+        table = pd.DataFrame(rows, dtype=object).merge(published(), "left", on=["of", "figure"]).drop(columns="of")
+        ours, theirs = table[["mean (%)", "std (%)"]], table[["published (%)", "published ± (%)"]]
+        table["difference"] = [round(a - b, 6) for a, b in zip(ours["mean (%)"], theirs["published (%)"], strict=True)]
+        return table.assign(
+            verdict=[verdict(*row) for row in pd.concat([ours, theirs], axis=1).itertuples(index=False)]
+        )
 
-    def describe(self, number: int, group: list[Run]) -> dict:
+    def describe(self, number: int, group: pd.DataFrame) -> dict:
         """What a group is, without its figures."""
-        row = {"group": number, **self.flags_of(group[0]), "runs": len(group)}
-        row |= {"seeds": ", ".join(str(run.seed) for run in group), "chosen by": group[0].chosen_by}
-        return row | {"s/epoch": median_seconds(group)}
+        row = {"group": number, **group.iloc[0][self.differing], "runs": len(group)}
+        row |= {"seeds": ", ".join(map(str, group["seed"])), "chosen by": group["chosen by"].iloc[0]}
+        seconds = group["seconds"].sum()  # of all its runs, in one list
+        return row | {"s/epoch": round(statistics.median(seconds), 2) if seconds else None}
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """{title: table of text}, for the eye; no comparison where there is none, of the last epoch only R@1."""
         groups, comparison = [], []
-        for number, group in enumerate(self.groups, 1):
-            ours = {name: mean_and_std(group, name) for name in self.figures}
-            groups.append(self.describe(number, group) | {name: plus_minus(*ours[name], 2) for name in ours})
-            for source, known in published(group[0]).items():
-                row = {"group": number, "beside": source}
-                for name in (name for name in known if name in ours):
-                    delta = f"{difference(ours[name][0], known[name][0]):+.2f}".replace("-", "−")
-                    row |= {name: plus_minus(*known[name], 1)}
-                    row |= {f"Δ {name}": f"{delta} {verdict(*ours[name], *known[name])}".strip()}
-                comparison.append(row)
+        for number, group in self.groups:
+            ours = {name: plus_minus(*mean_and_std(group[f"{name} (%)"]), 2) for name in self.figures}
+            groups.append(self.describe(number, group) | ours)
+        known = self.figures_table().dropna(subset="source")
+        for (number, source), rows in known.groupby(["group", "source"], sort=False):
+            comparison.append({"group": number, "beside": source})
+            for row in rows.to_dict("records"):
+                delta = f"{row['difference']:+.2f}".replace("-", "−")
+                comparison[-1][row["figure"]] = plus_minus(row["published (%)"], row["published ± (%)"], 1)
+                comparison[-1][f"Δ {row['figure']}"] = f"{delta} {row['verdict']}".strip()
         unwanted = ["dataset", *MADE_BY, *(f"last {name} (%)" for name in self.figures if name != "R@1")]
         runs = self.runs_table().drop(columns=unwanted)
         found = {"Groups": groups, "Beside published figures": comparison, "Runs": runs}
         return {title: shown(pd.DataFrame(rows, dtype=object)) for title, rows in found.items() if len(rows)}
-
-
-def experiment(run: Run) -> dict:
-    """What makes two runs the same but for chance: flags by destination, and the data."""
-    made = {name: value for name, value in run.flags.items() if name not in flags.BOOKKEEPING | {"seed"}}
-    if run.flags["dataset"] == "folder" and run.data == "unknown":  # then its folder's name has to do
-        made["data_root"] = Path(str(run.flags["data_root"])).name
-    return made | {"data": run.data}
 
 
 def flag_name(destination: str) -> str:
@@ -429,73 +328,52 @@ def flag_name(destination: str) -> str:
     return {**train_flags()[1], "dataset": "--dataset", "data": "data"}.get(destination, f"--{destination}")
 
 
-def all_figures(run: Run) -> str:
-    """Of all training epochs."""
-    return str([[value for name, value in row.items() if "R@" in name] for row in run.trained])
-
-
-def mean_and_std(group: list[Run], name: str) -> tuple[float, float | None]:
-    """Of a figure in percent over runs; no deviation of a single one."""
-    values = [percent(run.best[name]) for run in group]
+def mean_and_std(values) -> tuple[float, float | None]:
+    """Of a figure over runs; no deviation of a single one."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def median_seconds(group: list[Run]) -> float | None:
-    """Of the training epochs of all runs; None where none says how long it took."""
-    seconds = [row["seconds"] for run in group for row in run.trained if "seconds" in row]
-    return round(statistics.median(seconds), 2) if seconds else None
+def kind(made: dict) -> str:
+    """Data set and network, which published figures go by; empty for another size or part of the method."""
+    whole = made["loss"] == "hist" and made["ls"] != 0 and made["sz_embedding"] == PUBLISHED_SIZE
+    return f"{made['dataset']}, {made['model']}" if whole else ""
 
 
-def published(run: Run) -> dict[str, dict[str, tuple[float, float | None]]]:
-    """{source: {figure: (value, ±)}} that belong beside a run, in percent."""
-    return {} if other_counts(run) else published_of_its_kind(run)
+@functools.cache
+def published() -> pd.DataFrame:
+    """The published figures, one a row, in percent, with the kind of run that they are of."""
+    rows = []
+    for dataset in layouts.DATASETS:
+        benchmark = layouts.get(dataset)
+        for model, source, text in benchmark.results:
+            for figure, known in zip(benchmark.results_at, text.split(), strict=False):  # some only have R@1
+                value, _, spread = known.partition("±")
+                rows.append([f"{dataset}, {model}", figure, source, float(value), float(spread) if spread else None])
+    return pd.DataFrame(rows, columns=["of", "figure", "source", "published (%)", "published ± (%)"])
 
 
-def published_of_its_kind(run: Run) -> dict[str, dict[str, tuple[float, float | None]]]:
-    """As published(), whatever images the run used."""
-    whole_method = run.flags["loss"] == "hist" and run.flags["ls"] != 0
-    if run.flags["sz_embedding"] != PUBLISHED_SIZE or not whole_method:
-        return {}
-    found = {}
-    for dataset, model, source, text in PUBLISHED:
-        if (dataset, model) == (run.flags["dataset"], run.flags["model"]):
-            pairs = [figure.split("±") for figure in text.split()]
-            figures = [(float(value), float(spread[0]) if spread else None) for value, *spread in pairs]
-            found[source] = dict(zip(PUBLISHED_FIGURES[dataset], figures, strict=False))  # some only have R@1
-    return found
-
-
-def other_counts(run: Run) -> str:
+def unlike_published(made: dict, counts: dict[str, tuple[int, int]]) -> str:
     """Why figures that were published for its data set do not belong beside a run; empty if they do."""
-    expected = published_counts(run.flags["dataset"])
-    if run.flags["val_classes"]:
+    if made["val_classes"]:
         return "its runs held out training classes (--val-classes), the published ones trained on all of them"
-    if not run.counts:
+    if not counts:
         return "its runs do not say how many images and classes they used, or these changed"
-    if run.counts != expected:
-        theirs = ", ".join(f"{split} {images}/{classes}" for split, (images, classes) in expected.items())
-        return f"its runs used {run.data}, the published ones {theirs} (images/classes)"
+    theirs = layouts.get(made["dataset"]).published if made["dataset"] in layouts.DATASETS else {}
+    theirs = {"query" if split == "test" else split: tuple(sizes) for split, sizes in theirs.items()}
+    if counts != theirs:
+        theirs = ", ".join(f"{split} {images}/{classes}" for split, (images, classes) in theirs.items())
+        return f"its runs used {made['data']}, the published ones {theirs} (images/classes)"
     return ""
-
-
-def published_counts(dataset: str) -> dict[str, tuple[int, int]]:
-    """(images, classes) of a benchmark's splits; without a gallery its test split is the query."""
-    splits = layouts.get(dataset).published if dataset in layouts.DATASETS else {}
-    return {"query" if split == "test" else split: tuple(counts) for split, counts in splits.items()}
 
 
 def verdict(mean: float, std: float | None, value: float, spread: float | None) -> str:
     """within, above or below the published ±, or our own deviation where there is none; empty without either."""
-    allowed = std if spread is None else spread
-    if allowed is None:
+    allowed = std if pd.isna(spread) else spread
+    if pd.isna(value) or pd.isna(allowed):
         return ""
-    if abs(difference(mean, value)) <= round(allowed, 6):
+    if round(abs(mean - value), 6) <= round(allowed, 6):  # 71.2 − 71.4 is a hair more than 0.2 in binary
         return "within"
     return "above" if mean > value else "below"
-
-
-def difference(mean: float, value: float) -> float:
-    return round(mean - value, 6)  # 71.2 − 71.4 is a hair more than 0.2 in binary
 
 
 # ---------------------------------------------------------------- writing
@@ -506,7 +384,7 @@ def percent(fraction: float) -> float:
 
 
 def plus_minus(value: float, spread: float | None, digits: int) -> str:
-    return f"{value:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
+    return f"{value:.{digits}f}" + ("" if pd.isna(spread) else f" ± {spread:.{digits}f}")
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
@@ -525,7 +403,7 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
 
 def explanations(sections: list[Section]) -> list[str]:
     """How to read the tables, and who published what stands in them."""
-    beside = {source for section in sections for group in section.groups for source in published(group[0])}
+    beside = {source for section in sections for source in section.figures_table()["source"]}
     sources = [f"{name}: {who}" for name, who in SOURCES.items() if name in beside]
     return [EXPLANATION, COMPARISON, *sources] if beside else [EXPLANATION]
 
@@ -570,20 +448,12 @@ def page(sections: list[Section], left_out: list[str]) -> str:
     """The report as one file."""
     template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
     lines = explanations(sections)
-    return template.render(sections=sections, left_out=left_out, explanations=lines, html_table=html_table, pngs=pngs)
+    return template.render(sections=sections, left_out=left_out, explanations=lines, html_table=html_table)
 
 
 def html_table(table: pd.DataFrame) -> str:
     verdicts = table.filter(regex="^Δ R@").map(lambda cell: cell.rpartition(" ")[2])
     return styled(table, "html").set_td_classes(verdicts).to_html(cell_ids=False)
-
-
-def pngs(run: Run) -> dict[str, str]:
-    """Its curves, and its neighbours if they were drawn, in base64."""
-    with tempfile.TemporaryDirectory() as folder:
-        pictures.curves(run.history, Path(folder) / "curves.png", best=run.best["epoch"])
-        drawn = {"curves": (Path(folder) / "curves.png").read_bytes()} | run.drawn
-    return {name: base64.b64encode(content).decode() for name, content in drawn.items()}
 
 
 if __name__ == "__main__":

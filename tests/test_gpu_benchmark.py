@@ -10,6 +10,8 @@ from conftest import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
 import gpu
+import gpu_checks
+import gpu_speed
 import loss
 import measure
 
@@ -42,7 +44,7 @@ def test_every_part_reports(tmp_path):
     assert all(gpu.part_markdown(part) in done.stdout for part in report["parts"])
     rows = {part["part"]: part["rows"] for part in report["parts"]}
     assert [row["tensors"] > 100 and row["found"] for row in rows["determinism"]] == [0, 0]
-    assert {row["options"] for row in rows["step"]} == {*gpu.OPTIONS, "network alone, all of them"}
+    assert {row["options"] for row in rows["step"]} == {*gpu_speed.OPTIONS, "network alone, all of them"}
     assert torch.__version__ in text and "no GPU: not run" in text
 
 
@@ -62,7 +64,7 @@ def test_a_part_that_fails_does_not_stop_the_others(main, monkeypatch):
 
 
 def test_a_check_that_does_not_hold_fails_its_part(main, monkeypatch):
-    real = gpu.problem
+    real = gpu_checks.problem
 
     def other_on_the_cpu(N, C, D, place):
         criterion, X, T = real(N, C, D, "cpu")
@@ -71,7 +73,7 @@ def test_a_check_that_does_not_hold_fails_its_part(main, monkeypatch):
                 criterion.hgnn.theta2.weight.mul_(1.01)
         return criterion, X, T
 
-    monkeypatch.setattr(gpu, "problem", other_on_the_cpu)
+    monkeypatch.setattr(gpu_checks, "problem", other_on_the_cpu)
     status, report, text = main("--only", "values")
     assert status == "gpu.py: failed: values"
     assert "checks do not hold" in report["parts"][0]["error"] and "| NO |" in text
