@@ -104,7 +104,7 @@ def load_benchmark(
     them. A data set with its own split refuses a share, or with share_given=False (it comes from a checkpoint)
     ignores it. With training=False a `folder` may lack train: its Benchmark.train is None then.
 
-    Raises ValueError or FileNotFoundError with one line that names the thing, the place and the way out.
+    Raises Refused with one line that names the thing, the place and the way out.
     """
     listing = read_splits(name, data_root, train_classes, share_given)
     problems = split_problems(listing, training)
@@ -113,7 +113,7 @@ def load_benchmark(
     if listing.source:
         missing = missing_files(listing)
         if missing:
-            raise FileNotFoundError(
+            raise Refused(
                 f"{listing.source} names {len(missing):,} images that are not there, the first is "
                 f"{listing.root / missing[0]}; `python code/prepare.py check {name}` names more"
             )

@@ -11,8 +11,15 @@ from pathlib import Path
 
 from PIL import Image
 
+# Why files and folders give no image
+NO_IMAGE, UNREADABLE, READ_ALREADY = (
+    "not an image",
+    "folder that cannot be read",
+    "link to a folder that is read already",
+)
 
-@functools.lru_cache(maxsize=1)
+
+@functools.cache
 def image_suffixes() -> frozenset[str]:
     """Suffixes of the formats Pillow can open; it knows a few more by name, but cannot decode them."""
     only_by_name = {"BUFR", "GRIB", "HDF5", "MPEG"}
@@ -24,20 +31,9 @@ def has_image_suffix(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in image_suffixes()
 
 
-# Why an entry of a folder gives no image: one of them, several of them
-SKIPPED = {
-    "other": ("file that is not an image", "files that are not images"),
-    "broken": ("broken link", "broken links"),
-    "special": ("pipe, socket or device", "pipes, sockets or devices"),
-    "unreadable": ("folder that cannot be read", "folders that cannot be read"),
-    "again": ("link to a folder that is read already", "links to folders that are read already"),
-}
-
-
 def describe_skipped(folder: Path, skipped: Counter) -> str:
-    """One line for the user; skipped counts entries by the keys of SKIPPED."""
-    parts = [f"{skipped[why]:,} {SKIPPED[why][skipped[why] > 1]}" for why in SKIPPED if skipped[why]]
-    return f"{folder}: {' and '.join(parts)} {'were' if skipped.total() > 1 else 'was'} skipped"
+    """One line for the user; skipped counts what find_images passed over by why."""
+    return f"{folder}: skipped {' and '.join(f'{number:,} × {why}' for why, number in sorted(skipped.items()))}"
 
 
 def shorten(names: list[str]) -> str:
@@ -52,15 +48,15 @@ def scan(folder: str | Path) -> list[os.DirEntry]:
 
 
 def kind_of(entry: os.DirEntry) -> str:
-    """folder or file, whatever links lead there; else broken or special, as in SKIPPED. Opens nothing."""
+    """folder or file, whatever links lead there, or else why it is passed over. Opens nothing."""
     try:
         if entry.is_dir():
             return "folder"
         if entry.is_file():
             return "file"
-        return "special" if os.path.exists(entry.path) else "broken"
+        return "pipe, socket or device" if os.path.exists(entry.path) else "broken link"
     except OSError:  # a link to itself
-        return "broken"
+        return "broken link"
 
 
 def file_id(path: str | Path) -> tuple[int, int] | None:
@@ -73,42 +69,34 @@ def file_id(path: str | Path) -> tuple[int, int] | None:
 
 
 def find_images(folder: Path, prefix: str, above: tuple[Path, ...] = ()) -> tuple[list[str], Counter]:
-    """All images under folder in sorted order, as prefix/name, and how many entries were skipped, by SKIPPED's keys.
+    """All images under folder in sorted order, as prefix/name, and how many entries were skipped, by why.
 
     An image is a regular file whose suffix stands for a format that Pillow opens, in any letter case; whether it can
     be decoded is not looked at. Links are followed, but each folder is read once, and none of those in `above`.
     """
     found, skipped, seen = [], Counter(), {file_id(path) for path in above}
-
-    def entries(path):
+    remaining = [(prefix, os.fspath(folder))]  # not by recursion: folders may lie deeper than Python's stack
+    while remaining:
+        prefix, path = remaining.pop()
         identity = file_id(path)
         if identity and identity in seen:
-            skipped["again"] += 1
-            return iter(())
+            skipped[READ_ALREADY] += 1
+            continue
         seen.add(identity)
         try:
-            return iter(scan(path))
+            entries = scan(path)
         except OSError:
-            skipped["unreadable"] += 1
-            return iter(())
-
-    levels = [(prefix, entries(folder))]  # not by recursion: folders may lie deeper than Python's stack
-    while levels:
-        prefix, remaining = levels[-1]
-        entry = next(remaining, None)
-        if entry is None:
-            levels.pop()
+            skipped[UNREADABLE] += 1
             continue
-        kind, name = kind_of(entry), f"{prefix}/{entry.name}"
-        if kind == "folder":
-            levels.append((name, entries(entry.path)))
-        elif kind != "file":
-            skipped[kind] += 1
-        elif has_image_suffix(entry.name):
-            found.append(name)
-        else:
-            skipped["other"] += 1
-    return found, skipped
+        for entry in reversed(entries):  # the first folder is read next
+            kind, name = kind_of(entry), f"{prefix}/{entry.name}"
+            if kind == "folder":
+                remaining.append((name, entry.path))
+            elif kind == "file" and has_image_suffix(entry.name):
+                found.append(name)
+            else:
+                skipped[NO_IMAGE if kind == "file" else kind] += 1
+    return sorted(found, key=lambda name: name.split("/")), skipped
 
 
 def class_folders(folder: Path) -> list[str]:

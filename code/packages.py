@@ -24,42 +24,33 @@ def read_packages(
 ) -> list[bytes]:
     """The contents of the package files, in order, each as published.
 
-    Files that lie in `folder` are used; the client fetches the others into a temporary folder.
+    Files that lie in `folder` are used; the client, a command without the spec, downloads the others.
 
-    client  the command, without the spec, that downloads a package file into the working directory
-
-    Raises OSError if a package cannot be fetched or read, ValueError if a file is not the published one.
+    Raises Refused if a package cannot be fetched, or a file is not the published one.
     """
     remedy = "remove it, then it is fetched anew"
     contents = {p: check(p, folder / p.file, remedy) for p in packages if (folder / p.file).exists()}
     missing = [package for package in packages if package not in contents]
+    program = shutil.which(client[0])
     for package in tqdm(missing, "fetching packages", unit="package", disable=None if progress else True):
+        said = f"{client[0]} is not installed"
         with tempfile.TemporaryDirectory() as scratch:
-            reason = fetch(package, Path(scratch), client)
-            if reason:
-                raise OSError(
-                    f"{package.spec} cannot be fetched ({reason}); fetch {', '.join(p.file for p in missing)} "
+            file = Path(scratch, package.file)
+            if program:
+                command = [program, *client[1:], package.spec]
+                done = subprocess.run(command, cwd=scratch, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+                said = f"{Path(program).name} says: {' '.join((done.stderr or done.stdout).split())[:200]}"
+            if not file.is_file():
+                raise Refused(
+                    f"{package.spec} cannot be fetched ({said}); fetch {', '.join(p.file for p in missing)} "
                     f"elsewhere and put {'them' if len(missing) > 1 else 'it'} into {folder}"
                 )
-            contents[package] = check(package, Path(scratch) / package.file, f"put the published one into {folder}")
+            contents[package] = check(package, file, f"put the published one into {folder}")
     return [contents[package] for package in packages]
 
 
-def fetch(package: Package, scratch: Path, client: Sequence[str]) -> str | None:
-    """Lets the client write the file into scratch; says why there is none, if there is none."""
-    program = shutil.which(client[0])
-    if program is None:
-        return f"{client[0]} is not installed"
-    command = [program, *client[1:], package.spec]
-    done = subprocess.run(command, cwd=scratch, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if (scratch / package.file).is_file():
-        return None
-    said = " ".join((done.stderr or done.stdout).split())
-    return f"{Path(client[0]).name} says: {said[:200]}" if said else f"{Path(client[0]).name} wrote no such file"
-
-
 def check(package: Package, path: Path, way_out: str) -> bytes:
-    """The file's content; ValueError unless it is the published one."""
+    """The file's content. Raises Refused unless it is the published one."""
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if found != package.sha256:

@@ -1,4 +1,4 @@
-"""Every benchmark in every layout, own folders of every kind, and what is said when something is wrong."""
+"""Every benchmark in every layout, own folders and lists of every kind, and what is said when something is wrong."""
 
 import json
 import os
@@ -20,9 +20,59 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layouts import glyphs
 from PIL import Image
-from trees import make_cars, make_folder, make_inshop, make_sop, pairs
+from refused import Refused
 
-SMALL_EVAL = dataset.eval_transform(16)
+# What is made under a data root, and the data set that it is
+MAKERS = {
+    "cub": ("cub", trees.make_cub),
+    "cars 1": ("cars", lambda root, *sizes: trees.make_cars(root, 1, *sizes)),
+    "cars 2": ("cars", lambda root, *sizes: trees.make_cars(root, 2, *sizes)),
+    "cars 3": ("cars", lambda root, *sizes: trees.make_cars(root, 3, *sizes)),
+    "SOP": ("SOP", trees.make_sop),
+    "Inshop": ("Inshop", trees.make_inshop),
+    "train+test": ("folder", lambda root, *sizes: trees.make_folder(root, "train+test", *sizes)),
+    "train+query+gallery": ("folder", lambda root, *sizes: trees.make_folder(root, "train+query+gallery", *sizes)),
+    "classes": ("folder", lambda root, *sizes: trees.make_folder(root, "classes", *sizes)),
+    "csv": ("folder", lambda root, *sizes: trees.make_folder(root, "csv", *sizes)),
+}
+
+
+@pytest.fixture(scope="session")
+def forest(tmp_path_factory):
+    """One tree of each kind with six classes of four images, by the kind; not to be changed."""
+    roots = {}
+    for kind, (_, make) in MAKERS.items():
+        roots[kind] = tmp_path_factory.mktemp("tree")
+        make(roots[kind], 6, 4, 8)
+    return roots
+
+
+@pytest.fixture
+def tree(forest, tmp_path):
+    """tree(kind): a copy of that tree, which may be changed."""
+
+    def copy(kind):
+        return Path(shutil.copytree(forest[kind], tmp_path / "tree", symlinks=True))
+
+    return copy
+
+
+def load(root, name="folder", **options):
+    return dataset.load_benchmark(name, root, **options)
+
+
+def refusal(root, name="folder", **options):
+    """The one line with which the tree is refused."""
+    with pytest.raises(ValueError) as caught:
+        load(root, name, **options)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+    return str(caught.value)
+
+
+def contents(benchmark):
+    """What a benchmark holds, but for its root: to compare two."""
+    lists = (benchmark.train, benchmark.query, benchmark.gallery)
+    return [images and (images.paths, images.labels.tolist(), images.class_names, images.own) for images in lists]
 
 
 def assert_sound(benchmark):
@@ -41,29 +91,58 @@ def assert_sound(benchmark):
 
 # ---------------------------------------------------------------- the benchmarks, known by eye
 
+# The names of classes, the last training image, the first query, the K of R@K
+KNOWN = {
+    "cub": ("00{}.Bird_{}", "images/003.Bird_3/Bird_3_0003.jpg", "images/004.Bird_4/Bird_4_0000.jpg", 32),
+    "cars 1": ("Car {}", "car_ims/000021.jpg", "car_ims/000004.jpg", 32),
+    "cars 2": ("{}", "cars_test/00009.jpg", "cars_train/00004.jpg", 32),  # names are in devkit/cars_meta.mat only
+    "cars 3": ("Car {} Type a/b", "car_data/car_data/test/Car 2 Type a-b/00010.jpg",
+               "car_data/car_data/train/Car 5 Type a-b/00003.jpg", 32),
+    "SOP": ("{}", "bicycle_final/111000000003_3.JPG", "cabinet_final/111000000004_0.JPG", 1000),
+    "Inshop": ("id_0000000{}", "Img/img/WOMEN/Dresses/id_00000003/02_3_front.jpg",
+               "Img/img/WOMEN/Dresses/id_00000004/02_0_front.jpg", 50),
+    "train+test": ("thing_{}", "train/thing_3/3.png", "test/thing_4/0.png", 32),
+    "train+query+gallery": ("thing_{}", "train/thing_3/3.png", "query/thing_4/0.png", 32),
+    "classes": ("thing_{}", "thing_3/3.png", "thing_4/0.png", 32),
+    "csv": ("thing_{}", "pictures/3/3.png", "pictures/0/4.png", 32),
+}  # fmt: skip
 
-def test_cub(tmp_path):
-    trees.make_cub(tmp_path, classes=5, images=5)
-    benchmark = dataset.load_benchmark("cub", tmp_path)
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_layouts_known_by_eye(forest, monkeypatch, kind):
+    name, root = MAKERS[kind][0], forest[kind]
+    benchmark = load(root, name)
     assert_sound(benchmark)
-    assert benchmark.train.class_names == ["001.Bird_1", "002.Bird_2"]
-    assert benchmark.query.class_names == ["003.Bird_3", "004.Bird_4", "005.Bird_5"]
-    assert benchmark.train.paths[-1] == "images/002.Bird_2/Bird_2_0004.jpg"
-    assert benchmark.query.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
-    assert benchmark.gallery is None and benchmark.recall_at == (1, 2, 4, 8, 16, 32)
-    assert benchmark.warnings == (
-        "cub: the counts differ from the published ones: train 10 images of 2 classes (published 5,864 of 100), "
-        "test 15 images of 3 classes (published 5,924 of 100)",
-    )
+    class_name, last, first, largest = KNOWN[kind]
+    known = [class_name.format(c, c) for c in range(1, 7)]
+    assert (benchmark.train.class_names, benchmark.query.class_names) == (known[:3], known[3:])
+    assert (benchmark.train.paths[-1], benchmark.query.paths[0], benchmark.recall_at[-1]) == (last, first, largest)
+    searched = benchmark.gallery
+    assert (searched is not None) == (kind in ("Inshop", "train+query+gallery"))
+    assert (len(benchmark.train), len(benchmark.query)) == (12, 6 if searched else 12)
+    if searched:
+        assert searched.class_names == known[3:] and searched.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    # whatever the layout, the pixels under a label are those of its class
+    for images, offset in ((benchmark.train, 1), (benchmark.query, 4)):
+        assert images.own == (name == "folder")
+        for path, label in list(zip(images.paths, images.labels, strict=True))[-4:]:
+            pixels = np.asarray(Image.open(images.root / path).convert("RGB"), dtype=float).mean((0, 1))
+            assert np.abs(pixels - np.random.RandomState(offset + label).uniform(60, 200, 3)).max() < 40
+    if name == "folder":
+        assert benchmark.warnings == ()
+    else:
+        assert len(benchmark.warnings) == 1 and "train 12 images of 3 classes (published " in benchmark.warnings[0]
+        trees.publish(monkeypatch, name, root)
+        assert load(root, name).warnings == ()
 
 
-def test_cub_class_id_is_the_number_of_the_folder(tmp_path):
-    home = trees.make_cub(tmp_path, classes=3)
-    (home / "images" / "003.Bird_3").rename(home / "images" / "10.Zebra_finch")
-    (home / "images" / "001.Bird_1").rename(home / "images" / "9.Yellowhammer")
-    benchmark = dataset.load_benchmark("cub", tmp_path)
-    assert benchmark.train.class_names == ["002.Bird_2", "9.Yellowhammer"]
-    assert benchmark.query.class_names == ["10.Zebra_finch"]
+def test_cub_class_id_is_the_number_of_the_folder(tree):
+    images = tree("cub") / "CUB_200_2011" / "images"
+    for old, new in (("003.Bird_3", "10.Zebra_finch"), ("001.Bird_1", "9.Yellowhammer"), ("005.Bird_5", "101.Last")):
+        (images / old).rename(images / new)
+    benchmark = load(images.parent.parent, "cub")
+    assert benchmark.train.class_names == "002.Bird_2 004.Bird_4 006.Bird_6 9.Yellowhammer 10.Zebra_finch".split()
+    assert benchmark.query.class_names == ["101.Last"]  # the published boundary is 100
 
 
 @pytest.mark.parametrize(
@@ -79,504 +158,54 @@ def test_cub_class_id_is_the_number_of_the_folder(tmp_path):
 )
 def test_no_class_crosses_the_published_boundary_where_others_are_missing(name, classes, train, test):
     listing = layouts.Listing(Path("root"), {"all": [(f"{c}.jpg", c) for c in classes]})
-    layouts.split_by_class(listing, 0.5, {"cub": 100, "cars": 98}.get(name))
+    layouts.split_by_class(listing, 0.5, layouts.get(name).last_train_class)
     assert [c for _, c in listing.splits["train"]] == classes[:train]
     assert [c for _, c in listing.splits["test"]] == classes[train:] and len(classes) == train + test
 
 
-def test_the_published_boundary_is_that_of_the_benchmark(tmp_path):
-    home = trees.make_cub(tmp_path, classes=5)
-    (home / "images" / "005.Bird_5").rename(home / "images" / "101.Bird_5")
-    benchmark = dataset.load_benchmark("cub", tmp_path)
-    assert (benchmark.train.num_classes, benchmark.query.class_names) == (4, ["101.Bird_5"])
-    trees.make_cars(tmp_path, classes=4)
-    assert layouts.get("cars").last_train_class == 98
-
-
-def test_counts_as_published_give_no_warning_and_the_2010_edition_one(monkeypatch, tmp_path):
-    trees.make_cub(tmp_path, classes=4, images=3)
-    assert trees.publish(monkeypatch, "cub", tmp_path) == {"train": (6, 2), "test": (6, 2)}
-    assert dataset.load_benchmark("cub", tmp_path).warnings == ()
-    listing = layouts.Listing(tmp_path, {"train": [("a", 1)] * 3000, "test": [("b", 2)] * 3033})
+def test_the_2010_edition_of_cub_is_known():
+    listing = layouts.Listing(Path("root"), {"train": [("a", 1)] * 3000, "test": [("b", 2)] * 3033})
     assert "2010 edition" in layouts.compare_counts("cub", listing)[1]
 
 
-@pytest.mark.parametrize("layout", [1, 2, 3])
-def test_cars_in_three_layouts(tmp_path, layout):
-    home = trees.make_cars(tmp_path, layout, classes=6, images=4)
-    benchmark = dataset.load_benchmark("cars", tmp_path)
-    assert_sound(benchmark)
-    assert len(benchmark.train) == len(benchmark.query) == 12
-    assert benchmark.train.num_classes == benchmark.query.num_classes == 3
-    names = {1: "Car 4", 2: "4", 3: "Car 4 Type a/b"}  # layout 2 carries names in devkit/cars_meta.mat only
-    assert benchmark.query.class_names[0] == names[layout]
-    assert benchmark.gallery is None and benchmark.recall_at == (1, 2, 4, 8, 16, 32)
-    # whatever the layout, the pixels under a label are those of its class
-    for images in (benchmark.train, benchmark.query):
-        offset = 1 if images is benchmark.train else 4
-        for path, label in list(zip(images.paths, images.labels, strict=True))[:4]:
-            pixels = np.asarray(Image.open(home / path), dtype=float).mean((0, 1))
-            colour = np.random.RandomState(offset + label).uniform(60, 200, 3)
-            assert np.abs(pixels - colour).max() < 20
-
-
-def test_cars_names_and_labels_beside_or_inside_the_devkit(tmp_path):
-    home = trees.make_cars(tmp_path, 2, classes=4)
+def test_cars_names_and_labels_beside_or_inside_the_devkit(tree):
+    home = tree("cars 2") / "cars196"
     shutil.move(home / "cars_test_annos_withlabels.mat", home / "devkit")
-    trees.write_annotations(
-        home / "devkit" / "cars_meta.mat",
-        [],
-        [],
-        class_names=np.array([[f"Car {i}" for i in range(1, 5)]], dtype=object),
-    )
-    benchmark = dataset.load_benchmark("cars", tmp_path)
-    assert benchmark.train.class_names + benchmark.query.class_names == ["Car 1", "Car 2", "Car 3", "Car 4"]
+    names = np.array([[f"Car {i}" for i in range(1, 7)]], dtype=object)
+    trees.write_annotations(home / "devkit" / "cars_meta.mat", [], [], class_names=names)
+    benchmark = load(home.parent, "cars")
+    assert benchmark.train.class_names + benchmark.query.class_names == names[0].tolist()
     assert sorted({path.partition("/")[0] for path in benchmark.train.paths}) == ["cars_test", "cars_train"]
 
 
-def test_sop(tmp_path):
-    trees.make_sop(tmp_path, classes=6, images=3)
-    benchmark = dataset.load_benchmark("SOP", tmp_path)
-    assert_sound(benchmark)
-    assert benchmark.train.class_names == ["1", "2", "3"] and benchmark.query.class_names == ["4", "5", "6"]
-    assert benchmark.query.paths[0] == "cabinet_final/111000000004_0.JPG"
-    assert benchmark.gallery is None and benchmark.recall_at == (1, 10, 100, 1000)
-
-
-def test_inshop(tmp_path):
-    trees.make_inshop(tmp_path, classes=6, images=5)
-    benchmark = dataset.load_benchmark("Inshop", tmp_path)
-    assert_sound(benchmark)
-    assert (len(benchmark.train), len(benchmark.query), len(benchmark.gallery)) == (15, 6, 9)
-    assert benchmark.query.class_names == benchmark.gallery.class_names == [f"id_{i:08d}" for i in (4, 5, 6)]
-    assert benchmark.query.labels.tolist() == [0, 0, 1, 1, 2, 2]
-    assert benchmark.gallery.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert benchmark.recall_at == (1, 10, 20, 30, 40, 50)
-
-
-def test_inshop_query_and_gallery_share_labels_where_a_class_is_in_one_only(tmp_path):
-    home = trees.make_inshop(tmp_path, classes=6, images=3)
-    list_file = home / "Eval" / "list_eval_partition.txt"
+def test_inshop_query_and_gallery_share_labels_where_a_class_is_in_one_only(tree):
+    root = tree("Inshop")
+    list_file = root / "Inshop_Clothes" / "Eval" / "list_eval_partition.txt"
     lines = [line for line in list_file.read_text().splitlines() if not ("00000004" in line and "gallery" in line)]
     list_file.write_text("\n".join(lines))
-    benchmark = dataset.load_benchmark("Inshop", tmp_path)
-    assert benchmark.query.labels.tolist() == [0, 0, 1, 1, 2, 2] and benchmark.gallery.labels.tolist() == [1, 2]
+    benchmark = load(root, "Inshop")
+    assert benchmark.query.labels.tolist() == [0, 0, 1, 1, 2, 2] and benchmark.gallery.labels.tolist() == [1, 1, 2, 2]
     assert (benchmark.query.num_classes, benchmark.gallery.num_classes) == (3, 2)
     summary = run.summary_of({"gallery": dataset.fingerprint(benchmark.gallery)})
-    assert (summary["gallery"]["images"], summary["gallery"]["classes"]) == (2, 2)
-    assert any("line 1 promises 18 images, 17 follow" in line for line in benchmark.warnings)
+    assert (summary["gallery"]["images"], summary["gallery"]["classes"]) == (4, 2)
+    assert any("line 1 promises 24 images, 22 follow" in line for line in benchmark.warnings)
 
 
 def test_glyphs(tmp_path, monkeypatch):
     small = glyphs.ensure_glyphs(tmp_path, 6, 4, 16, progress=False)
     trees.patch(monkeypatch, "glyphs", home=small.name)
     monkeypatch.setattr(glyphs, "ensure_glyphs", lambda root: None)
-    benchmark = dataset.load_benchmark("glyphs", tmp_path)
+    benchmark = load(tmp_path, "glyphs")
     assert_sound(benchmark)
     assert (len(benchmark.train), benchmark.train.num_classes, benchmark.query.num_classes) == (12, 3, 3)
 
 
-# ---------------------------------------------------------------- own pictures
-
-
-@pytest.mark.parametrize("layout", ["train+test", "classes", "csv", "train+query+gallery"])
-def test_folder_layouts(tmp_path, layout):
-    trees.make_folder(tmp_path, layout, classes=6, images=4)
-    benchmark = dataset.load_benchmark("folder", tmp_path)
-    assert_sound(benchmark)
-    assert benchmark.train.class_names == ["thing_1", "thing_2", "thing_3"]
-    assert benchmark.query.class_names == ["thing_4", "thing_5", "thing_6"]
-    assert (benchmark.gallery is not None) == (layout == "train+query+gallery")
-    assert len(benchmark.query) == (6 if benchmark.gallery else 12)
-    assert benchmark.warnings == () and benchmark.recall_at == (1, 2, 4, 8, 16, 32)
-
-
-def test_folder_csv_by_its_name_with_query_and_gallery_and_without_split(tmp_path):
-    trees.make_folder(tmp_path, "csv", classes=4, images=4)
-    rows = (tmp_path / "list.csv").read_text().splitlines()[1:]
-    three = [row.replace("test", "query" if i % 2 else "gallery") for i, row in enumerate(rows)]
-    (tmp_path / "three.csv").write_text(
-        "\ufeffLabel,Path,SPLIT\r\n"
-        + "\r\n".join(",".join([label, f'"{path}"', split]) for path, label, split in (row.split(",") for row in three))
-    )
-    benchmark = dataset.load_benchmark("folder", tmp_path / "three.csv")
-    assert_sound(benchmark)
-    assert len(benchmark.query) == len(benchmark.gallery) == 4
-    (tmp_path / "two.csv").write_text("path,label\n" + "\n".join(row.rpartition(",")[0] for row in rows))
-    benchmark = dataset.load_benchmark("folder", tmp_path / "two.csv", train_classes=0.75)
-    assert_sound(benchmark)
-    assert (benchmark.train.num_classes, benchmark.query.num_classes) == (3, 1)
-
-
-@pytest.mark.parametrize("share, expected", [(0.5, 2), (0.75, 4), (0.01, 1), (0.99, 4), (0.6, 3)])
-def test_folder_share_of_training_classes(tmp_path, share, expected):
-    trees.make_folder(tmp_path, "classes", classes=5, images=1, size=8)
-    benchmark = dataset.load_benchmark("folder", tmp_path, share)
-    assert (benchmark.train.num_classes, benchmark.query.num_classes) == (expected, 5 - expected)
-
-
-def test_folder_takes_what_pillow_opens_and_counts_the_rest(tmp_path):
-    trees.make_folder(tmp_path, "classes", classes=4, images=2)
-    for name in ("a.webp", "b.BMP", "c.tiff", "deeper/still/d.gif", "e.ppm", "f.JPEG"):
-        trees.save(tmp_path / "thing_1" / name, 1, 0)
-    for name in ("Thumbs.db", "readme.txt", "deeper/list.h5", "._a.webp", ".DS_Store"):
-        (tmp_path / "thing_1" / name).write_text("not an image")
-    benchmark = dataset.load_benchmark("folder", tmp_path)
-    assert benchmark.train.paths[:-2] == [
-        "thing_1/" + name
-        for name in ("0.png", "1.png", "a.webp", "b.BMP", "c.tiff", "deeper/still/d.gif", "e.ppm", "f.JPEG")
-    ]
-    assert benchmark.warnings == (f"{tmp_path}: 3 files that are not images were skipped",)
-    loader = dataset.make_eval_loader(benchmark.train, SMALL_EVAL, 10)
-    assert next(iter(loader))[0].shape == (10, 3, 16, 16)
-
-
-def test_folder_says_what_it_does_not_use(tmp_path):
-    trees.make_folder(tmp_path, "train+test", classes=4, images=2)
-    (tmp_path / "val").mkdir()
-    (tmp_path / "list.csv").write_text("path,label,split\n")
-    lines = dataset.load_benchmark("folder", tmp_path).warnings
-    assert len(lines) == 2 and "list.csv is not read" in lines[0] and "val is not used" in lines[1]
-
-
-# ---------------------------------------------------------------- folders that are not what they seem
-
-
-def rename_splits(root, change):
-    for folder in list(root.iterdir()):
-        folder.rename(folder.with_name(change(folder.name)))
-
-
-@pytest.mark.parametrize("change", [str.upper, str.title, lambda name: name[0] + name[1:].upper()])
-@pytest.mark.parametrize("layout", ["train+test", "train+query+gallery"])
-def test_splits_are_found_in_any_letter_case(tmp_path, layout, change):
-    trees.make_folder(tmp_path, layout, classes=6, images=4, size=8)
-    expected = dataset.load_benchmark("folder", tmp_path)
-    rename_splits(tmp_path, change)
-    benchmark = dataset.load_benchmark("folder", tmp_path)
-    assert_sound(benchmark)
-    assert benchmark.warnings == () and benchmark.train.class_names == expected.train.class_names
-    assert [len(images) for images in (benchmark.train, benchmark.query)] == [len(expected.train), len(expected.query)]
-
-
-def test_two_spellings_of_one_split(tmp_path):
-    trees.make_folder(tmp_path, "train+test", 4, 2, 8)
-    trees.save(tmp_path / "Test" / "thing_9" / "0.png", 9, 0, 8)
-    if len(list(tmp_path.iterdir())) == 3:  # not on a file system that ignores letter case
-        with pytest.raises(ValueError, match="Test and test are the same split; merge them"):
-            dataset.load_benchmark("folder", tmp_path)
-
-
-@pytest.mark.parametrize("kind", ["folder", "csv"])
-@pytest.mark.parametrize("layout", ["train+test", "train+query+gallery"])
-def test_data_without_train_can_be_scored_but_not_trained_on(tmp_path, kind, layout):
-    trees.make_folder(tmp_path, layout, classes=6, images=4, size=8)
-    expected = dataset.load_benchmark("folder", tmp_path)
-    if kind == "csv":
-        files = [path.relative_to(tmp_path) for path in sorted(tmp_path.rglob("*.png")) if "train" not in path.parts]
-        rows = [f"{path},{path.parts[1]},{path.parts[0].upper()}" for path in files]
-        (tmp_path / "list.csv").write_text("\n".join(["path,label,split", *rows]))
-    shutil.rmtree(tmp_path / "train")
-    root = tmp_path / "list.csv" if kind == "csv" else tmp_path
-    with pytest.raises(ValueError) as caught:
-        dataset.load_benchmark("folder", root)
-    assert str(caught.value).startswith(f"{root}: there is no split 'train', so it can be scored")
-    benchmark = dataset.load_benchmark("folder", root, training=False)
-    assert benchmark.train is None and benchmark.warnings == () and benchmark.query.own
-    assert pairs(benchmark.query) == pairs(expected.query)
-    assert (benchmark.gallery is None) == (expected.gallery is None)
-    if benchmark.gallery is not None:
-        assert pairs(benchmark.gallery) == pairs(expected.gallery)
-
-
-def test_scoring_needs_no_full_train_but_takes_it_if_it_is_there(tmp_path):
-    trees.make_folder(tmp_path, "train+test", 4, 2, 8)
-    assert len(dataset.load_benchmark("folder", tmp_path, training=False).train) == 4
-    for folder in (tmp_path / "train").iterdir():
-        shutil.rmtree(folder)
-    with pytest.raises(ValueError, match="no image in the split 'train'"):
-        dataset.load_benchmark("folder", tmp_path)
-    assert len(dataset.load_benchmark("folder", tmp_path, training=False).query) == 4
-
-
 @pytest.mark.parametrize(
-    "names, words",
-    [
-        (["train", "bus"], "beside train there must be test, or query and gallery"),
-        (["QUERY", "bus", "car"], "beside QUERY there must be gallery.*if QUERY is a class, rename it"),
-        (["gallery", "bus", "car"], "beside gallery there must be query"),
-        (["train", "query"], "beside train there must be test, or query and gallery"),
-    ],
+    "text", ["sop SOP", "INSHOP Inshop", "In-Shop Inshop", "CUB cub", "Cars cars", "folder folder"]
 )
-def test_splits_that_lack_others(tmp_path, names, words):
-    for name in names:
-        trees.save(tmp_path / name / "a" / "0.png", 1, 0, 8)
-    for training in (True, False):
-        with pytest.raises(ValueError, match=words):
-            dataset.load_benchmark("folder", tmp_path, training=training)
-
-
-def test_class_folders_one_level_too_deep(tmp_path):
-    for n, kind in enumerate(("animals/cat", "animals/dog", "animals/emu", "animals/fox", "cars/x/bus", "cars/x/van")):
-        trees.save(tmp_path / kind / "0.png", n, 0, 8)
-        trees.save(tmp_path / kind / "1.png", n, 1, 8)
-    trees.save(tmp_path / "plants" / "more" / "0.png", 7, 0, 8)  # one folder more, nothing mistaken
-    trees.save(tmp_path / "tools" / "0.png", 8, 0, 8)
-    trees.save(tmp_path / "tools" / "old" / "0.png", 8, 1, 8)
-    trees.save(tmp_path / "tools" / "new" / "0.png", 8, 2, 8)
-    (line,) = (line for line in dataset.load_benchmark("folder", tmp_path).warnings if "one class;" in line)
-    assert line == (
-        f"{tmp_path / 'animals'} (and 1 more class folders like it): holds no images itself but 4 folders of them "
-        f"(cat, dog, emu, …), all taken as one class; if each of these is a class, move them into {tmp_path}"
-    )
-
-
-def test_a_single_folder_around_the_classes(tmp_path):
-    trees.make_folder(tmp_path / "unpacked" / "pictures", "classes", 4, 2, 8)
-    words = (
-        f"{tmp_path / 'unpacked'}: it has 1 folders .*; is it --data-root {tmp_path / 'unpacked' / 'pictures'}, which"
-    )
-    with pytest.raises(ValueError, match=words):
-        dataset.load_benchmark("folder", tmp_path / "unpacked")
-
-
-def test_deep_class_folders_inside_a_split(tmp_path):
-    trees.make_folder(tmp_path, "train+test", 4, 2, 8)
-    for name in ("cat", "dog"):
-        trees.save(tmp_path / "train" / "animals" / name / "0.png", 9, 0, 8)
-    (line,) = dataset.load_benchmark("folder", tmp_path).warnings
-    assert line.startswith(f"{tmp_path / 'train' / 'animals'}: holds no images itself but 2 folders of them (cat, dog)")
-    assert line.endswith(f"move them into {tmp_path / 'train'}")
-
-
-@pytest.mark.parametrize(
-    "make, name", [(trees.make_cub, "cub"), (trees.make_sop, "SOP"), (trees.make_inshop, "Inshop")]
-)
-@pytest.mark.parametrize("beside", [True, False])
-def test_a_data_root_of_benchmarks_is_not_taken_for_classes(tmp_path, make, name, beside):
-    make(tmp_path, classes=4, images=4, size=8)
-    if beside:
-        trees.make_folder(tmp_path / "mine", "classes", 2, 2, 8)
-    for training in (True, False):
-        with pytest.raises(ValueError) as caught:
-            dataset.load_benchmark("folder", tmp_path, training=training)
-        assert f"--dataset {name}" in str(caught.value) and "--data-root" in str(caught.value)
-    if beside:
-        assert len(dataset.load_benchmark("folder", tmp_path / "mine").train) == 2
-
-
-def test_a_class_may_be_called_glyphs(tmp_path):
-    trees.save(tmp_path / "glyphs" / "0.png", 1, 0, 8)
-    trees.save(tmp_path / "photos" / "0.png", 2, 0, 8)
-    assert dataset.load_benchmark("folder", tmp_path).train.class_names == ["glyphs"]
-
-
-# ---------------------------------------------------------------- links, pipes, and what cannot be read
-
-
-@pytest.fixture
-def own(tmp_path):
-    return trees.make_folder(tmp_path / "own", "classes", classes=4, images=3, size=8)
-
-
-def test_what_is_no_regular_file_is_skipped_and_counted(own, tmp_path):
-    clean = dataset.load_benchmark("folder", own)
-    victim = own / "thing_1"
-    (victim / "self.jpg").symlink_to(victim / "self.jpg")
-    (victim / "gone.jpg").symlink_to(tmp_path / "nowhere")
-    os.mkfifo(victim / "pipe.jpg")
-    (victim / "null.jpg").symlink_to("/dev/null")
-    (victim / "loop").symlink_to(own)
-    (victim / "README").write_text("no suffix")
-    (victim / "deep").mkdir()
-    (victim / "deep" / "loop").symlink_to(victim)
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(os.path.relpath(victim / "socket.jpg"))
-    for name in ("self", "loop.jpg"):
-        (own / name).symlink_to(own / name)  # next to the classes, too
-    benchmark = dataset.load_benchmark("folder", own)
-    assert benchmark.warnings == (
-        f"{own}: 1 file that is not an image and 4 broken links and 3 pipes, sockets or devices and "
-        "2 links to folders that are read already were skipped",
-    )
-    assert benchmark.train.paths == clean.train.paths and benchmark.query.paths == clean.query.paths
-
-
-def test_a_csv_that_names_a_pipe_is_refused_and_reading_one_does_not_hang(tmp_path):
-    trees.make_folder(tmp_path, "csv", 4, 2, 8)
-    (tmp_path / "pictures/0/1.png").unlink()
-    os.mkfifo(tmp_path / "pictures/0/1.png")
-    with pytest.raises(FileNotFoundError, match="names 1 images that are not there.*pictures/0/1.png"):
-        dataset.load_benchmark("folder", tmp_path)
-    for own in (True, False):
-        with pytest.raises(dataset.UnreadableImage, match=r"1.png: cannot be decoded \(not a regular file\)"):
-            dataset.read_rgb(str(tmp_path / "pictures/0/1.png"), own)
-
-
-def test_folders_that_cannot_be_read_are_skipped_and_counted(own, monkeypatch):
-    trees.make_folder(own, "classes", classes=5, images=3, size=8)
-    (own / "thing_2" / "locked").mkdir()
-    scandir = os.scandir
-
-    def refuse(path):
-        if os.path.basename(path) in ("locked", "thing_1"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(layouts.os, "scandir", refuse)
-    benchmark = dataset.load_benchmark("folder", own)
-    assert benchmark.warnings == (f"{own}: 2 folders that cannot be read were skipped",)
-    assert benchmark.train.class_names == ["thing_2", "thing_3"]
-
-
-def test_a_thousand_nested_folders(own):
-    deepest, above = own / "thing_1", []
-    for _ in range(1000):
-        above.append(deepest)
-        deepest = Path(f"{deepest}/d")
-        os.mkdir(deepest)
-    try:
-        trees.picture(1, 1, 8).save(f"{deepest}/deep.png")
-        paths = dataset.load_benchmark("folder", own).train.paths
-        assert len(paths) == 7 and paths[3] == "thing_1/" + 1000 * "d/" + "deep.png"
-    finally:  # pytest's own clearing away would be recursive
-        os.unlink(f"{deepest}/deep.png")
-        for folder in reversed(above):
-            os.rmdir(f"{folder}/d")
-
-
-def test_many_links_across_folders_do_not_multiply(own):
-    places = [own / "thing_1" / str(i) for i in range(12)]
-    for folder in places:
-        folder.mkdir()
-    for one in places:
-        for other in places:
-            (one / f"to {other.name}").symlink_to(other)
-    found, skipped = folders.find_images(own / "thing_1", "x")
-    assert found == ["x/0.png", "x/1.png", "x/2.png"] and skipped.keys() == {"again"}
-
-
-# ---------------------------------------------------------------- the same file twice
-
-
-def hard(link, target):
-    os.link(target, link)
-
-
-def soft(link, target):
-    link.symlink_to(target)
-
-
-def relative(link, target):
-    link.symlink_to(os.path.relpath(target, link.parent))
-
-
-@pytest.mark.parametrize("make_link", [hard, soft, relative])
-@pytest.mark.parametrize(
-    "layout, one, other",
-    [
-        ("train+test", "train/thing_1/0.png", "test/thing_4/new.png"),
-        ("train+query+gallery", "query/thing_4/0.png", "gallery/thing_4/new.png"),
-        ("train+test", "test/thing_4/0.png", "test/thing_4/new.png"),
-        ("classes", "thing_1/0.png", "thing_4/new.png"),
-    ],
-)
-def test_one_file_in_two_places_is_found_through_links(tmp_path, layout, one, other, make_link):
-    trees.make_folder(tmp_path, layout, classes=4, images=4, size=8)
-    shutil.copy(tmp_path / one, tmp_path / "copy.png")
-    make_link(tmp_path / other, tmp_path / one)
-    for training in (True, False):
-        with pytest.raises(ValueError) as caught:
-            dataset.load_benchmark("folder", tmp_path, training=training)
-        message = str(caught.value)
-        assert one in message and other in message and "are the same file, listed twice, in " in message
-    (tmp_path / other).unlink()
-    (tmp_path / "copy.png").rename(tmp_path / other)  # a copy of the bytes is no mistake
-    dataset.load_benchmark("folder", tmp_path)
-
-
-def test_a_linked_class_folder_is_named_with_how_many_it_repeats(own):
-    (own / "thing_5").symlink_to(own / "thing_4")
-    words = r"thing_4/0.png and thing_5/0.png are the same file, listed twice, in test \(and 2 more\); keep one"
-    with pytest.raises(ValueError, match=words):
-        dataset.load_benchmark("folder", own)
-
-
-@pytest.mark.parametrize("spelling", ["./pictures/0/1.png", "pictures//0/1.png", "pictures/./0/.//1.png"])
-def test_one_file_under_two_spellings_in_a_csv(tmp_path, spelling):
-    trees.make_folder(tmp_path, "csv", 4, 2, 8)
-    with open(tmp_path / "list.csv", "a") as file:
-        file.write(f"{spelling},thing_4,test\n")
-    with pytest.raises(ValueError) as caught:
-        dataset.load_benchmark("folder", tmp_path)
-    assert f"pictures/0/1.png and {spelling} are the same file, listed twice, in train and test" in str(caught.value)
-
-
-def test_spellings_are_compared_in_published_lists_too_and_no_file_is_looked_at(tmp_path, monkeypatch):
-    home = trees.make_sop(tmp_path, 4, 4, 8)
-    monkeypatch.setattr(layouts, "file_id", None)
-    assert len(dataset.load_benchmark("SOP", tmp_path).train) == 8
-    with open(home / "Ebay_test.txt", "a") as file:
-        file.write("17 4 2 ./bicycle_final//111000000001_0.JPG\n")
-    with pytest.raises(ValueError, match="bicycle_final/111000000001_0.JPG and ./bicycle.* in train and test"):
-        dataset.load_benchmark("SOP", tmp_path)
-
-
-# ---------------------------------------------------------------- tests that say little
-
-
-def test_one_class_to_test_on_and_queries_without_positive(tmp_path):
-    trees.make_folder(tmp_path, "classes", classes=4, images=2, size=8)
-    assert dataset.load_benchmark("folder", tmp_path).warnings == ()
-    (tmp_path / "thing_3" / "1.png").unlink()
-    assert dataset.load_benchmark("folder", tmp_path).warnings == (
-        f"{tmp_path}: 1 of 3 queries have no other image of their class; they are left out of the figures",
-    )
-    (tmp_path / "thing_4" / "1.png").unlink()
-    assert dataset.load_benchmark("folder", tmp_path).warnings == (
-        f"{tmp_path}: none of the 2 queries has another image of its class",
-    )
-    only = f"{tmp_path}: only one class to test on, figures say nothing; is it the right folder?"
-    trees.save(tmp_path / "thing_4" / "1.png", 4, 1, 8)
-    assert dataset.load_benchmark("folder", tmp_path, 0.75).warnings == (only,)
-
-
-def test_queries_without_an_image_of_their_class_in_the_gallery(tmp_path):
-    trees.make_folder(tmp_path, "train+query+gallery", classes=6, images=5, size=8)
-    shutil.rmtree(tmp_path / "gallery" / "thing_4")
-    assert dataset.load_benchmark("folder", tmp_path, training=False).warnings == (
-        f"{tmp_path}: 2 of 6 queries have no other image of their class in the gallery; "
-        "they are left out of the figures",
-    )
-    for name in ("thing_5", "thing_6"):
-        (tmp_path / "gallery" / name).rename(tmp_path / "gallery" / f"other {name}")
-    words = f"{tmp_path}: none of the 6 queries has another image of its class in the gallery"
-    assert dataset.load_benchmark("folder", tmp_path).warnings == (words,)
-
-
-@pytest.mark.parametrize("name", ["cub", "cars", "SOP", "Inshop"])
-def test_whole_benchmarks_are_silent_even_if_classes_have_one_training_image(tmp_path, monkeypatch, name):
-    make = {"cub": trees.make_cub, "cars": trees.make_cars, "SOP": trees.make_sop, "Inshop": trees.make_inshop}[name]
-    home = make(tmp_path, classes=6, images=4, size=8)
-    if name == "Inshop":  # as twelve of the published ones
-        list_file = home / "Eval" / "list_eval_partition.txt"
-        count, header, *lines = list_file.read_text().splitlines()
-        lines = [line for line in lines if "id_00000001/" not in line or "02_0_" in line]
-        list_file.write_text("\n".join([str(len(lines)), header, *lines]))
-    trees.publish(monkeypatch, name, tmp_path)
-    assert dataset.load_benchmark(name, tmp_path).warnings == ()
-
-
-# ---------------------------------------------------------------- names and facts
-
-
-@pytest.mark.parametrize(
-    "text, name",
-    [("sop", "SOP"), ("SOP", "SOP"), ("inshop", "Inshop"), ("INSHOP", "Inshop"), ("In-Shop", "Inshop")]
-    + [("CUB", "cub"), ("Cars", "cars"), ("Glyphs", "glyphs"), ("FOLDER", "folder"), ("folder", "folder")],
-)
-def test_names_in_any_letter_case(text, name):
-    assert layouts.dataset_name(text) == name
+def test_names_in_any_letter_case(text):
+    given, name = text.split()
+    assert layouts.dataset_name(given) == name
 
 
 @pytest.mark.parametrize("text", ["", "birds", "cub200", "ſop", " cub"])
@@ -585,7 +214,7 @@ def test_names_that_are_none(text):
         layouts.dataset_name(text)
 
 
-def test_facts():
+def test_what_was_published():
     known = {name: layouts.get(name) for name in layouts.DATASETS}
     totals = {name: sum(n for n, _ in layout.published.values()) for name, layout in known.items()}
     assert (totals["cub"], totals["cars"], totals["SOP"], totals["Inshop"]) == (11788, 16185, 120053, 52712)
@@ -594,301 +223,582 @@ def test_facts():
         assert all(len(text.split()) in (1, len(layout.results_at)) for _, _, text in layout.results)
 
 
-@pytest.mark.parametrize("layout", ["train+test", "train+query+gallery", "csv"])
-def test_a_share_from_a_checkpoint_gives_way_to_a_split(tmp_path, layout):
-    trees.make_folder(tmp_path, layout, classes=4, images=4, size=8)
-    with pytest.raises(ValueError, match="--train-classes 0.75.*has a split of its own; leave the flag out"):
-        dataset.load_benchmark("folder", tmp_path, 0.75)
-    ignored = dataset.load_benchmark("folder", tmp_path, 0.75, share_given=False)
-    assert pairs(ignored.train) == pairs(dataset.load_benchmark("folder", tmp_path).train)
-    trees.make_folder(tmp_path / "flat", "classes", classes=4, images=2, size=8)
-    for share_given in (True, False):
-        flat = dataset.load_benchmark("folder", tmp_path / "flat", 0.75, share_given=share_given)
-        assert flat.train.num_classes == 3
-    assert dataset.load_benchmark("folder", tmp_path / "flat", None).train.num_classes == 2
+# ---------------------------------------------------------------- own folders
+
+
+@pytest.mark.parametrize("share, expected", [(0.5, 3), (0.75, 4), (0.01, 1), (0.99, 5), (0.6, 4)])
+def test_share_of_training_classes(forest, share, expected):
+    benchmark = load(forest["classes"], train_classes=share)
+    assert (benchmark.train.num_classes, benchmark.query.num_classes) == (expected, 6 - expected)
+
+
+@pytest.mark.parametrize("kind", ["train+test", "train+query+gallery", "csv"])
+def test_a_share_from_a_checkpoint_gives_way_to_a_split(forest, kind):
+    refused = refusal(forest[kind], train_classes=0.75)
+    assert "--train-classes 0.75" in refused and "has a split of its own; leave the flag out" in refused
+    ignored = load(forest[kind], train_classes=0.75, share_given=False)
+    assert contents(ignored) == contents(load(forest[kind]))
+    assert load(forest["classes"], train_classes=0.75, share_given=False).train.num_classes == 4
+    assert "between 0 and 1" in refusal(forest[kind], train_classes=1.0)
+    assert "split of its own" in refusal(forest["cub"], "cub", train_classes=0.4)
+
+
+def test_pillows_formats_are_taken_and_the_rest_is_counted(tree):
+    root = tree("classes")
+    for name in ("a.webp", "b.BMP", "c.tiff", "deeper/still/d.gif", "deeper.ppm", "f.JPEG"):
+        trees.save(root / "thing_1" / name, 1, 0, 8)
+    for name in ("Thumbs.db", "readme.txt", "deeper/list.h5", "._a.webp", ".DS_Store"):
+        (root / "thing_1" / name).write_text("not an image")
+    trees.save(root / "loose.png", 1, 1)
+    benchmark = load(root)
+    names = "0.png 1.png 2.png 3.png a.webp b.BMP c.tiff deeper/still/d.gif deeper.ppm f.JPEG".split()
+    assert benchmark.train.paths[:10] == ["thing_1/" + name for name in names]
+    assert benchmark.warnings == (
+        f"{root}: images beside the class folders have no class, not used: 1 (loose.png)",
+        f"{root}: skipped 3 × not an image",
+    )
+
+
+def test_what_is_not_used_is_said(tree):
+    root = tree("train+test")
+    (root / "val").mkdir()
+    for name in ("list.csv", "list.tsv", "list.txt"):
+        (root / name).write_text("path,label,split\n")
+    (root / "readme.txt").write_text("Pictures, and no list\n")
+    notes = load(root).warnings
+    assert [Path(note.split()[0]).name for note in notes] == ["list.csv", "list.tsv", "list.txt", "val"]
+    assert "is not read, the folders next to it are" in notes[0] and notes[3].endswith("val is not used")
+
+
+@pytest.mark.parametrize("change", [str.upper, str.title, lambda name: name[0] + name[1:].upper()])
+@pytest.mark.parametrize("kind", ["train+test", "train+query+gallery"])
+def test_splits_are_found_in_any_letter_case(tree, forest, kind, change):
+    root = tree(kind)
+    for folder in list(root.iterdir()):
+        folder.rename(folder.with_name(change(folder.name)))
+    found, expected = load(root), load(forest[kind])
+    assert found.warnings == () and [len(part[0]) for part in contents(found) if part] == [
+        len(part[0]) for part in contents(expected) if part
+    ]
+    trees.save(root / "tesT" / "thing_9" / "0.png", 9, 0, 8)
+    trees.save(root / "tEsT" / "thing_9" / "0.png", 9, 0, 8)
+    assert "are the same split; merge them" in refusal(root)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("kind", ["train+test", "train+query+gallery"])
+def test_data_without_train_can_be_scored_but_not_trained_on(tree, forest, kind, listed):
+    root, expected = tree(kind), load(forest[kind])
+    shutil.rmtree(root / "train")
+    if listed:
+        files = [path.relative_to(root) for path in sorted(root.rglob("*.png"))]
+        rows = [f"{path},{path.parts[1]},{path.parts[0].upper()}" for path in files]
+        (root / "list.csv").write_text("\n".join(["path,label,split", *rows]))
+        root = root / "list.csv"
+    assert refusal(root).startswith(f"{root}: there is no split 'train', so it can be scored")
+    benchmark = load(root, training=False)
+    assert benchmark.train is None and benchmark.warnings == ()
+    assert contents(benchmark)[1:] == contents(expected)[1:]
+
+
+def test_scoring_needs_no_full_train_but_takes_it_if_it_is_there(tree):
+    root = tree("train+test")
+    assert len(load(root, training=False).train) == 12
+    for folder in (root / "train").iterdir():
+        shutil.rmtree(folder)
+    assert "no image in the split 'train'" in refusal(root)
+    assert len(load(root, training=False).query) == 12
+
+
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        (["train", "bus"], "beside train there must be test, or query and gallery"),
+        (["QUERY", "bus", "car"], "beside QUERY there must be gallery; needed are"),
+        (["gallery", "bus", "car"], "beside gallery there must be query"),
+        (["train", "query"], "beside train there must be test, or query and gallery"),
+        (["pictures/bus", "pictures/car"], "it has 1 folders and 0 lists (.csv, .tsv, .txt); needed are the folders"),
+        (["pictures/bus", "pictures/car"], "pictures, which holds 2 folders?"),
+    ],
+)
+def test_folders_that_lack_others(tmp_path, names, words):
+    for name in names:
+        trees.save(tmp_path / name / "a" / "0.png", 1, 0, 8)
+    for training in (True, False):
+        assert words in refusal(tmp_path, training=training)
+
+
+@pytest.mark.parametrize("inside", ["", "train"])
+def test_class_folders_one_level_too_deep(tree, inside):
+    top = tree("train+test" if inside else "classes") / inside
+    for n, kind in enumerate(("animals/cat", "animals/dog", "animals/emu", "animals/fox", "cars/x/bus", "cars/x/van")):
+        trees.save(top / kind / "0.png", n, 0, 8)
+    trees.save(top / "plants" / "more" / "0.png", 7, 0, 8)  # one folder more, nothing mistaken
+    for name in ("0.png", "old/0.png", "new/0.png"):
+        trees.save(top / "tools" / name, 8, 0, 8)
+    assert load(top.parent if inside else top, training=False).warnings[0] == (
+        f"{top / 'animals'} (and 1 more class folders like it): holds no images itself but 4 folders of them "
+        f"(cat, dog, emu, …), all taken as one class; if each of these is a class, move them into {top}"
+    )
+
+
+@pytest.mark.parametrize("name", ["cub", "SOP", "Inshop"])
+def test_a_data_root_of_benchmarks_is_not_taken_for_classes(tree, name):
+    root = tree(name)
+    trees.make_classes(root / "mine", 2, 2)
+    for training in (True, False):
+        assert f"--dataset {name}" in refusal(root, training=training)
+    trees.save(root / "mine" / "glyphs" / "0.png", 1, 0, 8)  # but a class may be called glyphs
+    assert load(root / "mine").query.class_names == ["glyphs"]
+
+
+@pytest.mark.parametrize(
+    "one, other", [("Cat", "cat"), ("\u00e9", "e\u0301"), ("cat", "cat "), ("STRASSE", "stra\u00dfe")]
+)
+def test_class_names_that_look_alike_are_pointed_out(tree, one, other):
+    root = tree("train+test")
+    (root / "train" / "thing_1").rename(root / "train" / one)
+    (root / "test" / "thing_5").rename(root / "test" / other)
+    (line,) = load(root).warnings
+    assert f"{one!a} (train)" in line and f"{other!a} (test)" in line and "taken as two classes;" in line
+
+
+# ---------------------------------------------------------------- links, pipes, and what cannot be read
+
+
+def test_what_is_no_regular_file_is_skipped_and_counted(tree, forest, tmp_path):
+    root = tree("classes")
+    victim = root / "thing_1"
+    (victim / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(victim / "pipe.jpg")
+    (victim / "null.jpg").symlink_to("/dev/null")
+    (victim / "loop").symlink_to(root)
+    (victim / "README").write_text("no suffix")
+    (victim / "deep").mkdir()
+    (victim / "deep" / "loop").symlink_to(victim)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(victim / "socket.jpg"))
+    for link in (victim / "self.jpg", root / "self", root / "loop.jpg"):  # next to the classes, too
+        link.symlink_to(link)
+    benchmark = load(root)
+    assert benchmark.warnings == (
+        f"{root}: skipped 4 × broken link and 2 × link to a folder that is read already and 1 × not an image and "
+        "3 × pipe, socket or device",
+    )
+    assert contents(benchmark) == contents(load(forest["classes"]))
+
+
+def test_a_list_that_names_a_pipe_is_refused_and_reading_one_does_not_hang(tree):
+    root = tree("csv")
+    (root / "pictures/0/1.png").unlink()
+    os.mkfifo(root / "pictures/0/1.png")
+    assert "names 1 images that are not there" in refusal(root) and "pictures/0/1.png" in refusal(root)
+    for own in (True, False):
+        with pytest.raises(dataset.UnreadableImage, match=r"1.png: cannot be decoded \(not a regular file\)"):
+            dataset.read_rgb(str(root / "pictures/0/1.png"), own)
+
+
+def test_folders_that_cannot_be_read_are_skipped_and_counted(tree, monkeypatch):
+    root, scandir = tree("classes"), os.scandir
+    (root / "thing_2" / "locked").mkdir()
+
+    def refuse(path):
+        if os.path.basename(path) in ("locked", "thing_1"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    benchmark = load(root)
+    assert benchmark.warnings == (f"{root}: skipped 2 × folder that cannot be read",)
+    assert benchmark.train.class_names == ["thing_2", "thing_3"]
+
+
+def test_many_links_across_folders_do_not_multiply(tree):
+    victim = tree("classes") / "thing_1"
+    places = [victim / str(i) for i in range(12)]
+    for folder in places:
+        folder.mkdir()
+    for one in places:
+        for other in places:
+            (one / f"to {other.name}").symlink_to(other)
+    found, skipped = folders.find_images(victim, "x")
+    assert found == [f"x/{i}.png" for i in range(4)] and skipped.keys() == {folders.READ_ALREADY}
+
+
+@pytest.mark.parametrize("make_link", [os.link, os.symlink])
+@pytest.mark.parametrize(
+    "kind, one, other",
+    [
+        ("train+test", "train/thing_1/0.png", "test/thing_4/new.png"),
+        ("train+query+gallery", "query/thing_4/0.png", "gallery/thing_4/new.png"),
+        ("classes", "thing_4/0.png", "thing_4/new.png"),
+    ],
+)
+def test_one_file_in_two_places_is_found_through_links(tree, kind, one, other, make_link):
+    root = tree(kind)
+    make_link(root / one, root / other)
+    for training in (True, False):
+        message = refusal(root, training=training)
+        assert one in message and other in message and "are the same file, listed twice, in " in message
+    (root / other).unlink()
+    shutil.copy(root / one, root / other)  # a copy of the bytes is no mistake
+    load(root)
+    if kind == "classes":
+        (root / "thing_7").symlink_to(root / "thing_5")
+        words = "thing_5/0.png and thing_7/0.png are the same file, listed twice, in test (and 3 more); keep one"
+        assert words in refusal(root)
+
+
+@pytest.mark.parametrize(
+    "spelling", ["./pictures/0/1.png", "pictures//0/1.png", "pictures/./0/.//1.png", "{}/pictures/0/1.png"]
+)
+def test_one_file_under_two_spellings_in_a_list(tree, spelling):
+    root = tree("csv")
+    spelling = spelling.format(root)
+    with open(root / "list.csv", "a") as file:
+        file.write(f"{spelling},thing_4,test\n")
+    assert f"pictures/0/1.png and {spelling} are the same file, listed twice, in train and test" in refusal(root)
+
+
+def test_spellings_are_compared_in_published_lists_too_and_no_file_is_looked_at(tree, monkeypatch):
+    root = tree("SOP")
+    monkeypatch.setattr(layouts, "file_id", None)
+    assert len(load(root, "SOP").train) == 12
+    with open(root / "Stanford_Online_Products" / "Ebay_test.txt", "a") as file:
+        file.write("25 4 2 ./bicycle_final//111000000001_0.JPG\n")
+    message = refusal(root, "SOP")
+    assert "bicycle_final/111000000001_0.JPG and ./bicycle" in message and "in train and test" in message
+
+
+# ---------------------------------------------------------------- tests that say little
+
+
+def test_one_class_to_test_on_and_queries_without_positive(tree):
+    root = tree("classes")
+    for name in ("thing_5", "thing_6"):
+        shutil.rmtree(root / name)
+    for i in (1, 2, 3):
+        (root / "thing_3" / f"{i}.png").unlink()
+    assert load(root).warnings == (
+        f"{root}: 1 of 5 queries have no other image of their class; they are left out of the figures",
+    )
+    only = f"{root}: only one class to test on, figures say nothing; is it the right folder?"
+    assert load(root, train_classes=0.75).warnings == (only,)
+    for i in (1, 2, 3):
+        (root / "thing_4" / f"{i}.png").unlink()
+    assert load(root).warnings == (f"{root}: none of the 2 queries has another image of its class",)
+
+
+def test_queries_without_an_image_of_their_class_in_the_gallery(tree):
+    root = tree("train+query+gallery")
+    shutil.rmtree(root / "gallery" / "thing_4")
+    assert load(root, training=False).warnings == (
+        f"{root}: 2 of 6 queries have no other image of their class in the gallery; they are left out of the figures",
+    )
+    for name in ("thing_5", "thing_6"):
+        (root / "gallery" / name).rename(root / "gallery" / f"other {name}")
+    words = f"{root}: none of the 6 queries has another image of its class in the gallery"
+    assert load(root).warnings == (words,)
+
+
+# ---------------------------------------------------------------- lists of own pictures
+
+LABELS = ("007", "7", "NA", "null", "1e3", 'nan, "a"; b')  # each is text, and a class of its own
+# What a spreadsheet or pandas may do to the same table, as options of DataFrame.to_csv
+WRITTEN = {
+    "as it is": {},
+    "semicolons": {"sep": ";"},
+    "tabs": {"sep": "\t"},
+    "everything in quotation marks": {"quoting": 1},
+    "byte order mark": {"encoding": "utf-8-sig"},
+    "UTF-16, tabs": {"encoding": "utf-16", "sep": "\t"},
+    "UTF-16, big-endian": {"encoding": "utf-16-be"},
+    "CRLF": {"lineterminator": "\r\n"},
+    "CR": {"lineterminator": "\r"},
+    "nameless index": {"index": True},
+    "nameless index, tabs": {"index": True, "sep": "\t"},
+    "letter case, order": {"columns": ["split", "label", "path"], "header": ["SPLIT", " Label ", "Path"]},
+}
+
+
+@pytest.fixture
+def table(tree):
+    """(the folder of the tree `csv`, its list as a table of text, with strange labels)"""
+    root = tree("csv")
+    frame = pd.read_csv(root / "list.csv", dtype=str)
+    (root / "list.csv").unlink()
+    frame["label"] = frame["label"].map({f"thing_{c}": label for c, label in enumerate(LABELS, 1)})
+    return root, frame
+
+
+def listed(frame, **splits):
+    """{split: (path, label)} of a table; splits gives other names to those in it."""
+    parts = frame.groupby("split", sort=False)
+    return {splits.get(split, split): list(zip(part.path, part.label, strict=True)) for split, part in parts}
+
+
+def read(path):
+    listing = layouts.read_splits("folder", path)
+    assert listing.own and listing.source == str(path)
+    return listing.splits
+
+
+@pytest.mark.parametrize("how", WRITTEN)
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "txt", "TXT"])
+def test_the_same_list_however_it_is_written(table, how, suffix):
+    root, frame = table
+    file = root / f"my list.{suffix}"
+    options = {"index": False, "encoding": "utf-8"} | WRITTEN[how]
+    text = frame.assign(split=frame["split"].str.upper() if "case" in how else frame["split"]).to_csv(**options)
+    if suffix == "txt":  # further columns, with what could mislead; empty lines
+        more = frame.assign(note="a;b\tc,d;e\nf", Unnamed="")
+        text = more.to_csv(**{key: value for key, value in options.items() if key not in ("columns", "header")}) + "\n"
+        text += options.get("sep", ",") * (4 + options["index"]) + "\n"
+    file.write_bytes((b"\xfe\xff" if how.endswith("endian") else b"") + text.encode(options["encoding"]))
+    assert read(file) == listed(frame)
+    assert layouts.read_splits("folder", root).splits == listed(frame)  # the only list in the folder
+    assert load(file).query.class_names == sorted(LABELS[3:])
+
+
+def test_without_splits_the_classes_are_split(table):
+    root, frame = table
+    frame[["path", "label"]].to_csv(root / "list.csv", index=False)
+    expected = sorted(LABELS)
+    benchmark = load(root, train_classes=0.67)
+    assert (benchmark.train.class_names, benchmark.query.class_names) == (expected[:4], expected[4:])
+
+
+@pytest.mark.parametrize("prefix", ["{}/", "../../"])
+def test_paths_may_lead_anywhere(table, prefix):
+    root, frame = table
+    frame.to_csv(root / "list.csv", index=False)
+    plain = load(root / "list.csv")
+    moved = root / "lists" / "new" / "a.csv"
+    moved.parent.mkdir(parents=True)
+    frame.assign(path=prefix.format(root) + frame.path).to_csv(moved, index=False)
+    benchmark = load(moved)
+    assert_sound(benchmark)
+    for found, known in ((benchmark.train, plain.train), (benchmark.query, plain.query)):
+        assert found.labels.tolist() == known.labels.tolist()
+        assert all(os.path.samefile(found.file(i), known.file(i)) for i in range(12))
+    (root / "pictures/0/1.png").unlink()
+    assert "a.csv names 1 images that are not there" in refusal(moved)
+
+
+@pytest.mark.parametrize("yes, no", [("1", "0"), ("1.0", "0.0"), ("True", "False")])
+@pytest.mark.parametrize("empty", ["", "None"])
+@pytest.mark.parametrize("both", [True, False])
+def test_lists_of_open_metric_learning(table, yes, no, empty, both):
+    root, frame = table
+    tested = frame["split"] == "test"
+    first = tested & (frame.index % 4 < 2)
+    frame["split"] = frame["split"].replace("test", "validation")
+    frame["is_query"] = np.where(tested, np.where(first | both, yes, no), empty)
+    frame["is_gallery"] = np.where(tested, np.where(~first | both, yes, no), empty)
+    for corner in ("x_1", "x_2", "y_1", "y_2"):
+        frame[corner] = empty
+    frame.to_csv(root / "df.csv")
+    if not both:
+        frame.loc[first, "split"], frame.loc[tested & ~first, "split"] = "query", "gallery"
+    assert read(root / "df.csv") == listed(frame, validation="test")
+
+
+OML = "path,label,split,is_query,is_gallery,x_1,x_2,y_1,y_2\na,A,train,,,,,,\n"
+# What is in a list, and with which words it is refused
+WRONG = {
+    "empty": ("", "line 1: expected the columns path,label,split, each once"),
+    "no header": ("a.png,cat,train\nb.png,dog,test\n", "line 1: expected the columns path,label,split"),
+    "no labels": ("path,class,split\na,A,train\n", "line 1: expected the columns path,label,split"),
+    "two paths": ("path,label,Path\na,A,b\n", "line 1: expected the columns path,label,split, each once"),
+    "two separators": ("path,label,x;path;label\na,A,b;c;C\n", "line 1: separators ',' and ';' both fit; use one"),
+    "header alone": ("path,label\n", "the splits in it are none"),
+    "label missing": ("path,label\na,A\nb,\n", "line 3: expected a path and a label, each on one line, found 'b,'"),
+    "path missing": ("label,path\nA, \n", "line 2: expected a path and a label"),
+    "few fields": ("path;label;split\na;A\n", "line 2: expected 3 fields as in the header, found 'a;A'"),
+    "many fields": ("path,label\n\na,A, B\n", "line 3: expected 2 fields"),
+    "line after a long field": ('x,path,label\n"1\n2",a,A\n3,b\n', "line 4: expected 3 fields"),
+    "unknown split": ("path,label,split\na,A,train\nb,B,dev\n", "line 3: expected a split: train, test, query"),
+    "empty split": ("path,label,split\na,A,\n", "line 2: expected a split"),
+    "only train": ("path,label,split\na,A,train\n", "the splits in it are train (from line 2); needed are train and"),
+    "open quotation": ('path,label\n"a,A\nb,B\n', "line 2: expected 2 fields"),
+    "open at the end": ('path,label\na,A\nb,"B\nc,C\nd,D\n', "line 3: expected a path and a label, each on one line"),
+    "endless field": ('path,label\na,A\n"' + 140000 * "b" + ",B", "line 3: field larger than field limit"),
+    "not UTF-8": ("path,label\na,M\udce4rz\n", "not a text file (byte 14 is no UTF-8); save it as UTF-8"),
+    "zero bytes": ("path,label\na,A\0\n", "not a text file"),
+    "validation alone": ("path,label,split\na,A,validation\n", "line 2: expected a split: train, test"),
+    "neither": (OML + "b,B,validation,0,False,,,,\n", "line 3: expected a split"),
+    "unclear": (OML + "b,B,validation,maybe,1,,,,\n", "line 3: expected a split"),
+    "mixture": (OML + "b,B,validation,1,1,,,,\nc,B,validation,1,0,,,,\n", "test (from line 3), query (from line 4)"),
+    "mixture named": (OML + "b,B,validation,1,1,,,,\nc,B,validation,1,0,,,,\n", "either all rows of validation are"),
+    "boxes": (OML + "b,B,validation,1,1,0,9,,\n", "line 3: expected no bounding box in x_1, x_2, y_1, y_2"),
+    "not there": ("path,label\na,A\nb,B\n", "list.csv names 2 images that are not there, the first is"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_in_a_list_is_said_with_its_line(tmp_path, case):
+    text, words = WRONG[case]
+    (tmp_path / "list.csv").write_bytes(text.encode("utf-8", "surrogateescape"))
+    message = refusal(tmp_path / "list.csv")
+    assert words in message and message.startswith(str(tmp_path / "list.csv"))
 
 
 # ---------------------------------------------------------------- what is wrong with the files
 
 
-def spoil(path, old, new):
-    """Replaces the first `old` in a text file."""
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new, 1))
+def spoil(file, old, new):
+    """Replaces the first `old` in a text file; all of them if old begins with '*'."""
+
+    def change(home):
+        text = (home / file).read_text()
+        assert old.lstrip("*") in text
+        (home / file).write_text(text.replace(old.lstrip("*"), new, -1 if old[0] == "*" else 1))
+
+    return change
 
 
 def remove(*names):
     return lambda home: [shutil.rmtree(home / n) if (home / n).is_dir() else (home / n).unlink() for n in names]
 
 
+def write(name, content=b""):
+    return lambda home: (home / name).write_bytes(content)
+
+
+def annotate(name, files, classes, field="relative_im_path"):
+    return lambda home: trees.write_annotations(home / name, files, classes, field)
+
+
 def unlabelled(home):
     (home / "cars_test_annos_withlabels.mat").unlink()
-    trees.write_annotations(home / "devkit" / "cars_test_annos.mat", ["00001.jpg"], None, "fname")
+    annotate("devkit/cars_test_annos.mat", ["00001.jpg"], None, "fname")(home)
 
 
-def renamed_unlabelled(home):
-    trees.write_annotations(home / "cars_test_annos_withlabels.mat", ["00001.jpg"], None, "fname")
+def move(old, new):
+    return lambda home: (home / old).rename(home / new)
 
 
-SOP_LIST, INSHOP_LIST = "Ebay_test.txt", "Eval/list_eval_partition.txt"
-BROKEN = {
-    "cub missing": ("cub", remove("images"), ["images is not there", "download cub", "CUB_200_2011"]),
-    "cub empty class": (
-        "cub",
-        lambda home: [p.unlink() for p in (home / "images/002.Bird_2").iterdir()],
-        ["images/002.Bird_2", "no image"],
-    ),
-    "cub folder without number": ("cub", lambda home: (home / "images/Sparrow").mkdir(), ["Sparrow", "number"]),
-    "cub number twice": ("cub", lambda home: (home / "images/1.Sparrow").mkdir(), ["a second", "number"]),
-    "cub one class": ("cub", remove(*(f"images/00{i}.Bird_{i}" for i in (2, 3, 4))), ["1 class", "2 are needed"]),
-    "cars missing": ("cars1", remove("cars_annos.mat"), ["cars_annos.mat", "names.csv", "download cars"]),
-    "cars not a mat": (
-        "cars1",
-        lambda home: (home / "cars_annos.mat").write_text("<html>"),
-        ["cars_annos.mat: not a readable .mat"],
-    ),
-    "cars cut mat": (
-        "cars1",
-        lambda home: (home / "cars_annos.mat").write_bytes((home / "cars_annos.mat").read_bytes()[:300]),
-        ["cars_annos.mat: not a readable .mat"],
-    ),
-    "cars other mat": (
-        "cars1",
-        lambda home: trees.write_annotations(home / "cars_annos.mat", ["a"], [1], "x"),
-        ["cars_annos.mat", "no field 'relative_im_path'"],
-    ),
-    "cars leaves": (
-        "cars1",
-        lambda home: trees.write_annotations(home / "cars_annos.mat", ["../000001.jpg"], [1]),
-        ["cars_annos.mat, line 1", "inside", "../000001.jpg"],
-    ),
-    "cars image missing": (
-        "cars1",
-        remove("car_ims/000003.jpg", "car_ims/000005.jpg"),
-        ["cars_annos.mat names 2 images", "car_ims/00000"],
-    ),
-    "cars unlabelled": (
-        "cars2",
-        unlabelled,
-        ["cars_test_annos_withlabels.mat is not there", "cars_test_annos.mat has no labels", "download cars"],
-    ),
-    "cars unlabelled, renamed": ("cars2", renamed_unlabelled, ["cars_test_annos_withlabels.mat", "'class'"]),
-    "cars no train list": ("cars2", remove("devkit/cars_train_annos.mat"), ["cars_train_annos.mat is not there"]),
-    "kaggle no list": ("cars3", remove("anno_test.csv"), ["anno_test.csv is not there"]),
-    "kaggle class": (
-        "cars3",
-        lambda home: spoil(home / "anno_train.csv", "31,1\n", "31,5\n"),
-        ["anno_train.csv, line 1", "1 to 4"],
-    ),
-    "kaggle columns": (
-        "cars3",
-        lambda home: spoil(home / "anno_test.csv", ",1,2,", ","),
-        ["anno_test.csv, line 1", "expected file,x1,y1,x2,y2,class"],
-    ),
-    "SOP no list": ("SOP", remove(SOP_LIST), ["Ebay_test.txt is not there", "download SOP"]),
-    "SOP empty list": ("SOP", lambda home: (home / SOP_LIST).write_text(""), ["Ebay_test.txt, line 1", "header"]),
-    "SOP no header": (
-        "SOP",
-        lambda home: spoil(home / SOP_LIST, "image_id class_id super_class_id path\n", ""),
-        ["Ebay_test.txt, line 1", "header"],
-    ),
-    "SOP header alone": (
-        "SOP",
-        lambda home: (home / SOP_LIST).write_text("image_id class_id super_class_id path"),
-        ["no image in the split 'test'"],
-    ),
-    "SOP columns": ("SOP", lambda home: spoil(home / SOP_LIST, " 3 1 ", " 3 "), ["Ebay_test.txt, line 2", "found '"]),
-    "SOP no number": ("SOP", lambda home: spoil(home / SOP_LIST, " 3 1 ", " three 1 "), ["line 2", "three"]),
-    "SOP class 0": (
-        "SOP",
-        lambda home: spoil(home / SOP_LIST, " 3 1 ", " 0 1 "),
-        ["line 2", "expected image_id"],
-    ),
-    "SOP leaves": ("SOP", lambda home: spoil(home / SOP_LIST, "bicycle_final/", "../other/"), ["line 2", "inside"]),
-    "SOP absolute": ("SOP", lambda home: spoil(home / SOP_LIST, "bicycle_final/", "/etc/"), ["line 2", "inside"]),
-    "SOP file missing": ("SOP", remove("bicycle_final/111000000003_1.JPG"), ["names 1 images", "000003_1.JPG"]),
-    "SOP folder missing": ("SOP", remove("bicycle_final"), ["names 8 images", "bicycle_final"]),
-    "SOP shared class": ("SOP", lambda home: spoil(home / SOP_LIST, " 3 1 ", " 1 1 "), ["share 1 class", "as 1"]),
-    "SOP listed twice": ("SOP", lambda home: spoil(home / SOP_LIST, "000003_0", "000003_1"), ["listed twice"]),
-    "SOP binary": ("SOP", lambda home: (home / SOP_LIST).write_bytes(b"\xff\xfe\x00"), ["Ebay_test.txt", "text"]),
-    "Inshop no list": ("Inshop", remove(INSHOP_LIST), ["list_eval_partition.txt is not there", "download Inshop"]),
-    "Inshop no count": ("Inshop", lambda home: spoil(home / INSHOP_LIST, "16\n", ""), ["line 1", "number of images"]),
-    "Inshop no header": ("Inshop", lambda home: spoil(home / INSHOP_LIST, "image_name", "name"), ["line 2", "header"]),
-    "Inshop count alone": ("Inshop", lambda home: (home / INSHOP_LIST).write_text("16"), ["line 2", "header"]),
-    "Inshop status": ("Inshop", lambda home: spoil(home / INSHOP_LIST, " query", " val"), ["line 11", "gallery"]),
-    "Inshop id": ("Inshop", lambda home: spoil(home / INSHOP_LIST, " id_", " item_"), ["line 3", "id_NNNNNNNN"]),
-    "Inshop shared class": ("Inshop", lambda home: spoil(home / INSHOP_LIST, " gallery", " train"), ["share 1"]),
-    "Inshop no gallery": (
-        "Inshop",
-        lambda home: (home / INSHOP_LIST).write_text((home / INSHOP_LIST).read_text().replace(" gallery", " query")),
-        ["no image in the split 'gallery'"],
-    ),
-    "folder missing": ("folder", lambda home: shutil.rmtree(home), ["is not there", "--data-root"]),
-    "folder train alone": ("folder", remove("test"), ["needed are"]),
-    "folder train and val": ("folder", lambda home: (home / "test").rename(home / "val"), ["beside train"]),
-    "folder empty class": ("folder", lambda home: (home / "test/nothing").mkdir(), ["test/nothing", "no image"]),
-    "folder empty split": (
-        "folder",
-        lambda home: [shutil.rmtree(p) for p in (home / "test").iterdir()],
-        ["no image in the split 'test'"],
-    ),
-    "folder shared class": (
-        "folder",
-        lambda home: (home / "test/thing_4").rename(home / "test/thing_1"),
-        ["share 1 classes", "thing_1", "unseen"],
-    ),
-    "csv columns": ("csv", lambda home: spoil(home / "list.csv", "label", "class"), ["line 1", "path,label,split"]),
-    "csv empty": ("csv", lambda home: (home / "list.csv").write_text(""), ["line 1", "path,label,split"]),
-    "csv short row": ("csv", lambda home: spoil(home / "list.csv", ",thing_1,", ","), ["line 2", "found '"]),
-    "csv split": ("csv", lambda home: spoil(home / "list.csv", ",train", ",val"), ["line 2", "train, test"]),
-    "csv only train": (
-        "csv",
-        lambda home: (home / "list.csv").write_text((home / "list.csv").read_text().replace(",test", ",train")),
-        ["the splits in it are train"],
-    ),
-    "csv shared class": ("csv", lambda home: spoil(home / "list.csv", "thing_3", "thing_1"), ["share 1", "thing_1"]),
-    "csv file missing": ("csv", remove("pictures/0/1.png"), ["list.csv names 1 images", "pictures/0/1.png"]),
-    "two csv": ("csv", lambda home: shutil.copy(home / "list.csv", home / "more.csv"), ["2 lists"]),
-}
+SOP, INSHOP = "Ebay_test.txt", "Eval/list_eval_partition.txt"
+BROKEN = [
+    ("cub", remove("images"), "images is not there; `python code/prepare.py download cub`"),
+    ("cub", move("images/002.Bird_2", "images/Sparrow"), "Sparrow: a class folder begins with its number"),
+    ("cub", move("images/002.Bird_2", "images/1.Sparrow"), "a second class folder with the number"),
+    ("cub", lambda home: (home / "images/7.None").mkdir(), "images/7.None: the class folder holds no image"),
+    ("cub", remove(*(f"images/00{i}.Bird_{i}" for i in (2, 3, 4, 5, 6))), "1 class with images found, at least 2"),
+    ("cars 1", remove("cars_annos.mat"), "cars_annos.mat (or names.csv, or devkit/) is not there; `python code/prep"),
+    ("cars 1", write("cars_annos.mat", b"<html>"), "cars_annos.mat: not a readable .mat"),
+    ("cars 1", annotate("cars_annos.mat", ["a"], [1], "x"), "cars_annos.mat: its `annotations` have no field 'rel"),
+    ("cars 1", annotate("cars_annos.mat", ["../1.jpg"], [1]), "cars_annos.mat, line 1: expected a path inside"),
+    ("cars 1", remove("car_ims/000003.jpg", "car_ims/000005.jpg"), "cars_annos.mat names 2 images that are not there"),
+    ("cars 2", unlabelled, "cars_test_annos_withlabels.mat is not there, "),
+    ("cars 2", annotate("cars_test_annos_withlabels.mat", ["1.jpg"], None, "fname"), "have no field 'class'"),
+    ("cars 2", remove("devkit/cars_train_annos.mat"), "cars_train_annos.mat is not there; "),
+    ("cars 3", remove("anno_test.csv"), "anno_test.csv is not there; "),
+    ("cars 3", spoil("anno_train.csv", "31,1\n", "31,7\n"), "anno_train.csv, line 1: expected a class from 1 to 6"),
+    ("cars 3", spoil("anno_test.csv", ",1,2,", ","), "anno_test.csv, line 1: expected file,x1,y1,x2,y2,class, found"),
+    ("SOP", remove(SOP), "Ebay_test.txt is not there; `python code/prepare.py download SOP` fetches it"),
+    ("SOP", write(SOP), "Ebay_test.txt, line 1: expected the header 'image_id class_id super_class_id path'"),
+    ("SOP", spoil(SOP, "image_id class_id", "image_id"), "Ebay_test.txt, line 1: expected the header"),
+    ("SOP", write(SOP, b"image_id class_id super_class_id path"), "no image in the split 'test'"),
+    ("SOP", spoil(SOP, " 4 2 ", " 4 "), "Ebay_test.txt, line 2: expected image_id class_id super_class_id path, foun"),
+    ("SOP", spoil(SOP, "14 4 2 ", "14 four 2 "), "line 3: expected image_id"),
+    ("SOP", spoil(SOP, " 4 2 ", " 0 2 "), "line 2: expected image_id"),
+    ("SOP", spoil(SOP, "cabinet_final/", "../other/"), "line 2: expected a path inside the data folder, found '../ot"),
+    ("SOP", spoil(SOP, "cabinet_final/", "/etc/"), "line 2: expected a path inside"),
+    ("SOP", spoil(SOP, "cabinet_final/", "C:\\"), "line 2: expected a path inside"),
+    ("SOP", remove("bicycle_final/111000000003_1.JPG"), "names 1 images that are not there, the first is "),
+    ("SOP", remove("bicycle_final"), "names 12 images that are not there"),
+    ("SOP", spoil(SOP, " 4 2 ", " 1 1 "), "train and test share 1 classes, as 1; retrieval is tested on unseen"),
+    ("SOP", spoil(SOP, "000004_0", "000004_1"), "000004_1.JPG is listed twice, in test; keep one"),
+    ("SOP", write(SOP, b"\xff\xfe\x00"), "Ebay_test.txt: not a text file"),
+    ("Inshop", remove(INSHOP), "list_eval_partition.txt is not there; `python code/prepare.py download Inshop`"),
+    ("Inshop", spoil(INSHOP, "24\n", ""), "line 1: expected the number of images"),
+    ("Inshop", spoil(INSHOP, "image_name", "name"), "line 2: expected the header"),
+    ("Inshop", write(INSHOP, b"16"), "line 2: expected the header"),
+    ("Inshop", spoil(INSHOP, " query", " val"), "line 15: expected a path, id_NNNNNNNN and train, query or gallery"),
+    ("Inshop", spoil(INSHOP, " id_", " item_"), "line 3: expected a path, id_NNNNNNNN"),
+    ("Inshop", spoil(INSHOP, " gallery", " train"), "train and query share 1 classes"),
+    ("Inshop", spoil(INSHOP, "* gallery", " query"), "no image in the split 'gallery'"),
+    ("train+test", shutil.rmtree, "is not there; --data-root names your folder of images or your list"),
+    ("train+test", remove("test"), "beside train there must be test"),
+    ("train+test", move("test", "val"), "beside train there must be test"),
+    ("train+test", lambda home: (home / "test/nothing").mkdir(), "test/nothing: the class folder holds no image"),
+    ("train+test", remove(*(f"test/thing_{i}" for i in (4, 5, 6))), "no image in the split 'test'"),
+    ("train+test", move("test/thing_4", "test/thing_1"), "train and test share 1 classes, as 'thing_1'"),
+    ("csv", spoil("list.csv", "*,test", ",train"), "list.csv: the splits in it are train (from line 2)"),
+    ("csv", spoil("list.csv", "thing_4", "thing_1"), "train and test share 1 classes, as 'thing_1'"),
+    ("csv", write("more.csv"), "it has 1 folders and 2 lists"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", BROKEN)
-def test_what_is_wrong_is_said_in_one_line(tmp_path, case):
-    kind, break_it, words = BROKEN[case]
-    if kind.startswith("cars"):
-        home = trees.make_cars(tmp_path, int(kind[-1]), classes=4, images=4, size=8)
-    elif kind in ("folder", "csv"):
-        home = trees.make_folder(tmp_path / "own", "csv" if kind == "csv" else "train+test", 4, 4, 8)
-    else:
-        maker = {"cub": trees.make_cub, "SOP": trees.make_sop, "Inshop": trees.make_inshop}[kind]
-        home = maker(tmp_path, classes=4, images=4, size=8)
-    name = {"csv": "folder"}.get(kind, kind.rstrip("123"))
-    root = home if name == "folder" else tmp_path
-    dataset.load_benchmark(name, root)  # nothing is wrong yet
-    break_it(home)
-    with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        dataset.load_benchmark(name, root)
-    message = str(caught.value)
-    assert "\n" not in message and len(message) < 600
-    for word in words:
-        assert word in message
-
-
-@pytest.mark.parametrize(
-    "name, share, words",
-    [
-        ("CUB", 0.5, "'CUB' is not a dataset; choose from cub, cars"),
-        ("cub", 0.4, "split of its own"),
-        ("folder", 0.4, "of its own"),
-        ("folder", 1.0, "between 0 and 1"),
-    ],
-)
-def test_arguments_that_make_no_sense(tmp_path, name, share, words):
-    trees.make_cub(tmp_path, 2, 1, 8)
-    trees.make_folder(tmp_path / "own", "train+test", 2, 1, 8)
-    with pytest.raises(ValueError, match=words):
-        dataset.load_benchmark(name, tmp_path / "own" if name == "folder" else tmp_path, share)
+@pytest.mark.parametrize("row", range(len(BROKEN)), ids=lambda row: f"{BROKEN[row][0]}: {BROKEN[row][2][:30]}")
+def test_what_is_wrong_is_said_in_one_line(tree, row):
+    kind, break_it, words = BROKEN[row]
+    name, root = MAKERS[kind][0], tree(kind)
+    break_it(root if name == "folder" else root / layouts.get(name).home)
+    assert words in refusal(root, name)
 
 
 # scipy can crash on damage to an uncompressed .mat; trees.py writes compressed ones, as MATLAB does.
 FUZZED = {
     "SOP": "Stanford_Online_Products/Ebay_train.txt",
     "Inshop": "Inshop_Clothes/Eval/list_eval_partition.txt",
-    "cars": "cars196/cars_annos.mat",
-    "kaggle": "cars196/anno_train.csv",
-    "folder": "list.csv",
+    "cars 1": "cars196/cars_annos.mat",
+    "cars 3": "cars196/anno_train.csv",
+    "csv": "list.csv",
 }
 
 
-@pytest.fixture(scope="module")
-def fuzz_trees(tmp_path_factory):
-    roots = {name: tmp_path_factory.mktemp(name) for name in FUZZED}
-    trees.make_sop(roots["SOP"], 4, 2, 8)
-    trees.make_inshop(roots["Inshop"], 4, 3, 8)
-    trees.make_cars(roots["cars"], 1, 4, 2, 8)
-    trees.make_cars(roots["kaggle"], 3, 4, 2, 8)
-    trees.make_folder(roots["folder"], "csv", 4, 2, 8)
-    return {name: (root, root / FUZZED[name], (root / FUZZED[name]).read_bytes()) for name, root in roots.items()}
-
-
-def load_fuzzed(name, fuzz_trees, content):
-    """Anything but ValueError and OSError with one line fails."""
-    root, list_file, _ = fuzz_trees[name]
-    list_file.write_bytes(content)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # scipy's, about damaged files
-            assert_sound(
-                dataset.load_benchmark({"kaggle": "cars"}.get(name, name), list_file if name == "folder" else root)
-            )
-    except (ValueError, OSError) as error:
-        assert "\n" not in str(error)
-
-
-@pytest.mark.parametrize("name", FUZZED)
+@pytest.mark.parametrize("kind", FUZZED)
 @settings(max_examples=40, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_damaged_lists(name, fuzz_trees, data):
-    """The true list with a stretch of it replaced, and bytes out of nowhere."""
-    original = fuzz_trees[name][2]
+def test_damaged_lists(kind, forest, tmp_path_factory, data):
+    """The true list with a stretch of it replaced, and bytes out of nowhere: anything but one line fails."""
+    root = tmp_path_factory.getbasetemp() / f"fuzzed {kind}"
+    if not root.exists():
+        shutil.copytree(forest[kind], root)
+    original = (forest[kind] / FUZZED[kind]).read_bytes()
     start = data.draw(st.integers(0, len(original)))
     length = data.draw(st.integers(0, 40))
-    text = st.text("019 ,\"'\n\r\t_idtrainquery./\\:\0é", max_size=40).map(str.encode)
+    text = st.text("019 ,;\"'\n\r\t_idtrainquery./\\:\0é", max_size=40).map(str.encode)
     patch = data.draw(st.one_of(st.binary(max_size=40), text))
-    load_fuzzed(name, fuzz_trees, original[:start] + patch + original[start + length :])
-    load_fuzzed(name, fuzz_trees, original[:start])
-    load_fuzzed(name, fuzz_trees, patch)
+    for content in (original[:start] + patch + original[start + length :], original[:start], patch):
+        (root / FUZZED[kind]).write_bytes(content)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # scipy's, about damaged files
+                assert_sound(load(root / "list.csv" if kind == "csv" else root, MAKERS[kind][0]))
+        except (Refused, OSError) as error:
+            assert "\n" not in str(error)
 
 
 # ---------------------------------------------------------------- through the scripts
 
-TREES = {
-    "cars 1": ("cars", lambda root: make_cars(root, layout=1)),
-    "cars 2": ("cars", lambda root: make_cars(root, layout=2)),
-    "cars 3": ("cars", lambda root: make_cars(root, layout=3)),
-    "SOP": ("SOP", make_sop),
-    "Inshop": ("Inshop", make_inshop),
-    "folder train+test": ("folder", lambda root: make_folder(root, "train+test")),
-    "folder classes": ("folder", lambda root: make_folder(root, "classes")),
-    "folder train+query+gallery": ("folder", lambda root: make_folder(root, "train+query+gallery")),
-    "folder csv": ("folder", lambda root: make_folder(root, "csv")),
-}
-KS = {"SOP": [1, 10, 100, 1000], "Inshop": [1, 10, 20, 30, 40, 50]}
-
-
-@pytest.mark.parametrize(
-    "one, other", [("Cat", "cat"), ("\u00e9", "e\u0301"), ("cat", "cat "), ("STRASSE", "stra\u00dfe")]
-)
-def test_class_names_that_look_alike_are_pointed_out(tmp_path, one, other):
-    trees.make_folder(tmp_path, "train+test", 8, 2, 8)
-    (tmp_path / "train" / "thing_1").rename(tmp_path / "train" / one)
-    (tmp_path / "test" / "thing_5").rename(tmp_path / "test" / other)
-    (line,) = dataset.load_benchmark("folder", tmp_path).warnings
-    assert f"{one!a} (train)" in line and f"{other!a} (test)" in line and "taken as two classes;" in line
-
-
-def test_pictures_beside_the_class_folders_are_counted(tmp_path):
-    trees.make_folder(tmp_path, "train+test", 8, 2, 8)
-    trees.save(tmp_path / "train" / "loose.png", 1, 1)
-    (tmp_path / "train" / "notes.txt").write_text("not an image")
-    expected = f"{tmp_path / 'train'}: images beside the class folders have no class, not used: 1 (loose.png)"
-    assert dataset.load_benchmark("folder", tmp_path).warnings == (expected,)
-
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", TREES)
-def test_trains_and_scores(call, tmp_path, layout):
-    name, make = TREES[layout]
+@pytest.mark.parametrize("kind", ["cars 1", "SOP", "Inshop", "classes", "train+query+gallery", "list"])
+def test_trains_and_scores(call, tmp_path, kind):
+    name, make = MAKERS.get(kind, MAKERS["csv"])
     root = tmp_path / "data"
-    make(root)
+    make(root, 8, 6)
+    if kind == "list":  # as open-metric-learning has it, beside other folders, with absolute paths
+        frame = pd.read_csv(root / "list.csv")
+        seen = frame["split"] == "train"
+        frame = frame.assign(path=f"{root}/" + frame.path, split=np.where(seen, "train", "validation"))
+        root = tmp_path / "df.tsv"
+        frame.assign(is_query=(~seen).where(~seen), is_gallery=(~seen).where(~seen)).to_csv(root, sep="\t")
     words = ["--dataset", name, "--data-root", root, "--log-dir", tmp_path / "logs", "--epochs", 1]
     trained = call("train.py", *TINY, *words)
     assert trained.code == 0, trained.err
     run, figures = tmp_path / "logs" / name / "run_1", tmp_path / "figures.json"
-    scored = call("evaluate.py", "--model-path", run, "--data-root", root, "--gpu-id", -1, "--json", figures)
+    scored = call("evaluate.py", "--model-path", run, "--gpu-id", -1, "--json", figures)
     assert scored.code == 0, scored.err
     found = json.loads(figures.read_text())
     row = pd.read_csv(run / "results.csv").iloc[-1]
-    assert found["figures"] == {f"R@{k}": row[f"R@{k}"] for k in KS.get(name, [1, 2, 4, 8, 16, 32])}
-    assert (found["gallery"] is not None) == (layout in ("Inshop", "folder train+query+gallery"))
+    assert found["figures"] == {f"R@{k}": row[f"R@{k}"] for k in layouts.get(name).recall_at}
+    assert (found["gallery"] is not None) == (kind in ("Inshop", "train+query+gallery"))
+    if kind == "list":
+        with open(root, "a") as file:
+            file.write(f"48\t{tmp_path / 'data' / 'pictures/0/1.png'}\tthing_9\ttrain\t\t\n")
+        changed = call("train.py", "--resume", run / "last.pth", "--epochs", 2)
+        assert changed.code == 1 and "listed twice" in changed.err

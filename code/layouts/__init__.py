@@ -4,6 +4,7 @@ A module of this package describes each data set, as LAYOUT. It is imported when
 run on CUB needs neither matplotlib nor scipy. A new benchmark is a new module and a line in MODULES.
 """
 
+import functools
 import importlib
 import os
 import posixpath
@@ -29,9 +30,6 @@ DATASETS = tuple(MODULES)
 
 
 def get(name: str) -> Layout:
-    """The layout of a data set. Raises Refused with the names that there are."""
-    if name not in MODULES:
-        raise Refused(f"{name!r} is not a dataset; choose from {', '.join(DATASETS)}")
     return importlib.import_module(f"layouts.{MODULES[name]}").LAYOUT
 
 
@@ -40,60 +38,56 @@ def dataset_name(text: str) -> str:
 
     Raises Refused with the names that there are.
     """
-    names = {name.lower(): name for name in DATASETS}
-    try:
-        return names[text.lower().replace("-", "")]
-    except KeyError:
-        raise Refused(f"{text!r} is not a dataset; choose from {', '.join(DATASETS)}") from None
+    for name in DATASETS:
+        if name.lower() == text.lower().replace("-", ""):
+            return name
+    raise Refused(f"{text!r} is not a dataset; choose from {', '.join(DATASETS)}")
 
 
 # ---------------------------------------------------------------- a listing and its splits
 
 
-def read_listing(name: str, data_root: Path) -> Listing:
-    """The listing of one data set; whether listed files are there is not looked at."""
-    layout = get(name)
-    home = Path(data_root, layout.home)
-    if name == "folder" and home.is_dir():
-        refuse_benchmarks(home)
-    try:
-        return layout.read(home)
-    except FileNotFoundError as error:
-        raise Refused(
-            f"{error.filename} is not there; `python code/prepare.py download {name}` fetches it or says where to get "
-            f"it, and --data-root names the folder that holds {layout.home}"
-        ) from None
-
-
-def refuse_benchmarks(root: Path) -> None:
-    """Raises Refused where the benchmarks themselves would be taken for classes."""
-    names = {get(name).home.lower(): name for name in DATASETS}
-    found = [folder for folder in class_folders(root) if folder.lower() in names and class_folders(root / folder)]
-    if found:
-        raise Refused(
-            f"{root}: it holds benchmarks ({', '.join(found)}), not classes; give --dataset "
-            f"{names[found[0].lower()]}, or for pictures of your own --data-root {root / 'FOLDER'}, their folder"
-        )
-
-
 def read_splits(name: str, data_root: Path, train_classes: float | None = None, share_given: bool = True) -> Listing:
     """The listing of one data set, its classes divided into train and test unless it has a split of its own.
 
-    train_classes is the share of the classes that trains, None for half of them. Where it has nothing to divide it is
-    refused, or with share_given=False, for a share that comes from a checkpoint, ignored.
+    Whether listed files are there is not looked at. train_classes is the share of the classes that trains, None for
+    half of them. Where it has nothing to divide it is refused, or with share_given=False, for a share that comes from
+    a checkpoint, ignored.
 
     Raises Refused with one line that names the thing, the place and the way out.
     """
     if train_classes is not None and not 0 < train_classes < 1:
         raise Refused(f"--train-classes is {train_classes}, it must lie between 0 and 1")
-    listing = read_listing(name, data_root)
+    layout = get(name)
+    home = Path(data_root, layout.home)
+    if name == "folder":
+        refuse_benchmarks(home)
+    try:
+        listing = layout.read(home)
+    except FileNotFoundError as error:
+        raise Refused(
+            f"{error.filename} is not there; `python code/prepare.py download {name}` fetches it or says where to get "
+            f"it, and --data-root names the folder that holds {layout.home}"
+        ) from None
     if name != "folder" or "all" not in listing.splits:
         if share_given and train_classes not in (None, 0.5):
             raise Refused(f"--train-classes {train_classes}: {listing.root} has a split of its own; leave the flag out")
         train_classes = None
     if "all" in listing.splits:
-        split_by_class(listing, train_classes or 0.5, get(name).last_train_class)
+        split_by_class(listing, train_classes or 0.5, layout.last_train_class)
     return listing
+
+
+def refuse_benchmarks(root: Path) -> None:
+    """Raises Refused where the benchmarks themselves would be taken for classes."""
+    homes = {get(name).home.lower(): name for name in DATASETS}
+    folders = class_folders(root) if root.is_dir() else []
+    found = [folder for folder in folders if folder.lower() in homes and class_folders(root / folder)]
+    if found:
+        raise Refused(
+            f"{root}: it holds benchmarks ({', '.join(found)}), not classes; give --dataset "
+            f"{homes[found[0].lower()]}, or for pictures of your own --data-root {root / 'FOLDER'}, their folder"
+        )
 
 
 def split_by_class(listing: Listing, train_classes: float, last_train_class: int | None = None) -> None:
@@ -147,20 +141,21 @@ def compare_counts(name: str, listing: Listing) -> list[str]:
 
 def missing_files(listing: Listing) -> list[str]:
     """Listed paths that are not files, found with one directory listing per folder: no stat for each file."""
-    files: dict[str, set[str]] = {}
-    missing = []
-    for pairs in listing.splits.values():
-        for path, _ in pairs:
-            folder, _, name = path.rpartition("/")
-            if folder not in files:
-                try:
-                    files[folder] = {e.name for e in os.scandir(listing.root / folder) if e.is_file()}
-                except OSError:
-                    files[folder] = set()
-            # The second look is for file systems that take another spelling for the same name.
-            if name not in files[folder] and not os.path.isfile(listing.root / path):
-                missing.append(path)
-    return missing
+
+    @functools.cache
+    def names_in(folder: str) -> set[str]:
+        try:
+            return {entry.name for entry in os.scandir(listing.root / folder) if entry.is_file()}
+        except OSError:
+            return set()
+
+    # The second look is for file systems that take another spelling for the same name.
+    return [
+        path
+        for pairs in listing.splits.values()
+        for path, _ in pairs
+        if posixpath.basename(path) not in names_in(posixpath.dirname(path)) and not (listing.root / path).is_file()
+    ]
 
 
 def similar_names(listing: Listing) -> list[str]:

@@ -56,13 +56,16 @@ def download(root: Path, progress: bool = True) -> Path:
     the same bytes: the packages are pinned and no font is used. The benchmark is written beside its place and then
     renamed: what lies in its place is whole.
 
-    Raises OSError or ValueError if a package cannot be had, is not the published one, or a picture cannot be drawn.
+    Raises Refused if a package cannot be had, is not the published one, or a picture cannot be drawn.
     """
     root = Path(root)
     target = root / "emoji"
     if target.is_dir():
         return target
-    render = find_renderer()
+    try:
+        import resvg_py  # noqa: F401  (before the download: it may be missing, as only drawing needs it)
+    except ImportError as error:
+        raise Refused(f"drawing the emoji needs resvg_py: pip install -r requirements.txt ({error})") from error
     root.mkdir(parents=True, exist_ok=True)
     packages = [
         Package(f"@iconify-json/{name}@{version}", f"iconify-json-{name}-{version}.tgz", sha256)
@@ -71,19 +74,14 @@ def download(root: Path, progress: bool = True) -> Path:
     contents = read_packages(packages, root / "emoji_packages", NPM_PACK, progress)
     sources = {name: unpack(content) for name, content in zip(SOURCES, contents, strict=True)}
     with written_whole(target) as folder:
-        write_emoji(folder, {name: icons for name, (icons, _) in sources.items()}, render, progress)
-        rows = [attribution_row(name, info) for name, (_, info) in sources.items()]
+        write_emoji(folder, {name: icons for name, (icons, _) in sources.items()}, progress)
+        rows = [
+            f"| {name} | {info['name']} | [{info['author']['name']}]({info['author']['url']}) "
+            f"| [{info['license']['title']}]({info['license']['url']}) | @iconify-json/{name} {SOURCES[name][0]} |\n"
+            for name, (_, info) in sources.items()
+        ]
         (folder / "ATTRIBUTION.md").write_text(ATTRIBUTION.format(size=SIZE) + "".join(rows), encoding="utf-8")
     return target
-
-
-def find_renderer():
-    """resvg_py's svg_to_bytes. Imported only here: training needs the pictures, not what draws them."""
-    try:
-        from resvg_py import svg_to_bytes
-    except ImportError as error:
-        raise Refused(f"drawing the emoji needs resvg_py: pip install -r requirements.txt ({error})") from error
-    return svg_to_bytes
 
 
 def unpack(package: bytes) -> tuple[dict, dict]:
@@ -91,14 +89,6 @@ def unpack(package: bytes) -> tuple[dict, dict]:
     with tarfile.open(fileobj=io.BytesIO(package)) as archive:
         icons, info = (json.load(archive.extractfile(f"package/{name}.json")) for name in ("icons", "info"))
     return icons, info
-
-
-def attribution_row(name: str, info: dict) -> str:
-    author, licence = info["author"], info["license"]
-    return (
-        f"| {name} | {info['name']} | [{author['name']}]({author['url']}) | [{licence['title']}]({licence['url']}) "
-        f"| @iconify-json/{name} {SOURCES[name][0]} |\n"
-    )
 
 
 def find_svg(icons: dict, name: str) -> str | None:
@@ -120,16 +110,18 @@ def find_svg(icons: dict, name: str) -> str | None:
     )
 
 
-def draw(render, svg: str) -> bytes:
+def draw(svg: str) -> bytes:
     """The SVG document as a PNG file on white. Raises ValueError if it cannot be drawn or shows nothing."""
-    png = render(svg_string=svg, width=SIZE, height=SIZE, background="white", skip_system_fonts=True)
+    from resvg_py import svg_to_bytes
+
+    png = svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE, background="white", skip_system_fonts=True)
     with Image.open(io.BytesIO(png)) as image:
         if image.convert("L").getextrema() == (255, 255):
-            raise Refused("nothing but white")
+            raise ValueError("nothing but white")
     return png
 
 
-def write_emoji(folder: Path, sources: dict[str, dict], render, progress: bool) -> None:
+def write_emoji(folder: Path, sources: dict[str, dict], progress: bool) -> None:
     """Draws all classes into folder/images; sources are the icon sets by name."""
     names = CLASSES_FILE.read_text().split()
     for number, name in enumerate(tqdm(names, "drawing emoji", unit="class", disable=None if progress else True), 1):
@@ -141,7 +133,7 @@ def write_emoji(folder: Path, sources: dict[str, dict], render, progress: bool) 
             if svg is None:
                 continue
             try:
-                png = draw(render, svg)
+                png = draw(svg)
             except ValueError as error:
                 raise Refused(
                     f"emoji: {name!r} of @iconify-json/{source} cannot be drawn ({error}); "

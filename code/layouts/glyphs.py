@@ -94,23 +94,6 @@ def draw_image(letter: str, size: int, random: np.random.RandomState) -> Image.I
     return Image.fromarray(grey.clip(0, 255).astype(np.uint8))
 
 
-def write_glyphs(folder: Path, num_classes: int, images_per_class: int, size: int, seed: int, progress: bool):
-    """Draws a complete set into folder/images/NNN.NAME/NNN.NAME_II.png."""
-    letters = distinct_letters()
-    # RandomState, not default_rng: NumPy promises that its stream never changes.
-    chosen = np.random.RandomState(seed).permutation(len(letters))[:num_classes]
-    for number, index in enumerate(tqdm(chosen, "drawing glyphs", unit="class", disable=None if progress else True), 1):
-        letter = letters[index]
-        name = f"{number:03d}.{unicodedata.name(letter, f'U{ord(letter):04X}').replace(' ', '_')}"
-        class_folder = folder / "images" / name
-        class_folder.mkdir(parents=True)
-        for i in range(images_per_class):
-            # One stream per image: an image stays the same when there are more classes or images.
-            random = np.random.RandomState([seed, ord(letter), i])
-            image = draw_image(letter, size, random)
-            image.save(class_folder / f"{name}_{i + 1:02d}.png", compress_level=1)
-
-
 def ensure_glyphs(root: Path, num_classes=200, images_per_class=20, size=64, seed=0, progress=True) -> Path:
     """Draws the set under root unless it is there, and returns its folder.
 
@@ -118,24 +101,28 @@ def ensure_glyphs(root: Path, num_classes=200, images_per_class=20, size=64, see
     root/glyphs_400x20_64. The layout is that of CUB-200-2011: images/NNN.NAME/*.png, where NNN is the class id.
     The same parameters give the same bytes. The set is written under another name and then renamed, so that the
     folder is always complete, and two processes that start at the same time both succeed.
-
-    Raises ValueError for parameters that make no set, OSError when root cannot be written.
     """
-    if num_classes < 2 or images_per_class < 1 or size < 8 or not 0 <= seed < 2**32:
-        raise Refused(
-            f"glyphs: {num_classes} classes (at least 2), {images_per_class} images per class "
-            f"(at least 1), {size} pixels (at least 8), seed {seed} (0 to 2**32 - 1): no set"
-        )
     name = "glyphs"
     if (num_classes, images_per_class, size, seed) != (200, 20, 64, 0):
         name += f"_{num_classes}x{images_per_class}_{size}" + (f"_seed{seed}" if seed else "")
     target = Path(root) / name
     if target.is_dir():
         return target
-    if num_classes > len(distinct_letters()):
-        raise Refused(f"glyphs: {num_classes} classes wanted, there are {len(distinct_letters())} letters")
+    letters = distinct_letters()
+    if num_classes > len(letters):
+        raise Refused(f"glyphs: {num_classes} classes wanted, there are {len(letters)} letters")
+    # RandomState, not default_rng: NumPy promises that its stream never changes.
+    chosen = np.random.RandomState(seed).permutation(len(letters))[:num_classes]
+    bar = tqdm(chosen, "drawing glyphs", unit="class", disable=None if progress else True)
     with written_whole(target) as folder:
-        write_glyphs(folder, num_classes, images_per_class, size, seed, progress)
+        for number, letter in enumerate((letters[index] for index in bar), 1):
+            name = f"{number:03d}.{unicodedata.name(letter, f'U{ord(letter):04X}').replace(' ', '_')}"
+            class_folder = folder / "images" / name
+            class_folder.mkdir(parents=True)
+            for i in range(images_per_class):
+                # One stream per image: an image stays the same when there are more classes or images.
+                image = draw_image(letter, size, np.random.RandomState([seed, ord(letter), i]))
+                image.save(class_folder / f"{name}_{i + 1:02d}.png", compress_level=1)
     return target
 
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from folders import SKIPPED, class_folders, describe_skipped, find_images, has_image_suffix, kind_of, scan, shorten
+import folders
+from folders import class_folders, find_images, has_image_suffix, kind_of, scan, shorten
 from refused import Refused
 
 AUDIT = "As an independent audit found (this project has not fetched any of these): "
@@ -127,7 +128,7 @@ def read_class_folders(root: Path, inside: str, notes: list[str]) -> list[tuple[
     """The images of root/inside/<class>/ with the folder's name as the class id (inside may be '')."""
     top, pairs, nested = root / inside, [], []
     entries = [(entry.name, kind_of(entry)) for entry in scan(top)]
-    skipped = Counter(kind for _, kind in entries if kind in SKIPPED)
+    skipped = Counter(kind for _, kind in entries if kind not in ("file", "folder"))
     loose = [name for name, kind in entries if kind == "file" and has_image_suffix(name)]
     if loose:
         notes.append(
@@ -135,15 +136,15 @@ def read_class_folders(root: Path, inside: str, notes: list[str]) -> list[tuple[
         )
     for name in (name for name, kind in entries if kind == "folder"):
         found, more = find_images(top / name, posixpath.join(inside, name), (root, top))
-        if not found and not more["unreadable"] and not more["again"]:
+        if not found and not more[folders.UNREADABLE] and not more[folders.READ_ALREADY]:
             raise Refused(f"{top / name}: the class folder holds no image; fill it or remove it")
         pairs += [(path, name) for path in found]
         skipped += more
-        folders = sorted({posixpath.dirname(path) for path in found})
-        if len(folders) > 1 and posixpath.commonpath(folders) not in folders:
-            nested.append((top / name, [posixpath.basename(path) for path in folders]))
+        inner = sorted({posixpath.dirname(path) for path in found})
+        if len(inner) > 1 and posixpath.commonpath(inner) not in inner:
+            nested.append((top / name, [posixpath.basename(path) for path in inner]))
     if skipped:
-        notes.append(describe_skipped(top, skipped))
+        notes.append(folders.describe_skipped(top, skipped))
     if nested:
         folder, inner = nested[0]
         others = f" (and {len(nested) - 1:,} more class folders like it)" if len(nested) > 1 else ""
