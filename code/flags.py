@@ -270,7 +270,8 @@ DATA_FLAGS = (
     ("--dataset", layouts.DATASETS, "cars", None, "benchmark, or 'folder' for your own pictures",
      {"type": dataset_name}),
     ("--data-root", Path, DATA, "DIR",
-     "folder that holds the benchmarks; with --dataset folder your folder of class folders, or a CSV file"),
+     "folder that holds the benchmarks; with --dataset folder your folder of class folders, or a CSV file (or a "
+     ".tsv or .txt list)"),
     ("--train-classes", real(0, 1, positive=True), 0.5, "SHARE",
      "share of the classes, in sorted order, to train on when --dataset folder has no train/ and test/ of its own; "
      "the other classes are the test split"),

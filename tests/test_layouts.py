@@ -791,7 +791,8 @@ def test_trains_and_scores(call, tmp_path, kind):
     trained = call("train.py", *TINY, *words)
     assert trained.code == 0, trained.err
     run, figures = tmp_path / "logs" / name / "run_1", tmp_path / "figures.json"
-    scored = call("evaluate.py", "--model-path", run, "--gpu-id", -1, "--json", figures)
+    place = [] if name == "folder" else ["--data-root", root]  # of own pictures, a checkpoint knows it
+    scored = call("evaluate.py", "--model-path", run, "--gpu-id", -1, "--json", figures, *place)
     assert scored.code == 0, scored.err
     found = json.loads(figures.read_text())
     row = pd.read_csv(run / "results.csv").iloc[-1]

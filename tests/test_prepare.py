@@ -17,7 +17,6 @@ import numpy as np
 import prepare
 import pytest
 import trees
-from layouts.reading import Archive
 from PIL import Image
 
 # ---------------------------------------------------------------- check
@@ -172,8 +171,8 @@ def fetch(tmp_path, server, monkeypatch):
 
     def run(content, name="cub"):
         server.content = content
-        file_name = layouts.get(name).archive.file_name
-        trees.patch(monkeypatch, name, archive=Archive(f"http://x/{file_name}", hashlib.md5(content).hexdigest()))
+        file_name = layouts.get(name).archive[0].rpartition("/")[2]
+        trees.patch(monkeypatch, name, archive=(f"http://x/{file_name}", hashlib.md5(content).hexdigest()))
         prepare.download(name, tmp_path / "data", server.url)
         return tmp_path / "data"
 
@@ -323,11 +322,17 @@ def test_what_cannot_be_downloaded(tmp_path, call):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_published_md5s():
-    archives = {name: layouts.get(name).archive for name in layouts.DATASETS if layouts.get(name).archive}
-    assert {name: (archive.file_name, archive.md5) for name, archive in archives.items()} == {
-        "cub": ("CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78"),
-        "SOP": ("Stanford_Online_Products.zip", "7f73d41a2f44250d4779881525aea32e"),
+def test_published_archives():
+    archives = {name: layouts.get(name).archive for name in layouts.DATASETS}
+    assert {name: archive for name, archive in archives.items() if archive} == {
+        "cub": (
+            "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
+            "97eceeb196236b17998738112f37df78",
+        ),
+        "SOP": (
+            "http://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip",
+            "7f73d41a2f44250d4779881525aea32e",
+        ),
     }
 
 

@@ -170,28 +170,27 @@ def similar_names(listing: Listing) -> list[str]:
     (name, split), (other, other_split) = sorted(found[0].items())[:2]
     more = f" (and {len(found) - 1:,} more such names)" if len(found) > 1 else ""
     return [
-        f"{listing.source or listing.root}: {name!a} ({split}) and {other!a} ({other_split}) are taken as two classes"
+        f"{listing.where}: {name!a} ({split}) and {other!a} ({other_split}) are taken as two classes"
         f"{more}; if they are one, give both the same name: classes to test on must not be trained on"
     ]
 
 
 def split_problems(listing: Listing, training: bool = True) -> list[str]:
     """Lines about what makes the splits useless for training, or else for scoring; none if all is well."""
-    source = listing.source or listing.root
     problems = []
     if training and "train" not in listing.splits:
         problems.append(
-            f"{source}: there is no split 'train', so it can be scored (evaluate.py) but not trained on; "
+            f"{listing.where}: there is no split 'train', so it can be scored (evaluate.py) but not trained on; "
             "add the training classes as train"
         )
     needed = [split for split in listing.splits if training or split != "train"]
-    problems += [f"{source}: no image in the split {split!r}" for split in needed if not listing.splits[split]]
+    problems += [f"{listing.where}: no image in the split {split!r}" for split in needed if not listing.splits[split]]
     train = {class_id for _, class_id in listing.splits.get("train", ())}
     for split, pairs in listing.splits.items():
         shared = train & {class_id for _, class_id in pairs} if split != "train" else set()
         if shared:
             problems.append(
-                f"{source}: train and {split} share {len(shared):,} classes, as {min(shared)!r}; "
+                f"{listing.where}: train and {split} share {len(shared):,} classes, as {min(shared)!r}; "
                 "retrieval is tested on unseen classes: put each class into one of the two"
             )
     return problems + repeated_files(listing)
@@ -218,7 +217,7 @@ def repeated_files(listing: Listing) -> list[str]:
     where = f"in {split}" if split == other_split else f"in {split} and {other_split}"
     what = f"{path} is listed twice" if path == other else f"{path} and {other} are the same file, listed twice"
     more = f" (and {len(repeats) - 1:,} more)" if len(repeats) > 1 else ""
-    return [f"{listing.source or listing.root}: {what}, {where}{more}; keep one of the two"]
+    return [f"{listing.where}: {what}, {where}{more}; keep one of the two"]
 
 
 def look_at_test_split(listing: Listing) -> tuple[list[str], list[str]]:

@@ -1,6 +1,6 @@
 """CUB-200-2011: CUB_200_2011/images/NNN.Name/*.jpg."""
 
-from layouts.reading import AUDIT, Archive, Layout, read_numbered_folders
+from layouts.reading import AUDIT, Layout, read_numbered_folders
 
 LAYOUT = Layout(
     home="CUB_200_2011",
@@ -17,9 +17,7 @@ LAYOUT = Layout(
         ("bn_inception", "replication, re-run", "68.7"),
         ("bn_inception", "replication, tuned", "70.0 79.4 86.6"),
     ),
-    archive=Archive(
-        "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78"
-    ),
+    archive=("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78"),
     mirrors=AUDIT + "bentrevett/caltech-ucsd-birds-200-2011 on Hugging Face (revision 1ef09e02) has the same "
     "11,788 JPEGs. Avoid CUB-200 of 2010: its 6,033 images are another benchmark.",
 )

@@ -1,16 +1,12 @@
-"""Your own images, under any names, in folders or in a list.
+"""Your own images, under any names, in folders or in a list; train, test, query and gallery in any letter case.
 
 DIR/train/<class>/..., DIR/test/<class>/...             the test images search among themselves
 DIR/train/<class>/..., DIR/query/..., DIR/gallery/...   the queries search in the gallery
 DIR/<class>/...                                         split by class, the first in sorted order train
 LIST, or a DIR with one and at most one folder          a .csv, .tsv or .txt, see read_list
 
-train, test, query and gallery may be written in any letter case. test alone, or query and gallery, can be scored.
-
-All files below a class folder, however deep, whose suffix is that of a format Pillow opens (jpg, png, webp, tiff, gif,
-bmp and more, in any letter case) are images of the class. Files without a suffix or with another one are skipped and
-counted, as are broken links, pipes and folders that cannot be read. When an image is decoded only its content counts,
-not its suffix: a PNG named .jpg is fine. A list may name images with any suffix or none.
+All files below a class folder, however deep, whose suffix is that of a format Pillow opens are images of the class;
+the others are counted. Content alone counts when an image is decoded. A list may name images with any suffix or none.
 """
 
 import csv
@@ -94,7 +90,8 @@ def read_header(text: str) -> dict[str, list[str]]:
     """{separator: columns in lower case} of the separators that make the first line name path and label."""
     found = {}
     for separator in ",;\t":
-        header = next(csv.reader([text.partition("\n")[0]], delimiter=separator, skipinitialspace=True), [])
+        first_line = text[:10_000].partition("\n")[0]  # of a text without lines, not all
+        header = next(csv.reader([first_line], delimiter=separator, skipinitialspace=True), [])
         columns = [name.strip().lower() for name in header]
         if columns.count("path") == columns.count("label") == 1 and columns.count("split") < 2:
             found[separator] = columns
@@ -135,7 +132,7 @@ def read_list(list_file: Path) -> Listing:
     try:
         for row in rows:
             number, end = end + 1, rows.line_num  # a field in quotation marks may hold line ends
-            if number == 1 or not any(row):
+            if number == 1 or not any(map(str.strip, row)):
                 continue
             values = dict(zip(columns, (value.strip() for value in row), strict=False))
             split = split_of(values)

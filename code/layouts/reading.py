@@ -31,17 +31,10 @@ class Listing:
     notes: list[str] = field(default_factory=list)
     own: bool = False
 
-
-@dataclass(frozen=True)
-class Archive:
-    """A download and the md5 of its bytes."""
-
-    url: str
-    md5: str
-
     @property
-    def file_name(self) -> str:
-        return self.url.rpartition("/")[2]
+    def where(self) -> str:
+        """What a line about the listing names."""
+        return self.source or str(self.root)
 
 
 @dataclass(frozen=True)
@@ -55,8 +48,8 @@ class Layout:
     last_train_class  where no list names the splits, the classes up to it train
     results           published figures in percent, ± where it was published: (model, source, text), the figures in the
                       order of results_at; all with HIST's whole loss in 512 dimensions
-    archive           its download; or by_hand, how to get it where that is not possible; or draw, which makes it
-                      under a data root, unless it is there, and gives its folder
+    archive           url and md5 of its download; or by_hand, how to get it where that is not possible; or draw, which
+                      makes it under a data root, unless it is there, and gives its folder
     mirrors           which copies elsewhere are right or wrong
     """
 
@@ -67,7 +60,7 @@ class Layout:
     last_train_class: int | None = None
     results_at: tuple[str, ...] = ()
     results: tuple[tuple[str, str, str], ...] = ()
-    archive: Archive | None = None
+    archive: tuple[str, str] | None = None
     by_hand: str = ""
     draw: Callable[[Path], Path] | None = None
     mirrors: str = ""

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from layouts.reading import AUDIT, Archive, Layout, Listing, bad_line, read_lines, read_rows
+from layouts.reading import AUDIT, Layout, Listing, bad_line, read_lines, read_rows
 
 HEADER = "image_id class_id super_class_id path"
 ROW = r"\d{1,9}\s+(?P<class>0*[1-9]\d{0,8})\s+\d{1,9}\s+(?P<path>\S+)"
@@ -34,9 +34,7 @@ LAYOUT = Layout(
         ("bn_inception", "replication, re-run", "77.4"),
         ("bn_inception", "replication, tuned", "77.9 90.1 95.8"),
     ),
-    archive=Archive(
-        "http://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip", "7f73d41a2f44250d4779881525aea32e"
-    ),
+    archive=("http://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip", "7f73d41a2f44250d4779881525aea32e"),
     mirrors=AUDIT + "nyris/stanford-online-products-v1 on Hugging Face (revision 24a1b9b8) has the original sizes "
     "and the right 59,551 + 60,502 images. Avoid JamieSJS/stanford-online-products: it is reduced to 224 × 224.",
 )
