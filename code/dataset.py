@@ -3,10 +3,10 @@
 layouts/ knows where the files lie under the data root.
 """
 
+import functools
 import hashlib
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -18,14 +18,6 @@ import numpy as np
 import torch
 from decoding import UnreadableImage, read_rgb
 from folders import shorten
-from layouts import (
-    Listing,
-    compare_counts,
-    look_at_test_split,
-    missing_files,
-    read_splits,
-    split_problems,
-)
 from refused import Refused
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
@@ -63,7 +55,8 @@ class Benchmark:
 
     train is None only for a folder that can be scored but not trained on, see load_benchmark. gallery is None where
     the queries search among themselves; otherwise query and gallery share one label space. recall_at are the K of
-    R@K. warnings are lines for the user, such as counts that differ from the published ones.
+    R@K. warnings are lines for the user, such as counts that differ from the published ones; unreadable has one about
+    each image that was left out.
     """
 
     name: str
@@ -72,6 +65,7 @@ class Benchmark:
     gallery: ImageList | None
     recall_at: tuple[int, ...]
     warnings: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
 
 
 # ---------------------------------------------------------------- from lists to a benchmark
@@ -82,7 +76,7 @@ def recall_at(name: str) -> tuple[int, ...]:
     return layouts.get(name).recall_at
 
 
-def make_image_list(listing: Listing, splits: Iterable[str]) -> dict[str, ImageList]:
+def make_image_list(listing: layouts.Listing, splits: Iterable[str]) -> dict[str, ImageList]:
     """Image lists of the splits with labels 0..C-1 over the classes of all of them together."""
     classes = sorted({class_id for split in splits for _, class_id in listing.splits[split]})
     label = {class_id: i for i, class_id in enumerate(classes)}
@@ -96,56 +90,91 @@ def make_image_list(listing: Listing, splits: Iterable[str]) -> dict[str, ImageL
 
 
 def load_benchmark(
-    name: str, data_root: Path, train_classes: float | None = None, training: bool = True, share_given: bool = True
+    name: str,
+    data_root: Path,
+    train_classes: float | None = None,
+    training: bool = True,
+    share_given: bool = True,
+    skip_bad: bool = False,
+    workers: int = 0,
 ) -> Benchmark:
-    """Reads the lists of one data set; no image is opened.
+    """Reads the lists of one data set; no image is opened unless skip_bad asks for it.
 
     train_classes is the share of the classes that trains, for `folder` without a split of its own; None is half of
     them. A data set with its own split refuses a share, or with share_given=False (it comes from a checkpoint)
     ignores it. With training=False a `folder` may lack train: its Benchmark.train is None then.
 
+    With skip_bad every image is decoded once, by so many worker processes (those of train only if training). What
+    fails is as if it had not been listed, and a class of nothing else, too.
+
     Raises Refused with one line that names the thing, the place and the way out.
     """
-    listing = read_splits(name, data_root, train_classes, share_given)
-    problems = split_problems(listing, training)
-    if problems:
+    listing = layouts.read_splits(name, data_root, train_classes, share_given)
+    if listing.source and (missing := layouts.missing_files(listing)):
+        raise Refused(
+            f"{listing.source} names {len(missing):,} images that are not there, the first is "
+            f"{listing.root / missing[0]}; `python code/prepare.py check {name}` names more"
+        )
+    test = [split for split in listing.splits if split != "train"]
+    unreadable = drop_unreadable(listing, listing.splits if training else test, workers) if skip_bad else []
+    if problems := layouts.split_problems(listing, training):
         raise Refused(problems[0])
-    if listing.source:
-        missing = missing_files(listing)
-        if missing:
-            raise Refused(
-                f"{listing.source} names {len(missing):,} images that are not there, the first is "
-                f"{listing.root / missing[0]}; `python code/prepare.py check {name}` names more"
-            )
-    train = make_image_list(listing, ["train"])["train"] if "train" in listing.splits else None
-    test = make_image_list(listing, [split for split in listing.splits if split != "train"])
-    query, gallery = test.get("query", test.get("test")), test.get("gallery")
-    notes, problems = look_at_test_split(listing)
-    lines = (*listing.notes, *compare_counts(name, listing), *notes, *problems)
-    return Benchmark(name, train, query, gallery, recall_at(name), lines)
+    lists = make_image_list(listing, test) | make_image_list(listing, listing.splits.keys() & {"train"})
+    query, gallery = lists.get("query", lists.get("test")), lists.get("gallery")
+    notes, problems = layouts.look_at_test_split(listing)
+    lines = (*listing.notes, *layouts.compare_counts(name, listing), *notes, *problems)
+    return Benchmark(name, lists.get("train"), query, gallery, recall_at(name), lines, tuple(unreadable))
+
+
+def drop_unreadable(listing: layouts.Listing, splits: Iterable[str], workers: int) -> list[str]:
+    """Takes the images that cannot be decoded out of some splits; a line about each. Raises Refused if none is left."""
+    lines = []
+    for split in splits:
+        pairs = listing.splits[split]
+        why = undecodable(listing, split, workers)
+        if why and len(why) == len(pairs):
+            raise Refused(f"{listing.root}: none of the {len(pairs):,} {split} images can be decoded: {why[0]}")
+        listing.splits[split] = [pair for row, pair in enumerate(pairs) if row not in why]
+        lines += why.values()
+    return lines
+
+
+def undecodable(listing: layouts.Listing, split: str, workers: int) -> dict[int, str]:
+    """{row: why} of the images that cannot be decoded; all processes and their workers share the work."""
+    rank, count = distributed.processes()
+    files = [os.path.join(listing.root, path) for path, _ in listing.splits[split]]
+    look, options = functools.partial(_undecodable, files, listing.own), worker_options(workers, pin_memory=False)
+    why = {}
+    with tqdm(total=len(files), desc=f"decode {split}", unit="img", disable=None, leave=False) as bar:
+        for looked_at, found in DataLoader(range(rank, len(files), count), 32, collate_fn=look, **options):
+            why |= found
+            bar.update(looked_at * count)
+    return dict(sorted(item for part in distributed.from_all(why) for item in part.items()))
+
+
+def _undecodable(files: list[str], own: bool, rows: list[int]) -> tuple[int, dict[int, str]]:
+    found = {}
+    for row in rows:
+        try:
+            read_rgb(files[row], own)
+        except UnreadableImage as error:
+            found[row] = str(error)
+    return len(rows), found
 
 
 def split_validation(images: ImageList, share: float, seed: int) -> tuple[ImageList, ImageList]:
     """Holds out whole classes: (the others, the held out), both relabelled to 0...
 
     round(share * C) classes are held out; the seed chooses which.
-    Raises ValueError for a share outside ]0, 1[, or one that leaves fewer than 2 classes on either side.
+    Raises Refused for a share that leaves fewer than 2 classes on either side.
     """
-    if not 0 < share < 1:
-        raise Refused(f"--val-classes: the validation share is {share}, it must lie between 0 and 1")
     count = images.num_classes
     held_out = round(share * count)
-    if count < 4:
-        raise Refused(f"--val-classes: {images.root} has {count} training classes, at least 2 + 2 are needed")
-    unit = 10 ** (len(str(count)) + 1)  # of the share that is proposed
-    if held_out < 2:
-        advice = f"holds out {held_out}; at least 2 are needed: {-(-2 * unit // count) / unit:g} or more"
-    elif count - held_out < 2:
-        advice = f"leaves {count - held_out}; at least 2 are needed: {(count - 2) * unit // count / unit:g} or less"
-    else:
-        advice = ""
-    if advice:
-        raise Refused(f"--val-classes {share:g} of {count} classes {advice}")
+    if not 2 <= held_out <= count - 2:
+        raise Refused(
+            f"--val-classes {share:g} holds out {held_out} of the {count} training classes of {images.root}: at least "
+            "2 are needed, and 2 to train on"
+        )
     order = torch.randperm(count, generator=generator_for(seed)).numpy()
     others, held = (np.flatnonzero(np.isin(images.labels, part)) for part in (order[held_out:], order[:held_out]))
     return relabelled(images, others), relabelled(images, held)
@@ -155,59 +184,7 @@ def relabelled(images: ImageList, rows: np.ndarray) -> ImageList:
     """Some of the images, with labels 0..C-1 over the classes that they have."""
     classes, labels = np.unique(images.labels[rows], return_inverse=True)
     names = [images.class_names[c] for c in classes]
-    return ImageList(images.root, [images.paths[row] for row in rows], labels, names, images.own)
-
-
-def drop_unreadable(benchmark: Benchmark, workers: int, training: bool = True) -> tuple[Benchmark, list[str]]:
-    """(the benchmark without the images that cannot be decoded, one line about each of those).
-
-    Every image is decoded once, by as many worker processes and by all processes that train together; with
-    training=False those of train are neither looked at nor dropped. A class that loses all its training images is as
-    if it had never been listed. Labels of queries and gallery stay: they belong together.
-
-    Raises ValueError if a split has no image left.
-    """
-    lines, kept = [], {}
-    for split in ("train", "query", "gallery") if training else ("query", "gallery"):
-        images = getattr(benchmark, split)
-        if images is None:
-            continue
-        why = undecodable(images, workers, f"decode {split}")
-        if len(why) == len(images):
-            raise Refused(f"{images.root}: none of the {len(images):,} {split} images can be decoded: {why[0]}")
-        rows = np.setdiff1d(np.arange(len(images)), list(why))
-        paths = [images.paths[row] for row in rows]
-        labelled = replace(images, paths=paths, labels=images.labels[rows])
-        kept[split] = relabelled(images, rows) if split == "train" else labelled
-        lines += why.values()
-    return replace(benchmark, **kept), lines
-
-
-def undecodable(images: ImageList, workers: int, description: str) -> dict[int, str]:
-    """{row: why} of the images that cannot be decoded."""
-    rank, count = distributed.processes()
-    rows = range(rank, len(images), count)
-    loader = DataLoader(Decoded(images), 32, sampler=rows, collate_fn=list, **worker_options(workers, False))
-    with tqdm(total=len(images), desc=description, unit="img", disable=None, leave=False) as bar:
-        why = {}
-        for batch in loader:
-            why |= {row: line for row, line in batch if line}
-            bar.update(len(batch) * count)
-    return dict(sorted(item for part in distributed.from_all(why) for item in part.items()))
-
-
-class Decoded(Dataset):
-    """(row, why the image cannot be decoded, '' if it can)."""
-
-    def __init__(self, images: ImageList):
-        self.images = images
-
-    def __getitem__(self, row: int) -> tuple[int, str]:
-        try:
-            read_rgb(self.images.file(row), self.images.own)
-        except UnreadableImage as error:
-            return row, str(error)
-        return row, ""
+    return replace(images, paths=[images.paths[row] for row in rows], labels=labels, class_names=names)
 
 
 # ---------------------------------------------------------------- from a file to a tensor
@@ -384,11 +361,11 @@ def leave_stopping_to_the_parent(worker: int) -> None:
 def worker_options(workers: int, pin_memory: bool) -> dict:
     """Loader options. In each worker process torch uses one thread by itself."""
     workers = min(workers, available_cores())  # more would only compete for the cores
-    options = {"num_workers": workers, "pin_memory": pin_memory}
+    # With its own generator, a loader does not draw from the global one every epoch.
+    options = {"num_workers": workers, "pin_memory": pin_memory, "generator": torch.Generator()}
     if workers > 0:
         options |= {"persistent_workers": True, "prefetch_factor": 4, "worker_init_fn": leave_stopping_to_the_parent}
-    # With its own generator, a loader does not draw from the global one every epoch.
-    return options | {"generator": torch.Generator()}
+    return options
 
 
 def make_train_loader(
@@ -513,7 +490,3 @@ def _classes(names: list[str]) -> str:
 
 def _names(names: list[str]) -> str:
     return shorten([repr(name) for name in names])
-
-
-if __name__ == "__main__":
-    sys.exit("dataset.py: check, download and show moved: python code/prepare.py check|download|show NAME")

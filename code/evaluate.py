@@ -46,13 +46,13 @@ def main():
         if args.export:
             export.to_onnx(loaded.network.cpu(), loaded.image_size, args.export)
             return
-        benchmark, unreadable = load_benchmark(args, given, loaded)
+        benchmark = load_benchmark(args, given, loaded)
         options = (loaded.image_size, args.sz_batch, args.nb_workers, device)
         loaders = [inference.make_loader(images, *options) for images in (benchmark.query, benchmark.gallery)]
         query, gallery = inference.embed_split(
             loaded.network, *loaders, device, amp=args.amp == "bf16", channels_last=args.channels_last
         )
-        ks, measured = benchmark.recall_at, describe(benchmark, loaded, len(unreadable))
+        ks, measured = benchmark.recall_at, describe(benchmark, loaded)
         if args.save_embeddings and processes.rank == 0:
             save_embeddings(args.save_embeddings, benchmark, query, gallery)
             print(f"embeddings: {args.save_embeddings}")
@@ -98,11 +98,8 @@ def check_flags(args, given):
         raise Refused("--export is done by one process: start it without torchrun")
 
 
-def load_benchmark(args, given, loaded) -> tuple[dataset.Benchmark, list[str]]:
-    """(the data to score on, a line for each image that was left out).
-
-    Raises Refused or OSError where flags, data and checkpoint do not fit each other.
-    """
+def load_benchmark(args, given, loaded) -> dataset.Benchmark:
+    """The data to score on. Raises Refused or OSError where flags, data and checkpoint do not fit each other."""
     stored = checkpoint.stored_flags(loaded.content)
     if "dataset" not in given and "dataset" not in stored:
         raise Refused(f"{loaded.path} does not say what it was trained on: --dataset is needed")
@@ -112,17 +109,20 @@ def load_benchmark(args, given, loaded) -> tuple[dataset.Benchmark, list[str]]:
         if not args.data_root.exists():
             raise Refused(f"{loaded.path} was trained on {args.data_root}, which is not there; give --data-root")
     benchmark = dataset.load_benchmark(
-        args.dataset, args.data_root, args.train_classes, training=False, share_given="train_classes" in given
+        args.dataset,
+        args.data_root,
+        args.train_classes,
+        training=False,
+        share_given="train_classes" in given,
+        skip_bad=args.skip_bad_images,
+        workers=args.nb_workers,
     )
     for warning in benchmark.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    unreadable = []
-    if args.skip_bad_images:
-        benchmark, unreadable = dataset.drop_unreadable(benchmark, args.nb_workers, training=False)
-    if unreadable:
-        print(f"left out: {len(unreadable):,} images that could not be decoded: {shorten(unreadable)}")
+    if bad := benchmark.unreadable:
+        print(f"left out: {len(bad):,} images that could not be decoded: {shorten(bad)}")
     compare_with_training(args, given, loaded, benchmark)
-    return benchmark, unreadable
+    return benchmark
 
 
 def compare_with_training(args, given, loaded, benchmark) -> None:
@@ -154,7 +154,7 @@ def compare_with_training(args, given, loaded, benchmark) -> None:
                 print(f"warning: not the test images of the training run: {changed}", file=sys.stderr)
 
 
-def describe(benchmark, loaded, undecoded: int) -> dict:
+def describe(benchmark, loaded) -> dict:
     """What a checkpoint is scored on, for the console and the JSON file."""
     splits = {"train": benchmark.train, "query": benchmark.query, "gallery": benchmark.gallery}
     return {
@@ -167,7 +167,7 @@ def describe(benchmark, loaded, undecoded: int) -> dict:
             if images is not None
         },
         "image_size": loaded.image_size,
-        "undecoded": undecoded,
+        "undecoded": len(benchmark.unreadable),
         "trained_by": loaded.content.get("made_by"),
         "trained_with": checkpoint.stored_flags(loaded.content),
     }

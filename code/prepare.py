@@ -55,8 +55,8 @@ def check(name: str, data_root: Path, decode: bool = False, train_classes: float
     if len(missing) > 5:
         problems.append(f"... and {len(missing) - 5:,} more files that are not there")
     if decode:
-        for split, images in dataset.make_image_list(listing, listing.splits).items():
-            problems += dataset.undecodable(images, dataset.available_cores(), f"decode {split}").values()
+        for split in listing.splits:
+            problems += dataset.undecodable(listing, split, dataset.available_cores()).values()
     for problem in problems:
         print(f"problem: {problem}")
     if not problems:

@@ -146,13 +146,13 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 
 def load_data(args: Namespace) -> tuple[dataset.Benchmark, dataset.ImageList, dataset.ImageList | None]:
     """(benchmark, images to train on, held-out classes or None)."""
-    benchmark = dataset.load_benchmark(args.dataset, args.data_root, args.train_classes)
+    benchmark = dataset.load_benchmark(
+        args.dataset, args.data_root, args.train_classes, skip_bad=args.skip_bad_images, workers=args.nb_workers
+    )
     for warning in benchmark.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    if args.skip_bad_images:
-        benchmark, unreadable = dataset.drop_unreadable(benchmark, args.nb_workers)
-        if unreadable:
-            print(f"left out: {len(unreadable):,} images that could not be decoded: {shorten(unreadable)}")
+    if bad := benchmark.unreadable:
+        print(f"left out: {len(bad):,} images that could not be decoded: {shorten(bad)}")
     if args.val_classes > 0:
         return benchmark, *dataset.split_validation(benchmark.train, args.val_classes, args.seed)
     return benchmark, benchmark.train, None
