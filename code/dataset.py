@@ -420,40 +420,30 @@ def fingerprint(images: ImageList) -> dict:
     the paths of each class, 'digest': one of the whole list, order included}. Paths count relative to the root; with
     those of own pictures count the sizes of the files in bytes, which tells most pictures that were replaced.
     """
-    paths = images.paths
+    paths, labels = images.paths, images.labels.tolist()
     if images.own:
-        paths = [f"{path} {_file_size(images.root / path)}" for path in paths]
-    order = np.argsort(images.labels, kind="stable")
-    sizes = np.bincount(images.labels, minlength=len(images.class_names))
-    by_class = [paths[i] for i in order]
-    ends = sizes.cumsum().tolist()
-    members = [by_class[end - size : end] for end, size in zip(ends, sizes.tolist(), strict=True)]
-    listed = (f"{label} {path}" for label, path in zip(images.labels.tolist(), paths, strict=True))
+        paths = [f"{path} {os.path.getsize(images.file(row))}" for row, path in enumerate(paths)]
+    members = [[] for _ in images.class_names]
+    for path, label in zip(paths, labels, strict=True):
+        members[label].append(path)
     return {
         "images": len(images),
         "classes": list(images.class_names),
-        "sizes": sizes.tolist(),
+        "sizes": [len(part) for part in members],
         "class_digests": [_digest(sorted(part))[:8] for part in members],
-        "digest": _digest(listed),
+        "digest": _digest(f"{label} {path}" for label, path in zip(labels, paths, strict=True)),
     }
 
 
 def digest_of_classes(*parts: dict) -> str:
     """Of the classes of several fingerprints together, however they are divided between them."""
-    return _digest(
-        sorted(
-            f"{name} {digest}"
-            for part in parts
-            for name, digest in zip(part["classes"], part["class_digests"], strict=True)
-        )
-    )
+    classes = [named for part in parts for named in zip(part["classes"], part["class_digests"], strict=True)]
+    return _digest(sorted(f"{name} {digest}" for name, digest in classes))
 
 
-def _file_size(path: Path) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return -1
+def _by_class(found: dict) -> dict[str, tuple[int, str]]:
+    """{class: (images, digest)} of a fingerprint."""
+    return dict(zip(found["classes"], zip(found["sizes"], found["class_digests"], strict=True), strict=True))
 
 
 def _digest(lines: Iterable[str]) -> str:
@@ -465,22 +455,20 @@ def changes(then: dict, now: dict) -> str:
     """What differs between two fingerprints of one split, in words for one line; '' if nothing does."""
     if then["digest"] == now["digest"]:
         return ""
-    old, new = (
-        dict(zip(f["classes"], zip(f["sizes"], f["class_digests"], strict=True), strict=True)) for f in (then, now)
-    )
+    old, new = _by_class(then), _by_class(now)
     gone, added = [name for name in old if name not in new], [name for name in new if name not in old]
-    places = [[names["classes"].index(name) for name in some] for names, some in ((then, gone), (now, added))]
-    if places[0] == places[1] and [old[name][0] for name in gone] == [new[name][0] for name in added]:
-        parts = [f"{_classes(gone)} renamed ({_names(gone)} to {_names(added)})"] if gone else []
+    places = [[list(names).index(name) for name in some] for names, some in ((old, gone), (new, added))]
+    parts = []
+    if gone and places[0] == places[1] and [old[name][0] for name in gone] == [new[name][0] for name in added]:
+        parts = [f"{_classes(gone)} renamed ({_names(gone)} to {_names(added)})"]
     else:
-        parts = [f"{_classes(gone)} removed ({_names(gone)})"] if gone else []
+        parts += [f"{_classes(gone)} removed ({_names(gone)})"] if gone else []
         parts += [f"{_classes(added)} added ({_names(added)})"] if added else []
     changed = [name for name in old if name in new and old[name] != new[name]]
     if changed:
-        first = changed[0]
-        before, after = old[first][0], new[first][0]
+        (before, _), (after, _) = old[changed[0]], new[changed[0]]
         how = "same number, other names or sizes" if before == after else f"{before:,} images before, {after:,} now"
-        parts.append(f"images added, removed or replaced in {_classes(changed)} ({first!r}: {how})")
+        parts.append(f"images added, removed or replaced in {_classes(changed)} ({changed[0]!r}: {how})")
     return "; ".join(parts) or "the same classes and images come in another order"
 
 
