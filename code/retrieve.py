@@ -18,6 +18,7 @@ import io
 import os
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
@@ -65,9 +66,9 @@ def main():
 
     # Embeddings
     vectors, rows = embed(loaded, queries, device, "embed queries")
+    bad = {int(row): why_not(queries, row) for row in np.setdiff1d(np.arange(len(queries)), rows)}
     if not len(rows):
-        others = f"; nor can the other {len(queries) - 1:,} queries" if len(queries) > 1 else ""
-        raise Refused(why_not(queries, 0) + others)
+        raise Refused(bad[0] + (f"; nor can the other {len(queries) - 1:,} queries" if len(queries) > 1 else ""))
     states, files = look_at_files(galleries)
     gallery_vectors, gallery_rows = embed_gallery(loaded, galleries, states, device)
 
@@ -77,7 +78,7 @@ def main():
     neighbours = {row: [] for row in range(len(queries))}  # query -> [(image of the gallery, cosine similarity), …]
     for row, indices, values in zip(rows.tolist(), found, similarities.tolist(), strict=True):
         neighbours[row] = [(int(gallery_rows[i]), value) for i, value in zip(indices, values, strict=True) if i >= 0]
-    write(loaded.args, queries, galleries, neighbours, rows.tolist(), len(gallery_rows))
+    write(loaded.args, queries, galleries, neighbours, bad, len(gallery_rows))
 
 
 def list_images(path: Path, option: str) -> dataset.ImageList:
@@ -137,14 +138,7 @@ def cache_path(loaded) -> Path:
     for name, tensor in sorted(checkpoint.network_state(loaded.content, loaded.path).items()):
         key.update(name.encode())
         key.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    made_with = (
-        args.model,
-        args.sz_embedding,
-        args.add_gmp,
-        args.layer_norm,
-        loaded.image_size,
-        args.amp,
-    )
+    made_with = (args.model, args.sz_embedding, args.add_gmp, args.layer_norm, loaded.image_size, args.amp)
     key.update(repr(made_with).encode())
     gallery = args.gallery.resolve()
     return gallery.with_name(f"{gallery.name}.embeddings-{key.hexdigest()[:12]}.npz")
@@ -172,9 +166,7 @@ def embed_gallery(loaded, images, states, device) -> tuple[torch.Tensor, np.ndar
             unsaved = 0
     bad = np.flatnonzero(~known)
     if len(bad) == len(images):
-        raise Refused(
-            f"--gallery {images.root}: none of its {len(images):,} images can be decoded: {why_not(images, 0)}"
-        )
+        raise Refused(f"--gallery: none of its {len(images):,} images can be decoded: {why_not(images, 0)}")
     if len(bad):
         print(f"warning: left out of the gallery: {len(bad):,} that cannot be decoded, the first:", file=sys.stderr)
     for row in bad[:MOST_SHOWN]:
@@ -249,13 +241,15 @@ def search(query, own, gallery, others, args, device) -> tuple[np.ndarray, np.nd
 # ---------------------------------------------------------------- what is written
 
 
-def write(args, queries, galleries, neighbours, decoded: list[int], size: int) -> None:
-    """neighbours: query -> [(image of the gallery, similarity), …]; decoded: queries that were; size: the gallery's."""
+def write(args, queries, galleries, neighbours, bad: dict[int, str], size: int) -> None:
+    """neighbours: query -> [(image of the gallery, similarity), …]; bad: query -> why it could not be decoded."""
     args.output.mkdir(parents=True, exist_ok=True)
     files = [args.output / f"neighbours.{suffix}" for suffix in ("csv", "png", "html")]
-    text = csv_text(queries, galleries, neighbours)
-    checkpoint.write(lambda file: file.write(text.encode("utf-8", "surrogateescape")), files[0])
-    drawn = decoded[:MOST_SHOWN]
+    text = io.StringIO()
+    csv.writer(text).writerows(table(queries, galleries, neighbours))
+    checkpoint.write(lambda file: file.write(text.getvalue().encode("utf-8", "surrogateescape")), files[0])
+
+    drawn = [row for row in neighbours if row not in bad][:MOST_SHOWN]
     shown = {row: found[:MOST_NEIGHBOURS] for row, found in neighbours.items()}
     pictures.neighbours(
         [queries.root / queries.paths[row] for row in drawn],
@@ -267,54 +261,38 @@ def write(args, queries, galleries, neighbours, decoded: list[int], size: int) -
         captions=[[Path(galleries.paths[i]).name for i, _ in shown[row]] for row in drawn],
         own=True,
     )
-    bad = sorted(set(neighbours) - set(decoded))
-    count = f"{len(decoded):,}" + (f" and {len(bad):,} that cannot be decoded" if bad else "")
-    html = page(args, queries, galleries, shown, set(bad), count, size)
+    count = f"{len(queries) - len(bad):,}" + (f" and {len(bad):,} that cannot be decoded" if bad else "")
+    sections = tqdm(list(shown.items())[:MOST_ON_PAGE], "page", unit="query", disable=None, leave=False)
+    template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
+    html = template.render(
+        dict(args=args, queries=queries, galleries=galleries, sections=sections, bad=bad, count=count, size=size),
+        number=min(len(queries), MOST_ON_PAGE),
+        link=lambda path: quote(os.path.relpath(path, args.output).encode("utf-8", "surrogateescape")),
+        thumbnail=thumbnail,
+    )
     checkpoint.write(lambda file: file.write(html.encode("utf-8", "replace")), files[2])
 
     for row in drawn:
         print(f"\n{queries.root / queries.paths[row]}")
         for rank, (i, similarity) in enumerate(shown[row], 1):
             print(f"{rank:>4}  {similarity:.4f}  {galleries.root / galleries.paths[i]}")
-    if len(decoded) > len(drawn):
-        print(f"\n… and {len(decoded) - len(drawn):,} more")
-    for row in bad[:MOST_SHOWN]:
-        print(f"warning: {why_not(queries, row)}", file=sys.stderr)
+    if len(queries) - len(bad) > len(drawn):
+        print(f"\n… and {len(queries) - len(bad) - len(drawn):,} more")
+    for why in list(bad.values())[:MOST_SHOWN]:
+        print(f"warning: {why}", file=sys.stderr)
     print(f"\nqueries: {count}; gallery: {size:,}; similarity: cosine")
     print("written: " + ", ".join(map(str, files)))
 
 
-def csv_text(queries, galleries, neighbours) -> str:
-    """One row per query and neighbour; a query that could not be decoded has one row without any."""
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["query", "rank", "neighbour", "cosine_distance", "cosine_similarity"])
+def table(queries, galleries, neighbours) -> Iterator[tuple]:
+    """Rows of neighbours.csv, one per query and neighbour; a query that could not be decoded has one without any."""
+    yield "query", "rank", "neighbour", "cosine_distance", "cosine_similarity"
     for row, found in neighbours.items():
         query = queries.root / queries.paths[row]
         for rank, (i, similarity) in enumerate(found, 1):
-            distance = max(0.0, 1 - similarity)
-            writer.writerow([query, rank, galleries.root / galleries.paths[i], f"{distance:.7f}", f"{similarity:.7f}"])
+            yield query, rank, galleries.root / galleries.paths[i], f"{max(0, 1 - similarity):.7f}", f"{similarity:.7f}"
         if not found:
-            writer.writerow([query, "", "", "", ""])
-    return text.getvalue()
-
-
-def page(args, queries, galleries, neighbours, bad: set[int], count: str, size: int) -> str:
-    """The queries and what they found as one file."""
-    shown = list(neighbours.items())[:MOST_ON_PAGE]
-    template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
-        sections=tqdm(shown, "page", unit="query", disable=None, leave=False),
-        number=len(shown),
-        why_not={row: why_not(queries, row) for row, _ in shown if row in bad},
-        link=lambda path: quote(os.path.relpath(path, args.output).encode("utf-8", "surrogateescape")),
-        thumbnail=thumbnail,
-        args=args,
-        queries=queries,
-        galleries=galleries,
-        count=count,
-        size=size,
-    )
+            yield query, "", "", "", ""
 
 
 def thumbnail(path: Path) -> str:

@@ -20,7 +20,8 @@ from .timm_model import TimmModel
 
 __all__ = ["MODELS", "EmbeddingNet", "build", "load_network_state", "require_image_size"]
 
-MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "googlenet", "bn_inception")
+MODELS = {name: ResNet for name in ("resnet18", "resnet34", "resnet50", "resnet101")}
+MODELS |= {"googlenet": GoogLeNet, "bn_inception": BNInception}
 
 
 def build(
@@ -44,11 +45,8 @@ def build(
     Raises Refused: unknown name; no such file, or one that holds no weights or does not fit; no download.
     """
     if name not in MODELS and not name.startswith("timm:"):
-        nearest = difflib.get_close_matches(name, MODELS, 1, cutoff=0)[0]
-        raise Refused(
-            f"unknown model '{name}', did you mean '{nearest}'? The choices are {', '.join(MODELS)} and timm:NAME"
-        )
-
+        nearest, choices = difflib.get_close_matches(name, MODELS, 1, cutoff=0)[0], ", ".join(MODELS)
+        raise Refused(f"unknown model '{name}', did you mean '{nearest}'? The choices are {choices} and timm:NAME")
     # The weights first: what is wrong with them should not take a network to find out.
     state = None
     if weights == "imagenet" and name in MODELS:
@@ -58,17 +56,12 @@ def build(
 
     options = dict(embedding_size=embedding_size, add_gmp=add_gmp, layer_norm=layer_norm, bn_freeze=bn_freeze)
     if name in MODELS:
-        network = construct(name, **options)
+        network = MODELS[name](name, **options)
     else:
         network = TimmModel(name, pretrained=weights == "imagenet", **options)
     if state is not None:
         load_backbone(network, state, weights)
     return network
-
-
-def construct(name: str, **options) -> EmbeddingNet:
-    """The network `name` of MODELS with random weights."""
-    return {"googlenet": GoogLeNet, "bn_inception": BNInception}.get(name, ResNet)(name, **options)
 
 
 def download_imagenet(name: str) -> dict[str, torch.Tensor]:
@@ -78,9 +71,9 @@ def download_imagenet(name: str) -> dict[str, torch.Tensor]:
     default, comes from a much longer training (80.9 %): another starting point, whose results do not compare.
     """
     if name == "bn_inception":
+        file = "the bn_inception-52deb4733.pth of pretrained-models.pytorch"
         raise Refused(
-            "bn_inception has no ImageNet weights to download: give --weights FILE, the "
-            "bn_inception-52deb4733.pth of pretrained-models.pytorch, or --weights none"
+            f"bn_inception's ImageNet weights cannot be downloaded: give --weights FILE, {file}, or --weights none"
         )
     url = models.get_model_weights(name).IMAGENET1K_V1.url
     try:
@@ -193,7 +186,7 @@ def find_model(backbone: dict[str, torch.Tensor]) -> str | None:
     """The name in MODELS whose backbone has these names and shapes, or None."""
     for name in MODELS:
         with torch.device("meta"):  # names and shapes only: no memory, no random numbers drawn
-            network = construct(name)
+            network = MODELS[name](name)
         own = network.model.state_dict()
         relevant = {key: value for key, value in backbone.items() if not key.startswith(network.optional)}
         if not any(compare(own, relevant, network.optional + counters(own))):
