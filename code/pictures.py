@@ -71,15 +71,14 @@ def in_our_fonts() -> Iterator[None]:
 def short_names(names: Sequence[str], length: int = NAME_LENGTH) -> list[str]:
     """The names of one picture on one line each, at most `length` columns wide and still different where they were.
 
-    Numbers in front go if the names differ without them. A name that is too long loses the words that it shares with
-    most others, then its middle; if that makes names equal, they begin where they differ.
+    Numbers in front go if the names differ without them. A name that is too long loses its middle; if that makes names
+    equal, they begin where they differ.
     """
     full = [legible(name).replace("_", " ") for name in names]
     bare = [re.sub(r"^\d+[.\-\s]+(?=\S)", "", name) for name in full]
     if all(a != b for a, b in zip(full, bare, strict=True)) and len(set(bare)) == len(set(full)):
         full = bare
-    counts = Counter(word for name in set(full) for word in set(name.split()))
-    short = {name: _drop_shared_words(name, counts, length) for name in full}
+    short = {name: cut(name, length) for name in full}
     for text, alike in Counter(short.values()).items():
         if alike > 1:
             equal = [name for name, shown in short.items() if shown == text]
@@ -88,33 +87,14 @@ def short_names(names: Sequence[str], length: int = NAME_LENGTH) -> list[str]:
     return [short[name] for name in full]
 
 
-def _drop_shared_words(name: str, counts: Counter, length: int) -> str:
-    """LATIN CAPITAL LETTER A WITH MACRON -> LATIN CAPITAL…A WITH MACRON, the words that most names share first."""
-    words = name.split()
-    shared = sorted({word for word in words if counts[word] > 1}, key=lambda word: (-counts[word], words.index(word)))
-    while _columns(name) > length and shared:
-        drop = shared.pop(0)
-        words = ["…" if word == drop else word for word in words]
-        name = re.sub(r" ?…[… ]*", "…", " ".join(words))
-    return cut(name, length)
-
-
 def cut(text: str, length: int) -> str:
     """A text at most `length` columns wide: what is too long loses its middle, as names often differ at their ends."""
-    if _columns(text) <= length:
+    widths = [1 + (unicodedata.east_asian_width(character) in "WF") for character in text]  # Chinese: twice Latin's
+    if sum(widths) <= length:
         return text
-    head, tail = _fitting(text, length // 2), _fitting(text[::-1], (length - 1) // 2)
+    head = bisect.bisect(list(itertools.accumulate(widths)), length // 2)
+    tail = bisect.bisect(list(itertools.accumulate(reversed(widths))), (length - 1) // 2)
     return f"{text[:head]}…{text[len(text) - tail :]}"
-
-
-def _fitting(text: str, length: int) -> int:
-    """How many characters from the start of a text are at most `length` columns wide."""
-    return bisect.bisect(list(itertools.accumulate(map(_columns, text))), length)
-
-
-def _columns(text: str) -> int:
-    """Width of a text in Latin characters: Chinese ones are as wide as two."""
-    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
 
 
 def legible(text: str) -> str:
@@ -295,10 +275,8 @@ def neighbours(
     below = [[""] * len(row) for row in neighbour_paths] if captions is None else captions
     rows = (neighbour_paths, right, similarities, below)
     parts = (query_paths, titles, *rows)
-    if len(set(map(len, parts))) != 1 or any(len(set(map(len, row))) != 1 for row in zip(*rows, strict=True)):
-        raise ValueError("neighbours: all rows need the same shape, and each query a title")
-    if not len(query_paths):
-        raise ValueError("neighbours: there is no query to draw")
+    if not len(query_paths) or any(len(set(map(len, row))) != 1 for row in zip(*rows, strict=True)):
+        raise ValueError("neighbours: all rows need the same shape, and there must be a query")
 
     # Everything stands in one coordinate system whose unit, an inch, is the side of a picture.
     step, first, row_height = 1.08, 1.3, 1.66 if captions is None else 1.78
@@ -345,7 +323,7 @@ def _digits(rows: Sequence[Sequence[float]]) -> int:
 
 def _draw_image(axes, file: Path | str, x: float, y: float, frame: dict, own: bool) -> None:
     """The image in the unit square whose upper left corner is (x, y), in its proportions, and a frame around it."""
-    pixels = read_thumbnail(file, own=own)
+    pixels = read_thumbnail(file, THUMBNAIL, own)
     if pixels is None:
         axes.add_patch(Rectangle((x, y), 1, 1, color=GREY))
         axes.text(x + 0.5, y + 0.5, "cannot\nbe read", ha="center", va="center", fontsize=9)
@@ -393,18 +371,13 @@ def read_thumbnail(file: Path | str, side: int = THUMBNAIL, own: bool = False) -
     own: the user's own picture, which is turned as its EXIF orientation says.
     """
     try:
-        image = _decode(file, side, own)
+        with Image.open(file) as opened:
+            opened.draft("RGB", (2 * side, 2 * side))  # large JPEGs: decode no more than needed
+            image = decoding.decode(opened, own)
         image.thumbnail((side, side))
         return np.asarray(image)
     except Exception:  # what Pillow raises depends on where the file is broken
         return None
-
-
-def _decode(file: Path | str, side: int, own: bool) -> Image.Image:
-    """RGB, not much smaller than side."""
-    with Image.open(file) as image:
-        image.draft("RGB", (2 * side, 2 * side))  # large JPEGs: decode no more than needed
-        return decoding.decode(image, own)
 
 
 # ---------------------------------------------------------------- a batch
