@@ -3,27 +3,17 @@
 Figures are drawn off screen without matplotlib's pyplot: nothing is shared between calls, and no window is needed.
 """
 
-import bisect
-import contextlib
-import functools
-import importlib.util
 import io
 import itertools
-import os
-import re
-import unicodedata
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import checkpoint
 import decoding
-import matplotlib
+import lettering
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, fontManager
-from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -35,7 +25,6 @@ BLUE, ORANGE = "#0072b2", "#d55e00"
 THUMBNAIL = 128  # pixels of the longer side of a picture among the neighbours, and at most of one on the map
 MAP_SIDE, MAP_CELLS = 1440, 40  # of the map: pixels, and cells, of its longer side
 MOST_NAMES = 32  # class names beside an incidence matrix; of more classes every second, third, … is named
-NAME_LENGTH = 28  # characters of a class name in a plot
 CAPTION_LENGTH = 18  # characters of a file name as wide as a picture among the neighbours
 FEWEST_FOR_TSNE = 30  # t-SNE of fewer points shows nothing that PCA does not
 
@@ -48,84 +37,10 @@ FRAMES = {
 }
 
 
-@functools.cache
-def fonts() -> list[str]:
-    """Families that texts are drawn in; of zhplot, if it is installed, the font, for Chinese and Japanese names."""
-    found = ["DejaVu Sans"]
-    if zhplot := importlib.util.find_spec("zhplot"):
-        for file in Path(zhplot.origin).parent.glob("fonts/NotoSansSC-Regular.ttf"):
-            fontManager.addfont(file)
-            found.append("Noto Sans SC")
-    return found
-
-
-@contextlib.contextmanager
-def in_our_fonts() -> Iterator[None]:
-    with matplotlib.rc_context({"font.family": fonts()}):
-        yield
-
-
-# ---------------------------------------------------------------- names
-
-
-def short_names(names: Sequence[str], length: int = NAME_LENGTH) -> list[str]:
-    """The names of one picture on one line each, at most `length` columns wide and still different where they were.
-
-    Numbers in front go if the names differ without them. A name that is too long loses its middle; if that makes names
-    equal, they begin where they differ.
-    """
-    full = [legible(name).replace("_", " ") for name in names]
-    bare = [re.sub(r"^\d+[.\-\s]+(?=\S)", "", name) for name in full]
-    if all(a != b for a, b in zip(full, bare, strict=True)) and len(set(bare)) == len(set(full)):
-        full = bare
-    short = {name: cut(name, length) for name in full}
-    for text, alike in Counter(short.values()).items():
-        if alike > 1:
-            equal = [name for name, shown in short.items() if shown == text]
-            same = max(1, len(os.path.commonprefix(equal)) - 3)
-            short |= {name: cut(f"…{name[same:]}", length) for name in equal}
-    return [short[name] for name in full]
-
-
-def cut(text: str, length: int) -> str:
-    """A text at most `length` columns wide: what is too long loses its middle, as names often differ at their ends."""
-    widths = [1 + (unicodedata.east_asian_width(character) in "WF") for character in text]  # Chinese: twice Latin's
-    if sum(widths) <= length:
-        return text
-    head = bisect.bisect(list(itertools.accumulate(widths)), length // 2)
-    tail = bisect.bisect(list(itertools.accumulate(reversed(widths))), (length - 1) // 2)
-    return f"{text[:head]}…{text[len(text) - tail :]}"
-
-
-def legible(text: str) -> str:
-    """A text on one line; characters that the fonts lack are spelled out, 고양이 as goyangi and a dog as (dog face)."""
-    text = " ".join(str(text).encode("utf-8", "replace").decode().split())
-    return "".join(character if ord(character) in _drawable() else _spell(character) for character in text)
-
-
-@functools.cache
-def _drawable() -> frozenset[int]:
-    """Code points that the fonts have a glyph for."""
-    return frozenset().union(*(FT2Font(findfont(FontProperties(family))).get_charmap() for family in fonts()))
-
-
-def _spell(character: str) -> str:
-    """Letters by the last word of their Unicode name, which is their sound; others by the whole name or number."""
-    name = unicodedata.name(character, "").lower()
-    if not name or "ideograph" in name:
-        return f"U+{ord(character):04X} "
-    return name.split()[-1] if unicodedata.category(character)[0] in "LMN" else f"({name})"
-
-
-def _plain(text: str) -> str:
-    """For matplotlib: a dollar sign stays one and begins no formula."""
-    return text.replace("$", r"\$")
-
-
 # ---------------------------------------------------------------- the course of a run
 
 
-@in_our_fonts()
+@lettering.in_our_fonts()
 def curves(
     history: Sequence[dict], path: Path, title: str = "", chance: float | None = None, best: int | None = None
 ) -> None:
@@ -158,7 +73,7 @@ def curves(
         handles, labels = axes.get_legend_handles_labels()
         axes.legend(handles, labels, loc="upper left", bbox_to_anchor=(beside, 1.04), frameon=False, fontsize=9)
     _name_epochs(all_axes[-1], history)
-    figure.suptitle(_plain(cut(legible(title), 90)), fontsize=11)
+    figure.suptitle(lettering.label(title, 90), fontsize=11)
     _save(figure, path)
 
 
@@ -246,7 +161,7 @@ def _plot(axes, history: Sequence[dict], name: str, scale: float, **look) -> Non
 # ---------------------------------------------------------------- a search
 
 
-@in_our_fonts()
+@lettering.in_our_fonts()
 def neighbours(
     query_paths: Sequence[Path | str],
     neighbour_paths: Sequence[Sequence[Path | str]],
@@ -290,15 +205,15 @@ def neighbours(
     digits = _digits(similarities)
     for number, (query, title, *found) in enumerate(zip(*parts, strict=True)):
         top = 0.5 + number * row_height
-        axes.text(0, top + 0.11, _plain(cut(legible(title), int(width * 11))), va="center", fontsize=11)
+        axes.text(0, top + 0.11, lettering.label(title, int(width * 11)), va="center", fontsize=11)
         _draw_image(axes, query, 0.0, top + 0.26, FRAMES["query"], own)
         for place, (file, is_right, similarity, caption) in enumerate(zip(*found, strict=True)):
             x, known = first + place * step, None if is_right is None else bool(is_right)
             _draw_image(axes, file, x, top + 0.26, FRAMES[known], own)
             text = dict(ha="center", va="center", color=FRAMES[known]["color"])
             axes.text(x + 0.5, top + 1.39, f"{MARKS[known]}{similarity:.{digits}f}", fontsize=10, **text)
-            caption = _plain(cut(legible(caption), CAPTION_LENGTH))
-            axes.text(x + 0.5, top + 1.54, caption, fontsize=6.5, family=["DejaVu Sans Mono", *fonts()], **text)
+            text |= dict(fontsize=6.5, family=["DejaVu Sans Mono", *lettering.fonts()])
+            axes.text(x + 0.5, top + 1.54, lettering.label(caption, CAPTION_LENGTH), **text)
     _save(figure, path)
 
 
@@ -335,7 +250,7 @@ def _draw_image(axes, file: Path | str, x: float, y: float, frame: dict, own: bo
     axes.add_patch(Rectangle((x, y), 1, 1, fill=False, zorder=3, **frame))
 
 
-@in_our_fonts()
+@lettering.in_our_fonts()
 def contact_sheet(columns: Sequence[tuple[str, Sequence]], path: Path, own: bool = False) -> None:
     """Classes of each split side by side, their images in rows.
 
@@ -353,10 +268,11 @@ def contact_sheet(columns: Sequence[tuple[str, Sequence]], path: Path, own: bool
     axes.set_axis_off()
     left = gap
     for (title, rows), column in zip(columns, widths, strict=True):
-        axes.text(left, title_height / 2, _plain(cut(legible(title), int(column * 10))), va="center", fontsize=11)
+        title = lettering.label(title, int(column * 10))
+        axes.text(left, title_height / 2, title, va="center", fontsize=11)
         top = title_height
         for caption, files in rows:
-            caption = _plain(cut(legible(caption), int(column * 12)))
+            caption = lettering.label(caption, int(column * 12))
             axes.text(left, top + caption_height / 2, caption, va="center", fontsize=8.5)
             for place, file in enumerate(files):
                 _draw_image(axes, file, left + place * step, top + caption_height, dict(linewidth=0), own)
@@ -383,7 +299,7 @@ def read_thumbnail(file: Path | str, side: int = THUMBNAIL, own: bool = False) -
 # ---------------------------------------------------------------- a batch
 
 
-@in_our_fonts()
+@lettering.in_our_fonts()
 def hypergraph(H: np.ndarray, labels: np.ndarray, class_names: Sequence[str], path: Path) -> None:
     """The incidence matrix of a batch: how far each sample belongs to the hyperedge of each class.
 
@@ -403,9 +319,9 @@ def hypergraph(H: np.ndarray, labels: np.ndarray, class_names: Sequence[str], pa
 
     every = -(-len(classes) // MOST_NAMES)
     named = np.arange(0, len(classes), every)
-    names = short_names([class_names[label] for label in classes[named]])
+    names = lettering.short_names([class_names[label] for label in classes[named]])
     ends = np.cumsum(sizes)  # of the rows of each class
-    axes.set_yticks((ends - (sizes + 1) / 2)[named], [_plain(name) for name in names], fontsize=8)
+    axes.set_yticks((ends - (sizes + 1) / 2)[named], [lettering.plain(name) for name in names], fontsize=8)
     axes.set_xticks([])
     if len(classes) <= 2 * MOST_NAMES:  # of more, the lines would hide what they divide
         axes.hlines(ends[:-1] - 0.5, -0.5, len(classes) - 0.5, color="white", linewidth=0.6)
@@ -422,7 +338,7 @@ def hypergraph(H: np.ndarray, labels: np.ndarray, class_names: Sequence[str], pa
 # ---------------------------------------------------------------- embeddings on a plane
 
 
-@in_our_fonts()
+@lettering.in_our_fonts()
 def embedding_map(
     embeddings: np.ndarray,
     files: Sequence[Path | str],

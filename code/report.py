@@ -114,8 +114,7 @@ def read_runs(folder: Path) -> tuple[list[dict], list[str]]:
                     row["pictures"][file.stem] = base64.b64encode(file.read_bytes()).decode()
             runs.append(row)
         except BROKEN as error:
-            why = error.strerror if isinstance(error, OSError) else str(error)
-            why = f"it lacks {why}" if isinstance(error, KeyError) else why
+            why = f"it lacks {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or str(error)
             place = "" if isinstance(error, Refused) else f"{file.name}: "
             reasons.append(one_line(f"{path}: left out, {place}{why[:300]}"))
     return runs, reasons
@@ -183,6 +182,7 @@ def read_epochs(path: Path, run_flags: dict, made_by: dict, data: str, counts: d
     if made["dataset"] == "folder" and data == "unknown":  # then its folder's name has to do
         made["data_root"] = Path(str(run_flags["data_root"])).name
     made |= {"nb_epochs": len(trained), "data": data}
+    whole_method = made["loss"] == "hist" and made["ls"] != 0 and made["sz_embedding"] == PUBLISHED_SIZE
     figures = [name for name in names if name.startswith("R@")]
     return {
         "experiment": [flag_name(name) for name in made],  # columns: what makes two runs the same but for their seed
@@ -191,13 +191,13 @@ def read_epochs(path: Path, run_flags: dict, made_by: dict, data: str, counts: d
         "chosen by": "held-out classes" if run_flags["val_classes"] else "test split",
         "best epoch": int(best["epoch"]),
         "figures": figures,
-        **{f"{name} (%)": percent(best[name]) for name in figures},
-        **{f"last {name} (%)": percent(last[name]) for name in figures},
+        **{f"{name} (%)": round(100 * best[name], 6) for name in figures},
+        **{f"last {name} (%)": round(100 * last[name], 6) for name in figures},
         "all figures": str(trained[names].to_numpy().tolist()),
         "seconds": trained["seconds"].astype(float).dropna().tolist() if "seconds" in trained else [],
         **{name: plain(best.get(name, "")) for name in MADE_BY},
         "made by": made_by,
-        "of": kind(made),
+        "of": f"{made['dataset']}, {made['model']}" if whole_method else "",
         "unlike": unlike_published(made, counts),
     }
 
@@ -291,11 +291,9 @@ class Section:
                 mean, std = mean_and_std(group[f"{name} (%)"])
                 rows.append({"dataset": self.name} | common | {"figure": name, "mean (%)": mean, "std (%)": std})
         table = pd.DataFrame(rows, dtype=object).merge(published(), "left", on=["of", "figure"]).drop(columns="of")
-        ours, theirs = table[["mean (%)", "std (%)"]], table[["published (%)", "published ± (%)"]]
-        table["difference"] = [round(a - b, 6) for a, b in zip(ours["mean (%)"], theirs["published (%)"], strict=True)]
-        return table.assign(
-            verdict=[verdict(*row) for row in pd.concat([ours, theirs], axis=1).itertuples(index=False)]
-        )
+        table["difference"] = (table["mean (%)"] - table["published (%)"]).astype(float).round(6)
+        compared = table[["mean (%)", "std (%)", "published (%)", "published ± (%)"]]
+        return table.assign(verdict=[verdict(*figures) for figures in compared.itertuples(index=False)])
 
     def describe(self, number: int, group: pd.DataFrame) -> dict:
         """What a group is, without its figures."""
@@ -333,15 +331,9 @@ def mean_and_std(values) -> tuple[float, float | None]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def kind(made: dict) -> str:
-    """Data set and network, which published figures go by; empty for another size or part of the method."""
-    whole = made["loss"] == "hist" and made["ls"] != 0 and made["sz_embedding"] == PUBLISHED_SIZE
-    return f"{made['dataset']}, {made['model']}" if whole else ""
-
-
 @functools.cache
 def published() -> pd.DataFrame:
-    """The published figures, one a row, in percent, with the kind of run that they are of."""
+    """The published figures, one a row, in percent; of: data set and network."""
     rows = []
     for dataset in layouts.DATASETS:
         benchmark = layouts.get(dataset)
@@ -377,10 +369,6 @@ def verdict(mean: float, std: float | None, value: float, spread: float | None) 
 
 
 # ---------------------------------------------------------------- writing
-
-
-def percent(fraction: float) -> float:
-    return round(100 * fraction, 6)
 
 
 def plus_minus(value: float, spread: float | None, digits: int) -> str:
@@ -446,14 +434,14 @@ def latex(sections: list[Section]) -> str:
 
 def page(sections: list[Section], left_out: list[str]) -> str:
     """The report as one file."""
+
+    def html_table(table: pd.DataFrame) -> str:
+        verdicts = table.filter(regex="^Δ R@").map(lambda cell: cell.rpartition(" ")[2])
+        return styled(table, "html").set_td_classes(verdicts).to_html(cell_ids=False)
+
     template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
     lines = explanations(sections)
     return template.render(sections=sections, left_out=left_out, explanations=lines, html_table=html_table)
-
-
-def html_table(table: pd.DataFrame) -> str:
-    verdicts = table.filter(regex="^Δ R@").map(lambda cell: cell.rpartition(" ")[2])
-    return styled(table, "html").set_td_classes(verdicts).to_html(cell_ids=False)
 
 
 if __name__ == "__main__":
