@@ -73,7 +73,7 @@ def make_run(folder, recalls, seed=1, validation=None, seconds=None, data="whole
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory):
-    """CUB: three seeds of a recipe, a run of another, one with held-out classes, two that are not done; Cars, losses."""
+    """CUB: three seeds of a recipe, another, one with held-out classes, two that are not done; Cars, other losses."""
     root = tmp_path_factory.mktemp("logs")
     for number, best in ((1, 0.712), (2, 0.714), (10, 0.719)):
         recalls = {1: [0.5, best, 0.70], 2: [0.6, best + 0.1, 0.8], 4: [0.7, 0.881, 0.88]}
