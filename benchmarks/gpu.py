@@ -1,7 +1,7 @@
 """Checks and measures on a GPU, in one run, everything that this project does on one.
 
-    python benchmarks/gpu.py                        # under ten minutes on one GPU
-    python benchmarks/gpu.py --only step,loss       # some of the parts
+    python benchmarks/gpu.py                        # about seven minutes on one GPU
+    python benchmarks/gpu.py --parts step,loss      # some of the parts
     python benchmarks/gpu.py --device cpu --quick   # does it run? small sizes, on any machine (Linux)
 
 Nothing is downloaded, and all data are drawn. The tables are printed and written to gpu.md, their numbers to gpu.json.
@@ -35,10 +35,13 @@ PARTS = {
     "labels": gpu_checks.check_labels,
     "onnx": gpu_checks.check_onnx,
     "determinism": gpu_checks.check_determinism,
+    "graph": gpu_checks.check_graph,
     "step": gpu_speed.measure_step,
     "loss": gpu_speed.measure_loss,
     "evaluation": gpu_speed.measure_evaluation,
     "loader": gpu_speed.measure_loader,
+    "convolutions": gpu_speed.measure_convolutions,
+    "epoch": gpu_speed.measure_epoch,
     "gpus": gpu_speed.measure_several_gpus,
 }
 
@@ -104,7 +107,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default=gpu, help="default cuda if there is a GPU")
     parser.add_argument("--quick", action="store_true", help="small sizes: does it run?")
     parser.add_argument(
-        "--only", type=names_of_parts, default=list(PARTS), metavar="PART,…", help=f"of {', '.join(PARTS)}"
+        "--parts", "--only", type=names_of_parts, default=list(PARTS), metavar="PART,…", help=f"of {', '.join(PARTS)}"
     )
     parser.add_argument("--output", type=Path, default=Path(), metavar="DIR", help="for gpu.md and gpu.json, default .")
     args = parser.parse_args()
@@ -125,7 +128,7 @@ def main() -> None:
         "parts": [],
     }
     print(head_markdown(report), flush=True)
-    for name in args.only:
+    for name in args.parts:
         part = run_part(name, gpu_checks.QUICK if args.quick else gpu_checks.FULL, device)
         report["parts"].append(part)
         print("\n" + part_markdown(part), flush=True)

@@ -4,8 +4,8 @@
   memory that this takes on top of the imported libraries, each in a process of its own; against the reader
   of pytorch-metric-learning and torchvision's ImageFolder on the same tree;
 - one worker process: images per second of its CPU time, which other load on the machine hardly touches, for what
-  the training loader hands over (bytes, normalised on the device), for floats normalised by the worker, and for
-  ImageFolder with torchvision's usual transforms;
+  the training loader hands over (bytes, normalised on the device) and for ImageFolder with torchvision's usual
+  transforms, which normalise in the worker;
 - decoding and augmenting: images per second of the training loader by number of workers, against a plain ImageFolder
   loader with the usual transforms and the same batch size, taking turns. benchmarks/train_step.py measures what the
   training step takes.
@@ -155,9 +155,6 @@ def bench_worker(folder: Path, size: int, repeats: int) -> None:
     loaders = {
         "this project: bytes": DataLoader(
             ImageDataset(images, train_transform(size)), batch_sampler=batches, **options
-        ),
-        "the same, but floats": DataLoader(
-            ImageDataset(images, usual_transform(size)), batch_sampler=batches, **options
         ),
         "ImageFolder: floats": DataLoader(plain, 32, shuffle=True, drop_last=True, **options),
     }

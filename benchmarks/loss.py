@@ -182,9 +182,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, few repetitions: only to see that it works")
     parser.add_argument("--threads", type=int, default=2, help="threads on the CPU (default 2)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
-    parser.add_argument(
-        "--repeats", type=int, default=15, help="repetitions; a third for the textbook form (default 15)"
-    )
+    parser.add_argument("--repeats", type=int, default=15, help="default 15; a third for the textbook form")
     parser.add_argument("--sweep-size", type=int, default=128, help="D and hidden width of the sweep (default 128)")
     args = parser.parse_args()
 

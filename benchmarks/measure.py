@@ -1,15 +1,4 @@
-"""What the benchmarks share: a piece in a process of its own, its time, memory, operations and waits (Linux).
-
-from measure import Memory, alone, timed
-
-def piece(size):                      # at the top level of a module
-    ...
-    memory = Memory(device)
-    seconds = timed(step, device, repeats=5)
-    return seconds, memory.extra()
-
-seconds, extra = alone(piece, 512)
-"""
+"""What the benchmarks share: a piece in a process of its own, its time, memory, operations and waits (Linux)."""
 
 import gc
 import itertools
@@ -29,7 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def alone(piece: Callable, *arguments):
-    """piece(*arguments), called in a fresh process -> what it returns. A killed process is an error that says so."""
+    """piece(*arguments), called in a fresh process -> what it returns. A killed process is an error that says so.
+
+    piece is at the top level of a module, so that the process can import it.
+    """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(piece, *arguments).result()
 
@@ -94,6 +86,20 @@ def waits(run: Callable[[int], object], device: torch.device | str, steps: int =
         return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
     return count(steps + 2) - count(2)
+
+
+def launches(run: Callable[[int], object], device: torch.device | str) -> int | None:
+    """How often the host gives the GPU something to do in one step of run(steps): kernels, copies, whole recordings."""
+    if torch.device(device).type != "cuda":
+        return None
+
+    def count(steps: int) -> int:
+        with torch.profiler.profile() as profile:
+            run(steps)
+        names = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpy", "cudaMemset")
+        return sum(event.count for event in profile.key_averages() if event.key.startswith(names))
+
+    return (count(6) - count(1)) // 5
 
 
 class Operations(TorchDispatchMode):

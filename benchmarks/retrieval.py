@@ -198,9 +198,7 @@ def main() -> None:
     parser.add_argument("--size", choices=["sop", "cub"], default="sop", help="size of the set (default sop)")
     parser.add_argument("--quick", action="store_true", help="a small set instead of --size, only to see that it works")
     parser.add_argument("--threads", type=int, default=2, help="threads on the CPU (default 2)")
-    parser.add_argument(
-        "--device", choices=["cpu", "cuda"], default="cpu", help="cuda leaves out methods that run only on the CPU"
-    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda leaves out what needs the CPU")
     parser.add_argument("--memory-gib", type=float, default=1.0, help="memory limit for our search (default 1)")
     parser.add_argument("--repeats", type=int, default=1, help="runs of each method; the median is shown (default 1)")
     args = parser.parse_args()

@@ -3,7 +3,7 @@
 The step is train.py's own (train.train_epoch, train.make_optimizer), after the warm-up, on one synthetic batch that is
 already on the device: no image is read. Its limit is measured too, the network alone (forward and backward pass, no
 loss, no optimiser). Plain is float32, eager, Adam parameter by parameter; on GPUs convolutions use TF32, torch's
-default.
+default. On GPUs the step is also recorded (--cuda-graphs 1).
 
     python benchmarks/train_step.py                             # ResNet-50, 224 pixels, batches of 32 and 128
     python benchmarks/train_step.py --device cpu --batch-sizes 32
@@ -29,12 +29,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "code"))
 import flags  # noqa: E402
 import inference  # noqa: E402
 import net  # noqa: E402
+import recorded  # noqa: E402
 import run  # noqa: E402
 import train  # noqa: E402
 from hist import HISTLoss  # noqa: E402
 
 BF16, CHANNELS_LAST, COMPILE = ["--amp", "bf16"], ["--channels-last", "1"], ["--compile", "1"]
-PLAIN, ALL = ([], False), (BF16 + CHANNELS_LAST + COMPILE, True)
+RECORDED = ["--cuda-graphs", "1"]
+PLAIN, ALL = ([], False), (BF16 + CHANNELS_LAST + COMPILE + RECORDED, True)
 # What is measured: flags of train.py, and whether the optimiser is the fused one.
 OPTIONS = {
     "plain": PLAIN,
@@ -43,6 +45,8 @@ OPTIONS = {
     "bf16": (BF16, False),
     "bf16, channels last": (BF16 + CHANNELS_LAST, False),
     "compiled network": (COMPILE, False),
+    "recorded, fused optimiser": (RECORDED, True),
+    "bf16, channels last, recorded, fused optimiser": (BF16 + CHANNELS_LAST + RECORDED, True),
     "all of them": ALL,
 }
 FEW_CLASSES, MANY_CLASSES = 100, 11_318  # CUB-200-2011, Stanford Online Products
@@ -79,8 +83,7 @@ class Step:
         self.device, self.fused = device, fused
         self.network = net.build(args.model, args.sz_embedding, "none", args.add_gmp, args.layer_norm, args.bn_freeze)
         self.network.to(device, memory_format=inference.memory_format(args.channels_last))
-        self.network.set_backbone_trainable(True)
-        self.forward = torch.compile(self.network, backend=backend) if args.compile else self.network
+        self.compiled = torch.compile(self.network, backend=backend) if args.compile else self.network
         shape = (args.sz_batch, 3, args.image_size, args.image_size)
         self.images = torch.randint(256, shape, dtype=torch.uint8).to(device)
         self.use_classes(num_classes)
@@ -95,6 +98,14 @@ class Step:
             group |= {"fused": self.fused, "foreach": False}
         labels = torch.randint(num_classes, (args.sz_batch,))
         self.labels = labels.pin_memory() if self.device.type == "cuda" else labels  # as from the training loader
+        self.start_phase(backbone=True)
+
+    def start_phase(self, backbone: bool) -> None:
+        """As train.py begins the warm-up, in which the backbone does not train, and the epochs after it."""
+        self.network.set_backbone_trainable(backbone)
+        self.forward = self.compiled
+        if self.args.cuda_graphs and recorded.refusal(self.device) is None:
+            self.forward = recorded.record(self.compiled, self.criterion)
 
     def epoch(self, batches, loss=None) -> dict:
         """The row of train.train_epoch on these batches: a list, or anything else with a length."""
@@ -107,7 +118,7 @@ class Step:
             self.optimizer,
             self.device,
             self.args,
-            title="",
+            title="the epoch",
             stop=SimpleNamespace(check=lambda: None),
         )
 
@@ -123,6 +134,15 @@ class Step:
         self.epoch(OneBatch(self.images, self.labels, steps, stopwatch), loss)
         parts = np.array(stopwatch.seconds()).reshape(steps, 3)
         return parts.sum(axis=1), parts[:, 1]
+
+    @torch.no_grad()
+    def score(self) -> None:
+        """Embeds a batch as scoring does."""
+        shape = (flags.EVALUATION_BATCH, *self.images.shape[1:])
+        images = torch.randint(256, shape, dtype=torch.uint8, device=self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp == "bf16"):
+            layout = inference.memory_format(self.args.channels_last)
+            self.network.eval()(self.network.normalise(images.to(memory_format=layout)))
 
     def run_network(self, steps: int) -> tuple[np.ndarray, None]:
         """Seconds of each forward and backward pass of the network alone."""
@@ -158,7 +178,8 @@ def milliseconds(seconds: np.ndarray) -> str:
 
 def compare_options(words: list[str], batch_size: int, warmup: int, steps: int, device: torch.device) -> None:
     print("| | images/s | times plain | ms a step (fastest to slowest) | peak GPU memory, GiB |\n|---|---|---|---|---|")
-    cases = [(name, options, Step.train) for name, options in OPTIONS.items()]
+    options = {name: more for name, more in OPTIONS.items() if device.type == "cuda" or "recorded" not in name}
+    cases = [(name, more, Step.train) for name, more in options.items()]
     cases += [("network alone, plain", PLAIN, Step.run_network), ("network alone, all of them", ALL, Step.run_network)]
     plain = None
     for name, (more, fused), measured in cases:

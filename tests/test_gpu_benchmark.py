@@ -1,7 +1,6 @@
 """benchmarks/gpu.py runs without a GPU, small; a part that fails does not stop the others."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -33,19 +32,58 @@ def main(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_part_reports(tmp_path):
-    command = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--device", "cpu", "--quick", "--output", tmp_path]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
-    report, text = json.loads((tmp_path / "gpu.json").read_text()), (tmp_path / "gpu.md").read_text()
+def test_every_part_reports(main, capsys):
+    status, report, text = main()
+    out = capsys.readouterr().out
+    assert status == 0, out
     assert [part["part"] for part in report["parts"]] == list(gpu.PARTS)
     assert all(part["rows"] and part["error"] is None for part in report["parts"])
     assert text == gpu.markdown(report)
-    assert all(gpu.part_markdown(part) in done.stdout for part in report["parts"])
+    assert all(gpu.part_markdown(part) in out for part in report["parts"])
     rows = {part["part"]: part["rows"] for part in report["parts"]}
     assert [row["tensors"] > 100 and row["found"] for row in rows["determinism"]] == [0, 0]
-    assert {row["options"] for row in rows["step"]} == {*gpu_speed.OPTIONS, "network alone, all of them"}
-    assert torch.__version__ in text and "no GPU: not run" in text
+    assert {row["options"] for row in rows["step"]} == {
+        "network alone, all of them",
+        *(name for name in gpu_speed.OPTIONS if "recorded" not in name),
+    }
+    assert torch.__version__ in text and text.count("no GPU: not run") == 2  # gpus, convolutions
+    graph = {row["of"]: row for row in rows["graph"]}
+    assert "there is no GPU" in graph["steps on this device"]["found"]
+    assert graph["float32: tensors that differ when it is resumed"]["found"] == 0
+    assert graph["bf16, channels last: ms a step"].keys() >= {"eager", "recorded"}
+    assert {row["workers"] for row in rows["loader"]} <= {"no files", 1, 2}
+    *epochs, whole = rows["epoch"]
+    assert [row["epoch"] for row in epochs] == [1, 2, 3]
+    assert all(row["s to train"] > 0 and row["s to score"] > 0 for row in epochs)
+    assert sum(row["s in all"] for row in epochs) < whole["s in all"] and "≤ 4 s" in epochs[-1]["goal"]
+
+
+class Other:
+    """Stands in for recorded.record: refuses, and then computes something else than the network."""
+
+    def __init__(self, forward, criterion):
+        print("steps: eager, the network cannot be recorded (it waits)")
+        self.forward = forward
+
+    def __call__(self, images):
+        return 1.001 * self.forward(images)
+
+
+def test_a_recording_that_fails_or_computes_something_else_is_noticed(main, monkeypatch):
+    """The first would compare eager steps with eager ones and find no difference."""
+    monkeypatch.setattr(gpu_checks.recorded, "refusal", lambda device: None)
+    monkeypatch.setattr(gpu_checks.recorded, "record", Other)
+    monkeypatch.setattr(gpu_checks, "graph_costs", lambda *_: iter(()))
+    monkeypatch.setattr(gpu_checks, "train_at_once", lambda *_: {"eager": [], "again": []})
+    status, report, text = main("--parts", "graph")
+    assert status == "gpu.py: failed: graph" and "the network cannot be recorded (it waits)" in text
+    wrong = [row["of"].split(",")[0] for row in report["parts"][0]["rows"] if row.get("ok") is False]
+    assert wrong == [
+        "float32: what could not be recorded",
+        "float32: loss in the warm-up and at falling rates",
+        "float32: tensors that differ",
+        "bf16",
+    ]
 
 
 def test_a_part_that_fails_does_not_stop_the_others(main, monkeypatch):
@@ -74,7 +112,7 @@ def test_a_check_that_does_not_hold_fails_its_part(main, monkeypatch):
         return criterion, X, T
 
     monkeypatch.setattr(gpu_checks, "problem", other_on_the_cpu)
-    status, report, text = main("--only", "values")
+    status, report, text = main("--parts", "values")
     assert status == "gpu.py: failed: values"
     assert "checks do not hold" in report["parts"][0]["error"] and "| NO |" in text
 
