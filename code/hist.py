@@ -35,16 +35,17 @@ class SquaredMahalanobis(torch.autograd.Function):
         p = log_vars.clamp(0, 6).neg_().exp_()  # (C, D)
         p_means = p * means  # (C, D)
         scale = torch.linalg.vector_norm(means, dim=1).clamp_(min=1e-12).reciprocal_()  # 1/|mu| (C,)
-        constants = torch.linalg.vecdot(p_means, means) * scale**2  # (C,)
-        ctx.save_for_backward(x, length, means, log_vars, p, p_means, scale)
-        return torch.addmm(constants, x * x, p.T).addcmul_(x @ p_means.T, scale, value=-2)
+        squares, scale_squared = x * x, scale * scale  # (N, D), (C,)
+        constants = torch.linalg.vecdot(p_means, means) * scale_squared  # (C,)
+        ctx.save_for_backward(x, length, means, log_vars, p, p_means, scale, squares, scale_squared)
+        return torch.addmm(constants, squares, p.T).addcmul_(x @ p_means.T, scale, value=-2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """grad (N, C), called g below -> gradients of X (N, D), means (C, D), log_vars (C, D)."""
-        x, length, means, log_vars, p, p_means, scale = ctx.saved_tensors
-        scaled, scale_squared = grad * scale, scale**2  # (N, C), (C,)
+        x, length, means, log_vars, p, p_means, scale, squares, scale_squared = ctx.saved_tensors
+        scaled = grad * scale  # (N, C)
         # by x: 2 (x (g p) - (g / |mu|) p mu); by X: less what would only change the length of X, over |X|
         grad_X = (x * (grad @ p)).addmm_(scaled, p_means, beta=2, alpha=-2)
         along = torch.linalg.vecdot(grad_X, x)  # (N,)
@@ -57,7 +58,7 @@ class SquaredMahalanobis(torch.autograd.Function):
         along = torch.linalg.vecdot(grad_means, means) * scale_squared  # (C,)
         grad_means.addcmul_(along[:, None], means, value=-1)
         # by p: g^T x^2 + mu (u - weight mu); by s: times dp/ds = -p where 0 < s < 6, nothing elsewhere
-        u.addcmul_(weight, means, value=-1).mul_(means).addmm_(grad.T, x * x, beta=-1, alpha=-1).mul_(p)
+        u.addcmul_(weight, means, value=-1).mul_(means).addmm_(grad.T, squares, beta=-1, alpha=-1).mul_(p)
         return grad_X, grad_means, torch.ops.aten.hardtanh_backward(u, log_vars, 0, 6)
 
 
@@ -98,7 +99,7 @@ class CDs2Hg(nn.Module):
         log_vars.
         """
         # Rounding can leave a distance a hair below 0, which would lift a membership above 1.
-        reach = torch.exp(-self.alpha * distances.index_select(1, columns).clamp(min=0))  # (N, M)
+        reach = torch.exp(-self.alpha * F.relu(distances.index_select(1, columns)))  # (N, M)
         return reach.masked_fill(member, 1.0)
 
     def forward(self, X: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:
