@@ -66,13 +66,7 @@ class CDs2Hg(nn.Module):
     """Class distributions to hypergraph (paper, sections 3.2 and 3.3).
 
     Every class c is a Gaussian with a learned mean mu_c and a learned diagonal covariance
-    sigma_c^2 = exp(relu6(s_c)): at least 1, and entries of s below 0 receive no gradient.
-
-    Args:
-        num_classes: C.
-        embedding_size: D.
-        tau: temperature of the softmax over distances.
-        alpha: how fast membership in a hyperedge decays with the distance to its class.
+    sigma_c^2 = exp(relu6(s_c)): at least 1, and entries of s below 0 receive no gradient. Arguments: see HISTLoss.
     """
 
     def __init__(self, num_classes: int, embedding_size: int, tau: float = 32.0, alpha: float = 0.9):
@@ -131,12 +125,7 @@ class HGNN(nn.Module):
     """Two-layer hypergraph network that classifies the samples of a batch (paper, section 3.4).
 
     Z = G theta2( LeakyReLU_0.1( BatchNorm( G theta1(X) ) ) ), on the raw embeddings X.
-    Its BatchNorm always uses batch statistics while training; it is never frozen.
-
-    Args:
-        num_classes: C.
-        embedding_size: D.
-        hidden: width of the hidden layer.
+    Its BatchNorm always uses batch statistics while training; it is never frozen. hidden: width of the hidden layer.
     """
 
     def __init__(self, num_classes: int, embedding_size: int, hidden: int = 512):
@@ -162,8 +151,8 @@ class HISTLoss(nn.Module):
         num_classes: C, labels lie in [0, C).
         embedding_size: D.
         hgnn_hidden: width of the HGNN's hidden layer.
-        tau: temperature of the distribution loss.
-        alpha: scale of the distances in the incidence matrix.
+        tau: temperature of the distribution loss, a softmax over distances.
+        alpha: how fast membership in a hyperedge decays with the distance to its class.
         ls: lambda_s, weight of the HGNN's cross-entropy. With 0 there is only the distribution loss: the HGNN is
             neither computed nor trained.
 
@@ -184,11 +173,8 @@ class HISTLoss(nn.Module):
         ls: float = 1.0,
     ):
         super().__init__()
-        for name, value in (
-            ("num_classes", num_classes),
-            ("embedding_size", embedding_size),
-            ("hgnn_hidden", hgnn_hidden),
-        ):
+        sizes = {"num_classes": num_classes, "embedding_size": embedding_size, "hgnn_hidden": hgnn_hidden}
+        for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"HISTLoss: {name} must be at least 1, got {value}")
         if not 0 < tau < float("inf"):
