@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import distributed
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,11 +43,12 @@ class Similarities:
     """Blocks of the similarity matrix of queries Q (n, D) and a gallery G (M, D), unit vectors sorted by class.
 
     start: where the first query is in the gallery, None if the queries are not part of it.
-    memory_gib: limit on what a block and the counting in it hold.
+    memory_gib: limit on what a block and the counting in it hold. progress: whether walk shows a bar.
     """
 
-    def __init__(self, Q, q_labels, G, g_labels, start: int | None, memory_gib: float):
+    def __init__(self, Q, q_labels, G, g_labels, start: int | None, memory_gib: float, progress: bool):
         self.Q, self.q_labels, self.G, self.g_labels, self.start = Q, q_labels, G, g_labels, start
+        self.hidden = None if progress else True  # None: tqdm shows its bar on a terminal only
         self.host_labels = q_labels.cpu(), g_labels.cpu()  # read for every block, without waiting for a GPU
         self.symmetric = start is not None and len(Q) == len(G)
         # A block and what is computed from it take about 16 bytes an entry. A CPU is fastest with small blocks, which
@@ -54,7 +56,8 @@ class Similarities:
         largest = 1024 if Q.device.type == "cpu" else 16384
         side = max(16, min(largest, int((memory_gib * 2**30 / 16) ** 0.5) // 16 * 16))
         self.height, self.width = (min(side, -(-len(x) // 16) * 16) for x in (Q, G))
-        self.buffer = Q.new_empty(self.height, self.width)
+        # Rows a power of two apart would push each other out of the caches when a mirrored block is read by columns.
+        self.buffer = Q.new_empty(self.height, self.width + 16)[:, : self.width]
 
     def pairs(self) -> list[tuple[slice, slice]]:
         """This process's share of the blocks (rows, columns); of a symmetric matrix those on and above the diagonal."""
@@ -69,14 +72,13 @@ class Similarities:
         i, j = self.host_labels[0][rows], self.host_labels[1][columns]
         return bool(i[0] <= j[-1]) and bool(j[0] <= i[-1])
 
-    def walk(self, pairs: list[tuple[slice, slice]], bar: tqdm) -> Iterator[tuple[slice, slice, Tensor]]:
+    def walk(self, pairs: list[tuple[slice, slice]]) -> Iterator[tuple[slice, slice, Tensor]]:
         """(queries, candidates, their similarities) of every block, and of its mirror image if the matrix has one."""
-        for rows, columns in pairs:
+        for rows, columns in tqdm(pairs, desc="search", unit="block", leave=False, disable=self.hidden):
             S = self.block(rows, columns)
             yield rows, columns, S
             if self.symmetric and rows != columns:
                 yield columns, rows, S.T
-            bar.update()
 
     def block(self, rows: slice | Tensor, columns: slice) -> Tensor:
         """Similarities (r, c), overwritten by the next block.
@@ -114,36 +116,33 @@ def search(
     for group in blocks(len(Q), rows):
         if (R[group] > 0).any():
             start = group.start if one_set else None
-            S = Similarities(Q[group], q_labels[group], G, g_labels, start, memory_gib / 2)
-            yield group, _search_group(S, first[group], R[group], with_rivals, progress)
+            S = Similarities(Q[group], q_labels[group], G, g_labels, start, memory_gib / 2, progress)
+            yield group, _search_group(S, first[group], R[group], with_rivals)
 
 
-def _search_group(S: Similarities, first: Tensor, R: Tensor, with_rivals: bool, progress: bool) -> Found:
+def _search_group(S: Similarities, first: Tensor, R: Tensor, with_rivals: bool) -> Found:
     pairs = S.pairs()
-    mixed = [pair for pair in pairs if S.mixed(*pair)]
-    total = len(pairs) + len(mixed)
-    with tqdm(total=total, desc="search", unit="block", leave=False, disable=None if progress else True) as bar:
-        positives = _positives(S, mixed, first, R, bar)
-        best = positives.amax(dim=1).masked_fill(R == 0, INF)  # nothing is closer than INF, so nothing is counted
-        rivals = _start_of_rivals(positives, R) if with_rivals else None
-        counts = torch.zeros(2, len(best), dtype=torch.int64, device=best.device)  # closer, closer or tied
-        for queries, candidates, block in S.walk(pairs, bar):
-            if S.mixed(queries, candidates):
-                block.masked_fill_(S.same_class(queries, candidates), -INF)
-            counts[0, queries] += _count(torch.gt, block, best[queries])
-            counts[1, queries] += _count(torch.ge, block, best[queries])
-            if with_rivals:
-                _keep_closest(rivals[queries], block)
+    positives = _positives(S, [pair for pair in pairs if S.mixed(*pair)], first, R)
+    best = positives.amax(dim=1).masked_fill(R == 0, INF)  # nothing is closer than INF, so nothing is counted
+    rivals = _start_of_rivals(positives, R) if with_rivals else None
+    counts = torch.zeros(2, len(best), dtype=torch.int64, device=best.device)  # closer, closer or tied
+    for queries, candidates, block in S.walk(pairs):
+        if S.mixed(queries, candidates):
+            block.masked_fill_(S.same_class(queries, candidates), -INF)
+        counts[0, queries] += _count(torch.gt, block, best[queries])
+        counts[1, queries] += _count(torch.ge, block, best[queries])
+        if with_rivals:
+            _keep_closest(rivals[queries], block)
     distributed.all_reduce(counts, "sum")
     closer, closer_or_tied = counts
     tied_at_end = None
     if with_rivals:
-        rivals = _closest_of_all_processes(rivals)
+        rivals = torch.cat(distributed.all_gather(rivals), dim=1).topk(rivals.shape[1], dim=1).values
         tied_at_end = _tied_at_end(S, positives, rivals)
     return Found(R, positives, closer, closer_or_tied - closer, rivals, tied_at_end)
 
 
-def _positives(S: Similarities, mixed: list, first: Tensor, R: Tensor, bar: tqdm) -> Tensor:
+def _positives(S: Similarities, mixed: list, first: Tensor, R: Tensor) -> Tensor:
     """Similarities of the positives of every query (n, W), padded with -inf; one column more if it is in the gallery.
 
     Sorted by class, the positives of a query are neighbours in the gallery: column n is for image first + n.
@@ -151,7 +150,7 @@ def _positives(S: Similarities, mixed: list, first: Tensor, R: Tensor, bar: tqdm
     itself = int(S.start is not None)
     n = torch.arange(int(R.max()) + itself, device=R.device)
     positives = S.Q.new_full((len(S.Q), len(n)), -INF)
-    for queries, candidates, block in S.walk(mixed, bar):
+    for queries, candidates, block in S.walk(mixed):
         image = first[queries, None] + n
         wanted = (n < R[queries, None] + itself) & (image >= candidates.start) & (image < candidates.stop)
         if itself:
@@ -178,15 +177,19 @@ def _start_of_rivals(positives: Tensor, R: Tensor) -> Tensor:
 
 
 def _keep_closest(rivals: Tensor, block: Tensor) -> None:
-    """Updates the closest rivals (r, W), closest first, with a block of similarities (r, c)."""
-    rows = (block.amax(dim=1) > rivals[:, -1]).nonzero()[:, 0]
+    """Updates the closest rivals (r, W), in no order, with a block of similarities (r, c)."""
+    rows = (block.amax(dim=1) > rivals.amin(dim=1)).nonzero()[:, 0]
     W = rivals.shape[1]
-    closest = block[rows].topk(min(W, block.shape[1]), dim=1).values
-    rivals[rows] = torch.cat([rivals[rows], closest], dim=1).topk(W, dim=1).values
+    closest = _largest(block[rows], min(W, block.shape[1]))
+    rivals[rows] = _largest(torch.cat([rivals[rows], closest], dim=1), W)
 
 
-def _closest_of_all_processes(rivals: Tensor) -> Tensor:
-    return torch.cat(distributed.all_gather(rivals), dim=1).topk(rivals.shape[1], dim=1).values
+def _largest(x: Tensor, k: int) -> Tensor:
+    """The k largest of each row (r, c), in no order."""
+    if x.device.type != "cpu" or 64 * k <= x.shape[1]:
+        return x.topk(k, dim=1, sorted=False).values
+    # Of so many topk sorts the places, too; numpy takes a fifth of its time.
+    return torch.from_numpy(np.partition(x.numpy(), -k, axis=1)[:, -k:])
 
 
 def _tied_at_end(S: Similarities, positives: Tensor, rivals: Tensor) -> Tensor:
