@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from refused import Refused
-from search import INF, Found, search
+from search import INF, Found, blocks, search
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,7 +25,7 @@ class Retrieval:
 
     recall: {K: R@K}. r_precision, map_at_r: None unless asked for. num_queries counts all queries,
     num_without_positive those left out because there is no other image of their class to find.
-    per_query: {'R@1': (num_queries,) array, …, 'r_precision', 'map_at_r'}, NaN for queries left out.
+    per_query: {'R@1': (num_queries,) array, …, 'RP', 'MAP@R'}, NaN for queries left out.
     """
 
     recall: dict[int, float]
@@ -65,19 +65,20 @@ def retrieval(
         device: where to compute; the embeddings are moved there.
 
     Raises:
-        ValueError: shapes that do not fit, complex embeddings, NaN or Inf in them, labels that are not integers,
-            K below 1, or (Refused) no query with a positive.
+        Refused: shapes that do not fit, NaN or Inf in the embeddings, K below 1, or no query with a positive.
+        ValueError: labels that are not whole numbers.
     """
     if any(k < 1 for k in ks):
-        raise ValueError(f"R@K needs K of at least 1, got {min(ks)}")
+        raise Refused(f"R@K needs K of at least 1, got {min(ks)}")
     one_set = gallery is None
     Q, q_labels, q_order = _sorted_by_class(query, query_labels, "query", device)
     if one_set:
         G, g_labels = Q, q_labels
     else:
         G, g_labels, _ = _sorted_by_class(gallery, gallery_labels, "gallery", device)
-        _check_dimensions(Q, G)
-    names = [f"R@{k}" for k in ks] + ["r_precision", "map_at_r"] * precision
+        if G.shape[1] != Q.shape[1]:
+            raise Refused(f"query embeddings have {Q.shape[1]} dimensions, gallery embeddings {G.shape[1]}")
+    names = [f"R@{k}" for k in ks] + ["RP", "MAP@R"] * precision
     per_query = {name: torch.full((len(Q),), torch.nan, dtype=torch.float64) for name in names}
     num_with_positive = 0
     for rows, found in search(Q, q_labels, G, g_labels, one_set, precision, memory_gib, progress):
@@ -85,16 +86,15 @@ def retrieval(
         for k in ks:
             per_query[f"R@{k}"][q_order[rows]] = _hits(found, k).cpu()
         if precision:
-            r_precision, map_at_r = _precisions(found, memory_gib).cpu()
-            per_query["r_precision"][q_order[rows]] = r_precision
-            per_query["map_at_r"][q_order[rows]] = map_at_r
+            for name, values in zip(("RP", "MAP@R"), _precisions(found, memory_gib).cpu(), strict=True):
+                per_query[name][q_order[rows]] = values
     if num_with_positive == 0:
         raise Refused(f"none of the {len(Q)} queries has an image of its own class to find")
     means = {name: values.nanmean().item() for name, values in per_query.items()}
     return Retrieval(
         recall={k: means[f"R@{k}"] for k in ks},
-        r_precision=means.get("r_precision"),
-        map_at_r=means.get("map_at_r"),
+        r_precision=means.get("RP"),
+        map_at_r=means.get("MAP@R"),
         num_queries=len(Q),
         num_without_positive=len(Q) - num_with_positive,
         per_query={name: values.numpy() for name, values in per_query.items()},
@@ -104,15 +104,13 @@ def retrieval(
 def unit_vectors(embeddings: Tensor, what: str, device: torch.device | str = "cpu") -> Tensor:
     """Embeddings (N, D) of any finite length, scaled to length 1, in float32, on the device; zeros stay zeros.
 
-    what: the name of these embeddings in the message of a ValueError: a wrong shape, complex numbers, NaN or Inf.
+    what: their name in the message of a Refused: a wrong shape, NaN or Inf.
     """
     x = torch.as_tensor(embeddings).detach()
     if x.ndim != 2:
         raise Refused(f"{what}: embeddings (N, D) expected, got {tuple(x.shape)}")
     if x.numel() == 0:
         raise Refused(f"{what}: there are no embeddings, their shape is {tuple(x.shape)}")
-    if x.is_complex() or x.dtype == torch.bool:
-        raise Refused(f"{what}: real numbers expected as embeddings, got {x.dtype}")
     x = x.to(device, torch.float64 if x.dtype == torch.float64 else torch.float32)
     largest = torch.linalg.vector_norm(x, INF, dim=1, keepdim=True)
     bad = int((~largest.isfinite()).sum())
@@ -125,21 +123,13 @@ def unit_vectors(embeddings: Tensor, what: str, device: torch.device | str = "cp
     return F.normalize(x, dim=1, out=x)
 
 
-def _check_dimensions(Q: Tensor, G: Tensor) -> None:
-    if G.shape[1] != Q.shape[1]:
-        raise Refused(f"query embeddings have {Q.shape[1]} dimensions, gallery embeddings {G.shape[1]}")
-
-
 def _sorted_by_class(embeddings: Tensor, labels: Tensor, what: str, device) -> tuple[Tensor, Tensor, Tensor]:
     """Unit vectors and labels in order of class, and that order (on the CPU)."""
-    embeddings, labels = torch.as_tensor(embeddings), torch.as_tensor(labels)
-    if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
-        raise Refused(
-            f"{what}: embeddings (N, D) and labels (N,) expected, got {tuple(embeddings.shape)}, {tuple(labels.shape)}"
-        )
-    vectors = unit_vectors(embeddings, what, device)
-    if labels.is_complex() or (labels.is_floating_point() and bool((labels.frac() != 0).any())):
-        raise Refused(f"{what}: whole numbers expected as labels, got {labels.dtype}")
+    vectors, labels = unit_vectors(embeddings, what, device), torch.as_tensor(labels)
+    if labels.shape != vectors.shape[:1]:
+        raise Refused(f"{what}: labels of shape ({len(vectors)},) expected, got {tuple(labels.shape)}")
+    if labels.is_floating_point() and (labels.frac() != 0).any():
+        raise ValueError(f"{what}: whole numbers expected as labels, got {labels.dtype}")
     labels = labels.cpu().to(torch.int64)  # torch cannot sort or search all integer types
     order = torch.argsort(labels, stable=True)
     return vectors[order.to(device)], labels[order].to(device), order
@@ -224,23 +214,19 @@ def nearest(
     """The k nearest rows of gallery (N, D) to each row of query (Q, D) by cosine: indices and similarities (Q, k).
 
     exclude (Q,): for each query a row of the gallery that it must not find, such as itself. Exact; the similarities are
-    computed in chunks that keep within memory_gib. k is cut to what the gallery holds. ValueError as from retrieval.
+    computed in chunks that keep within memory_gib. k is cut to what the gallery holds. Raises as retrieval does.
     """
     query, gallery = unit_vectors(query, "query", device), unit_vectors(gallery, "gallery", device)
-    _check_dimensions(query, gallery)
     k = min(k, len(gallery) - int(exclude is not None))
     rows = max(1, int(memory_gib * 2**30 / 8 / len(gallery)))
-    values, indices = [], []
-    with tqdm(total=len(query), desc="search", unit="query", leave=False, disable=None if progress else True) as bar:
-        for start in range(0, len(query), rows):
-            S = query[start : start + rows] @ gallery.T
-            if exclude is not None:
-                S.scatter_(1, exclude[start : start + rows, None].to(device), -INF)
-            top = S.topk(k, dim=1)
-            values.append(top.values.cpu())
-            indices.append(top.indices.cpu())
-            bar.update(len(S))
-    return torch.cat(indices), torch.cat(values)
+    found = []
+    for chosen in tqdm(blocks(len(query), rows), desc="search", leave=False, disable=None if progress else True):
+        S = query[chosen] @ gallery.T
+        if exclude is not None:
+            S.scatter_(1, exclude[chosen, None].to(device), -INF)
+        found.append([x.cpu() for x in S.topk(k, dim=1)])
+    values, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return indices, values
 
 
 def nmi(
@@ -256,7 +242,7 @@ def nmi(
 
     embeddings (N, D) are L2-normalised first. Lloyd's algorithm from k images chosen by the seed; an empty
     cluster restarts at the image farthest from its centre. Normalised by the arithmetic mean of the entropies, as
-    in scikit-learn. ValueError as from retrieval.
+    in scikit-learn. Raises as retrieval does.
     """
     from sklearn.metrics import normalized_mutual_info_score
 

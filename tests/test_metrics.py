@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from refused import Refused
 
 GOLDEN = Path(__file__).parent / "golden"
 # GiB for the search. The tiny ones make blocks of 16 images and several groups of queries out of small sets.
@@ -46,8 +47,8 @@ def figures_of_order(order, ks):
     precision_at = [sum(order[: place + 1]) / (place + 1) for place in range(R)]
     return {
         **{f"R@{k}": float(any(order[:k])) for k in ks},
-        "r_precision": sum(order[:R]) / R,
-        "map_at_r": sum(precision_at[place] for place in range(R) if order[place]) / R,
+        "RP": sum(order[:R]) / R,
+        "MAP@R": sum(precision_at[place] for place in range(R) if order[place]) / R,
     }
 
 
@@ -79,7 +80,7 @@ def figures_place_by_place(groups, ks):
                 r_precision += chance / R
                 map_at_r += chance * (before + among + 1) / (place + s + 1) / R
         place, before = place + p + n, before + p
-    return {**{f"R@{k}": hit[k] for k in ks}, "r_precision": r_precision, "map_at_r": map_at_r}
+    return {**{f"R@{k}": hit[k] for k in ks}, "RP": r_precision, "MAP@R": map_at_r}
 
 
 def slow_retrieval(query, query_labels, gallery, gallery_labels, ks, one_query=figures_place_by_place):
@@ -93,7 +94,7 @@ def slow_retrieval(query, query_labels, gallery, gallery_labels, ks, one_query=f
     for i, label in enumerate(query_labels.tolist()):
         others = np.arange(len(G)) != i if one_set else np.full(len(G), True)
         positive = (gallery_labels.numpy() == label)[others]
-        nothing = dict.fromkeys([*(f"R@{k}" for k in ks), "r_precision", "map_at_r"], math.nan)
+        nothing = dict.fromkeys([*(f"R@{k}" for k in ks), "RP", "MAP@R"], math.nan)
         rows.append(one_query(tie_groups(S[i][others], positive), ks) if positive.any() else nothing)
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
@@ -106,10 +107,10 @@ def assert_equals_twin(query, query_labels, gallery=None, gallery_labels=None, k
         np.testing.assert_allclose(found.per_query[name], values, rtol=0, atol=1e-9, err_msg=name)
     means = {name: np.nanmean(values) for name, values in expected.items()}
     assert found.recall == pytest.approx({k: means[f"R@{k}"] for k in ks}, abs=1e-9)
-    assert found.r_precision == pytest.approx(means["r_precision"], abs=1e-9)
-    assert found.map_at_r == pytest.approx(means["map_at_r"], abs=1e-9)
+    assert found.r_precision == pytest.approx(means["RP"], abs=1e-9)
+    assert found.map_at_r == pytest.approx(means["MAP@R"], abs=1e-9)
     assert found.num_queries == len(query)
-    assert found.num_without_positive == np.isnan(expected["r_precision"]).sum()
+    assert found.num_without_positive == np.isnan(expected["RP"]).sum()
 
     without = metrics.retrieval(query, query_labels, gallery, gallery_labels, ks, False, memory_gib)
     assert without.recall == found.recall
@@ -240,7 +241,7 @@ def test_everything_equal_gives_chance(vector, memory_gib):
     assert found.recall[10] == pytest.approx(1 - math.comb(50, 10) / math.comb(59, 10), abs=1e-9)
     assert found.recall[59] == 1.0
     assert found.r_precision == pytest.approx(9 / 59, abs=1e-12)
-    expected = figures_place_by_place([(9, 50)], [1])["map_at_r"]
+    expected = figures_place_by_place([(9, 50)], [1])["MAP@R"]
     assert found.map_at_r == pytest.approx(expected, abs=1e-12)
 
 
@@ -262,7 +263,7 @@ def test_everything_equal_gives_chance_whatever_the_blocks(N, D, memory_gib):
     found = metrics.retrieval(randn(1, D).expand(N, -1), T, ks=(1,), precision=True, memory_gib=memory_gib)
     R = torch.bincount(T)[T].double().numpy() - 1
     np.testing.assert_allclose(found.per_query["R@1"][R > 0], (R / (N - 1))[R > 0], atol=1e-9)
-    np.testing.assert_allclose(found.per_query["r_precision"][R > 0], (R / (N - 1))[R > 0], atol=1e-9)
+    np.testing.assert_allclose(found.per_query["RP"][R > 0], (R / (N - 1))[R > 0], atol=1e-9)
 
 
 def test_figures_come_in_the_order_of_the_caller():
@@ -567,7 +568,6 @@ def test_nan_in_the_gallery():
 @pytest.mark.parametrize(
     "labels",
     [
-        torch.arange(10).to(torch.complex64),
         torch.arange(10) / 4,
         torch.full((10,), math.nan),
         torch.full((10,), math.inf),
@@ -583,20 +583,6 @@ def test_labels_that_are_not_whole_numbers(labels):
         metrics.nmi(X, labels)
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.complex64])
-def test_embeddings_that_are_not_real_numbers(dtype):
-    X, T = randn(10, 4), torch.arange(10) % 2
-    for call in (
-        lambda: metrics.retrieval(X.to(dtype), T),
-        lambda: metrics.retrieval(X, T, X.to(dtype), T),
-        lambda: metrics.nmi(X.to(dtype), T),
-        lambda: metrics.nearest(X.to(dtype), X, 1),
-        lambda: metrics.nearest(X, X.to(dtype), 1),
-    ):
-        with pytest.raises(ValueError, match=f": real numbers expected as embeddings, got {dtype}"):
-            call()
-
-
 def zeros(size):
     return torch.zeros(size, dtype=torch.int64)
 
@@ -604,12 +590,12 @@ def zeros(size):
 @pytest.mark.parametrize(
     ("sets", "ks", "message"),
     [
-        ((torch.zeros(4), zeros(4)), (1,), r"query: .* got \(4,\), \(4,\)"),
-        ((torch.zeros(4, 2), zeros(3)), (1,), r"query: .* got \(4, 2\), \(3,\)"),
-        ((torch.zeros(4, 2), torch.zeros(4, 1).long()), (1,), r"query: .* got \(4, 2\), \(4, 1\)"),
+        ((torch.zeros(4), zeros(4)), (1,), r"query: .* got \(4,\)"),
+        ((torch.zeros(4, 2), zeros(3)), (1,), r"query: .* got \(3,\)"),
+        ((torch.zeros(4, 2), torch.zeros(4, 1).long()), (1,), r"query: .* got \(4, 1\)"),
         ((torch.zeros(0, 2), zeros(0)), (1,), "query: there are no embeddings"),
         ((torch.ones(4, 2), zeros(4), torch.ones(5, 3), zeros(5)), (1,), "2 dimensions, .* 3"),
-        ((torch.ones(4, 2), zeros(4), torch.ones(5, 2), zeros(4)), (1,), r"gallery: .*\(5, 2\), \(4,\)"),
+        ((torch.ones(4, 2), zeros(4), torch.ones(5, 2), zeros(4)), (1,), r"gallery: .*\(5,\) expected, got \(4,\)"),
         ((torch.ones(4, 2), zeros(4), torch.ones(0, 2), zeros(0)), (1,), "gallery: there are no emb"),
         ((torch.ones(4, 2), zeros(4)), (1, 0), "at least 1, got 0"),
         ((torch.ones(4, 2), torch.arange(4)), (1,), "none of the 4 queries"),
@@ -617,7 +603,7 @@ def zeros(size):
     ],
 )
 def test_wrong_calls_are_named(sets, ks, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(Refused, match=message):
         metrics.retrieval(*sets, ks=ks)
 
 
@@ -664,7 +650,6 @@ def test_nearest_counts_nan_and_inf(bad):
     [
         (torch.ones(4), torch.ones(4, 2), r"query: embeddings \(N, D\) expected, got \(4,\)"),
         (torch.ones(4, 2), torch.ones(0, 2), r"gallery: there are no embeddings.*\(0, 2\)"),
-        (torch.ones(4, 2), torch.ones(4, 3), "query embeddings have 2 dimensions, gallery embeddings 3"),
     ],
 )
 def test_wrong_calls_of_nearest_are_named(query, gallery, message):
