@@ -1,7 +1,4 @@
-"""Images, labels, splits, transforms, sampler, loaders.
-
-layouts/ knows where the files lie under the data root.
-"""
+"""Images, labels, splits, transforms, sampler, loaders; layouts/ knows where the files lie under the data root."""
 
 import functools
 import hashlib
@@ -83,9 +80,8 @@ def make_image_list(listing: layouts.Listing, splits: Iterable[str]) -> dict[str
     class_names = [listing.names.get(class_id, str(class_id)) for class_id in classes]
     lists = {}
     for split in splits:
-        paths = [path for path, _ in listing.splits[split]]
-        labels = np.fromiter((label[c] for _, c in listing.splits[split]), np.int64, len(paths))
-        lists[split] = ImageList(listing.root, paths, labels, class_names, listing.own)
+        paths, labels = [path for path, _ in listing.splits[split]], [label[c] for _, c in listing.splits[split]]
+        lists[split] = ImageList(listing.root, paths, np.array(labels, np.int64), class_names, listing.own)
     return lists
 
 
@@ -118,7 +114,8 @@ def load_benchmark(
     test = [split for split in listing.splits if split != "train"]
     unreadable = drop_unreadable(listing, listing.splits if training else test, workers) if skip_bad else []
     if problems := layouts.split_problems(listing, training):
-        raise Refused(problems[0])
+        dropped = f"; {len(unreadable):,} images were left out, the first: {unreadable[0]}" if unreadable else ""
+        raise Refused(problems[0] + dropped)
     lists = make_image_list(listing, test) | make_image_list(listing, listing.splits.keys() & {"train"})
     query, gallery = lists.get("query", lists.get("test")), lists.get("gallery")
     notes, problems = layouts.look_at_test_split(listing)
@@ -127,39 +124,33 @@ def load_benchmark(
 
 
 def drop_unreadable(listing: layouts.Listing, splits: Iterable[str], workers: int) -> list[str]:
-    """Takes the images that cannot be decoded out of some splits; a line about each. Raises Refused if none is left."""
-    lines = []
-    for split in splits:
-        pairs = listing.splits[split]
-        why = undecodable(listing, split, workers)
-        if why and len(why) == len(pairs):
-            raise Refused(f"{listing.root}: none of the {len(pairs):,} {split} images can be decoded: {why[0]}")
-        listing.splits[split] = [pair for row, pair in enumerate(pairs) if row not in why]
-        lines += why.values()
-    return lines
+    """Takes the images that cannot be decoded out of some splits of a listing; one line about each.
 
-
-def undecodable(listing: layouts.Listing, split: str, workers: int) -> dict[int, str]:
-    """{row: why} of the images that cannot be decoded; all processes and their workers share the work."""
+    All processes share the work, each with so many worker processes.
+    """
     rank, count = distributed.processes()
-    files = [os.path.join(listing.root, path) for path, _ in listing.splits[split]]
-    look, options = functools.partial(_undecodable, files, listing.own), worker_options(workers, pin_memory=False)
-    why = {}
-    with tqdm(total=len(files), desc=f"decode {split}", unit="img", disable=None, leave=False) as bar:
-        for looked_at, found in DataLoader(range(rank, len(files), count), 32, collate_fn=look, **options):
+    listed = [(split, pair) for split in splits for pair in listing.splits[split]]
+    files = [os.path.join(listing.root, path) for _, (path, _) in listed]
+    decode, mine, why = functools.partial(_undecodable, files, listing.own), range(rank, len(files), count), {}
+    with tqdm(total=len(files), desc="decode", unit="img", disable=None, leave=False) as bar:
+        for decoded, found in DataLoader(mine, 32, collate_fn=decode, **worker_options(workers, pin_memory=False)):
             why |= found
-            bar.update(looked_at * count)
-    return dict(sorted(item for part in distributed.from_all(why) for item in part.items()))
+            bar.update(decoded * count)
+    why = dict(sorted(item for part in distributed.from_all(why) for item in part.items()))
+    for split in splits:
+        listing.splits[split] = [pair for row, (of, pair) in enumerate(listed) if of == split and row not in why]
+    return list(why.values())
 
 
 def _undecodable(files: list[str], own: bool, rows: list[int]) -> tuple[int, dict[int, str]]:
-    found = {}
+    """(how many were decoded, {row: why not})"""
+    why = {}
     for row in rows:
         try:
             read_rgb(files[row], own)
         except UnreadableImage as error:
-            found[row] = str(error)
-    return len(rows), found
+            why[row] = str(error)
+    return len(rows), why
 
 
 def split_validation(images: ImageList, share: float, seed: int) -> tuple[ImageList, ImageList]:
@@ -196,7 +187,7 @@ class ImageDataset(Dataset):
     dataset[i] transforms with the random state as it is. dataset[i, seed] seeds torch's CPU generator for the
     transform and restores its state afterwards, so the result depends only on the seed, in any process.
 
-    An image that cannot be decoded raises UnreadableImage; drop_unreadable finds them all beforehand.
+    An image that cannot be decoded raises UnreadableImage; load_benchmark can leave them out beforehand.
     """
 
     def __init__(self, images: ImageList, transform):
@@ -215,12 +206,9 @@ class ImageDataset(Dataset):
         label = int(self.images.labels[index])
         if seed is None:
             return self.transform(image), label
-        state = torch.default_generator.get_state()
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs, too
-        try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs, too
             return self.transform(image), label
-        finally:
-            torch.default_generator.set_state(state)
 
 
 def train_transform(image_size=224):
@@ -229,20 +217,15 @@ def train_transform(image_size=224):
     Bytes, because that is a quarter of what a worker would copy as floats; the network's normalise() does the rest
     on its device, a whole batch at a time.
     """
-    return transforms.Compose(
-        [transforms.RandomResizedCrop(image_size), transforms.RandomHorizontalFlip(), transforms.PILToTensor()]
-    )
+    steps = [transforms.RandomResizedCrop(image_size), transforms.RandomHorizontalFlip(), transforms.PILToTensor()]
+    return transforms.Compose(steps)
 
 
 def eval_transform(image_size=224):
     """Shorter side resized to image_size · 256/224, centre crop of image_size: (3, H, W) uint8, RGB."""
-    return transforms.Compose(
-        [
-            transforms.Resize(round(image_size * 256 / 224)),
-            transforms.CenterCrop(image_size),
-            transforms.PILToTensor(),
-        ]
-    )
+    shorter_side = round(image_size * 256 / 224)
+    steps = [transforms.Resize(shorter_side), transforms.CenterCrop(image_size), transforms.PILToTensor()]
+    return transforms.Compose(steps)
 
 
 # ---------------------------------------------------------------- from images to batches
@@ -267,17 +250,10 @@ class RandomBatches(Sampler):
     The seed next to each index determines its augmentation. So batches and augmentations are the same for any number
     of workers, whatever else draws random numbers, and after a resume. Call set_epoch before each epoch.
 
-    Raises ValueError when the sizes do not fit.
+    Raises Refused when the sizes do not fit.
     """
 
-    def __init__(
-        self,
-        labels: np.ndarray,
-        batch_size: int,
-        seed: int,
-        images_per_class: int = 0,
-        shard: tuple[int, int] = (0, 1),
-    ):
+    def __init__(self, labels: np.ndarray, batch_size: int, seed: int, images_per_class: int = 0, shard=(0, 1)):
         labels = np.asarray(labels)
         if not 1 <= batch_size <= len(labels):
             raise Refused(
@@ -382,7 +358,7 @@ def make_train_loader(
 
     batch_size counts the images of all processes together; process shard[0] of shard[1] gets its part of each batch.
 
-    Raises ValueError as RandomBatches does; iterating raises UnreadableImage.
+    Raises Refused as RandomBatches does; iterating raises UnreadableImage.
     """
     batches = RandomBatches(images.labels, batch_size, seed, images_per_class, shard)
     return DataLoader(ImageDataset(images, transform), batch_sampler=batches, **worker_options(workers, pin_memory))
@@ -401,13 +377,8 @@ def make_eval_loader(
     Process shard[0] of shard[1] gets every shard[1]-th image, starting with image shard[0]; none if there are fewer
     images than processes. len(loader.dataset) is the number of all images.
     """
-    rank, count = shard
-    return DataLoader(
-        ImageDataset(images, transform),
-        batch_size=batch_size,
-        sampler=range(rank, len(images), count),
-        **worker_options(workers, pin_memory),
-    )
+    mine = range(shard[0], len(images), shard[1])
+    return DataLoader(ImageDataset(images, transform), batch_size, sampler=mine, **worker_options(workers, pin_memory))
 
 
 # ---------------------------------------------------------------- what a run was trained on
@@ -458,12 +429,11 @@ def changes(then: dict, now: dict) -> str:
     old, new = _by_class(then), _by_class(now)
     gone, added = [name for name in old if name not in new], [name for name in new if name not in old]
     places = [[list(names).index(name) for name in some] for names, some in ((old, gone), (new, added))]
-    parts = []
     if gone and places[0] == places[1] and [old[name][0] for name in gone] == [new[name][0] for name in added]:
         parts = [f"{_classes(gone)} renamed ({_names(gone)} to {_names(added)})"]
     else:
-        parts += [f"{_classes(gone)} removed ({_names(gone)})"] if gone else []
-        parts += [f"{_classes(added)} added ({_names(added)})"] if added else []
+        lost_and_new = (gone, "removed"), (added, "added")
+        parts = [f"{_classes(names)} {how} ({_names(names)})" for names, how in lost_and_new if names]
     changed = [name for name in old if name in new and old[name] != new[name]]
     if changed:
         (before, _), (after, _) = old[changed[0]], new[changed[0]]

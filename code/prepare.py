@@ -55,8 +55,7 @@ def check(name: str, data_root: Path, decode: bool = False, train_classes: float
     if len(missing) > 5:
         problems.append(f"... and {len(missing) - 5:,} more files that are not there")
     if decode:
-        for split in listing.splits:
-            problems += dataset.undecodable(listing, split, dataset.available_cores()).values()
+        problems += dataset.drop_unreadable(listing, listing.splits, dataset.available_cores())
     for problem in problems:
         print(f"problem: {problem}")
     if not problems:
