@@ -1,6 +1,7 @@
 """Validation classes, pixels, batches to the bit, and images that cannot be decoded."""
 
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import trees
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from refused import Refused
 from trees import pairs
 
 SMALL = dataset.train_transform(16)
@@ -47,7 +49,7 @@ def test_split_validation_holds_out_whole_classes(tmp_path):
 def test_validation_and_training_need_two_classes_each(classes, share, held_out):
     names = [str(c) for c in range(classes)]
     images = dataset.ImageList(Path("root"), names, np.arange(classes), names, own=True)
-    with pytest.raises(dataset.Refused, match=f"--val-classes {share} holds out {held_out} of the {classes} training"):
+    with pytest.raises(Refused, match=f"--val-classes {share} holds out {held_out} of the {classes} training"):
         dataset.split_validation(images, share, 0)
     if classes > 3:
         train, held_out = dataset.split_validation(images, 0.5, 0)
@@ -57,33 +59,25 @@ def test_validation_and_training_need_two_classes_each(classes, share, held_out)
 # ---------------------------------------------------------------- pixels
 
 
+def read(path, own=False):
+    return np.asarray(decoding.read_rgb(str(path), own), dtype=int)
+
+
 def test_all_kinds_of_images_become_rgb(tmp_path):
-    """A red, a grey and a 16-bit image, each in the modes that can hold it."""
+    """A red and a grey image, each in the modes that can hold it."""
     red = Image.new("RGB", (4, 4), (200, 0, 0))
-    kinds = {
-        "rgb.png": red,
-        "rgba.png": red.convert("RGBA"),
-        "palette.png": red.convert("P"),
-        "palette.gif": red.convert("P"),
-        "cmyk.tif": red.convert("CMYK"),
-        "ycbcr.tif": red.convert("YCbCr"),
-    }
-    for name, image in kinds.items():
-        image.save(tmp_path / name)
-        pixels = np.asarray(dataset.read_rgb(str(tmp_path / name)), dtype=int)
-        assert pixels.shape == (4, 4, 3)
-        assert np.abs(pixels - [200, 0, 0]).max() <= 4, name
-    clear = Image.new("P", (4, 4))
-    clear.putpalette([200, 0, 0, 0, 0, 0])
-    clear.save(tmp_path / "clear.png", transparency=b"\x80\x00")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert np.asarray(dataset.read_rgb(str(tmp_path / "clear.png")))[0, 0].tolist() == [200, 0, 0]
-    for mode, value in (("L", 77), ("LA", (77, 255)), ("1", 1), ("I;16", 77 * 257), ("I", 77 * 257)):
-        Image.new(mode, (4, 4), value).save(tmp_path / "grey.png" if mode != "I" else tmp_path / "grey.tif")
-        path = tmp_path / ("grey.png" if mode != "I" else "grey.tif")
-        expected = 255 if mode == "1" else 77
-        assert np.unique(np.asarray(dataset.read_rgb(str(path)))).tolist() == [expected], mode
+    kinds = [("RGB", "png"), ("RGBA", "png"), ("P", "png"), ("P", "gif"), ("CMYK", "tif"), ("YCbCr", "tif")]
+    for mode, suffix in kinds:
+        # Compressed: Pillow 12.3, the last for Python 3.10, cannot read the plain YCbCr files that it writes.
+        options = {"compression": "tiff_lzw"} if suffix == "tif" else {}
+        red.convert(mode).save(tmp_path / f"red.{suffix}", **options)
+        pixels = read(tmp_path / f"red.{suffix}")
+        assert pixels.shape == (4, 4, 3) and np.abs(pixels - [200, 0, 0]).max() <= 4, mode
+    for mode, value, suffix in (
+        ("L", 77, "png"), ("LA", (77, 255), "png"), ("1", 1, "png"), ("I;16", 77 * 257, "png"), ("I", 77 * 257, "tif")
+    ):  # fmt: skip
+        Image.new(mode, (4, 4), value).save(tmp_path / f"grey.{suffix}")
+        assert np.unique(read(tmp_path / f"grey.{suffix}")).tolist() == [255 if mode == "1" else 77], mode
 
 
 UPRIGHT = np.array([[1, 2, 3], [4, 5, 6]]) * 40  # grey values, 2×3
@@ -100,29 +94,34 @@ AS_STORED = {  # by EXIF orientation: how a camera stores what lies upright as a
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
-@pytest.mark.parametrize("number", AS_STORED)
-def test_own_pictures_are_turned_upright_and_published_ones_stay_as_stored(tmp_path, number, suffix):
-    stored = np.kron(AS_STORED[number], np.ones((16, 16))).astype(np.uint8)
-    exif = Image.Exif()
-    exif[0x0112] = number
-    path = tmp_path / f"image.{suffix}"
-    Image.fromarray(stored).convert("RGB").save(path, exif=exif, **({"quality": 95} if suffix == "jpg" else {}))
-    own = np.asarray(dataset.read_rgb(str(path), own=True), dtype=int)[8::16, 8::16, 0]
-    assert own.shape == UPRIGHT.shape and np.abs(own - UPRIGHT).max() < 8
-    if suffix != "tif":  # Pillow itself turns TIFFs, and no benchmark has any
-        plain = np.asarray(dataset.read_rgb(str(path)), dtype=int)[8::16, 8::16, 0]
-        assert plain.shape == AS_STORED[number].shape and np.abs(plain - AS_STORED[number]).max() < 8
+def test_own_pictures_are_turned_upright_and_published_ones_stay_as_stored(tmp_path, suffix):
+    exif, path = Image.Exif(), tmp_path / f"image.{suffix}"
+    for number, values in AS_STORED.items():
+        exif[0x0112] = number
+        stored = Image.fromarray(np.kron(values, np.ones((16, 16))).astype(np.uint8)).convert("RGB")
+        stored.save(path, exif=exif, **({"quality": 95} if suffix == "jpg" else {}))
+        expected = [(True, UPRIGHT)]
+        if suffix != "tif":  # Pillow itself turns TIFFs, and no benchmark has any
+            expected.append((False, values))
+        for own, wanted in expected:
+            found = read(path, own)[8::16, 8::16, 0]
+            assert found.shape == wanted.shape and np.abs(found - wanted).max() < 8, (number, own)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-@pytest.mark.parametrize("number", [0, 9, 700])
-def test_exif_that_makes_no_sense_turns_nothing(tmp_path, number):
-    exif = Image.Exif()
-    exif[0x0112] = number
-    Image.new("RGB", (3, 2), "red").save(tmp_path / "a.jpg", exif=exif)
-    assert dataset.read_rgb(str(tmp_path / "a.jpg"), own=True).size == (3, 2)
-    Image.new("RGB", (3, 2), "red").save(tmp_path / "b.jpg", exif=b"Exif\0\0MM\0*\0\0\xff\xff no table")
-    assert dataset.read_rgb(str(tmp_path / "b.jpg"), own=True).size == (3, 2)
+def test_exif_that_makes_no_sense_turns_nothing_and_drafts_are_turned(tmp_path):
+    exif, path = Image.Exif(), tmp_path / "a.jpg"
+    for number in (0, 9, 700):
+        exif[0x0112] = number
+        Image.new("RGB", (3, 2), "red").save(path, exif=exif)
+        assert read(path, own=True).shape == (2, 3, 3)
+    Image.new("RGB", (3, 2), "red").save(path, exif=b"Exif\0\0MM\0*\0\0\xff\xff no table")
+    assert read(path, own=True).shape == (2, 3, 3)
+    exif[0x0112] = 6
+    Image.new("RGB", (800, 400), "red").save(path, exif=exif)
+    with Image.open(path) as image:  # as thumbnails are read
+        image.draft("RGB", (100, 100))
+        assert decoding.decode(image, own=True).size == (100, 200)
 
 
 def transparent(kind):
@@ -157,8 +156,7 @@ def test_own_pictures_lie_on_white_where_they_are_transparent(tmp_path, kind, su
     image.save(path, **(options | ({"lossless": True} if suffix == "webp" else {})))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        own = np.asarray(dataset.read_rgb(str(path), own=True), dtype=int)
-        plain = np.asarray(dataset.read_rgb(str(path)), dtype=int)
+        own, plain = read(path, own=True), read(path)
     expected = [100, 100, 100] if kind == "LA" else [100, 0, 0]
     assert own[0, 7].tolist() == plain[0, 7].tolist() == expected
     assert own[0, 0].tolist() == ([131] * 3 if kind == "P half" else [255] * 3)
@@ -167,9 +165,9 @@ def test_own_pictures_lie_on_white_where_they_are_transparent(tmp_path, kind, su
 
 def test_opaque_pictures_are_the_same_to_the_bit_either_way(tmp_path):
     for mode, suffix in (("RGB", "jpg"), ("L", "png"), ("P", "png"), ("RGBA", "png"), ("LA", "png"), ("CMYK", "jpg")):
-        trees.save(tmp_path / f"{mode}.{suffix}", 1, 1, mode=mode)
-        path = str(tmp_path / f"{mode}.{suffix}")
-        assert dataset.read_rgb(path, own=True).tobytes() == dataset.read_rgb(path).tobytes()
+        path = tmp_path / f"{mode}.{suffix}"
+        trees.save(path, 1, 1, mode=mode)
+        assert np.array_equal(read(path, own=True), read(path))
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -190,7 +188,7 @@ def test_opaque_pictures_are_the_same_to_the_bit_either_way(tmp_path):
 )
 def test_floats_and_wide_integers_are_never_black(tmp_path, values, expected, own):
     Image.fromarray(np.tile(values, (2, 1))).save(tmp_path / "a.tif")
-    found = np.asarray(dataset.read_rgb(str(tmp_path / "a.tif"), own))
+    found = read(tmp_path / "a.tif", own)
     assert found.shape == (2, 3, 3)
     if expected is None:
         assert found[0, 2, 0] >= found[0, 1, 0]
@@ -198,31 +196,35 @@ def test_floats_and_wide_integers_are_never_black(tmp_path, values, expected, ow
         assert found[0, :, 0].tolist() == expected
 
 
-def test_floats_without_a_number_are_refused(tmp_path):
-    Image.fromarray(np.full((2, 2), np.nan, np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(dataset.UnreadableImage, match=r"a.tif: cannot be decoded \(no pixel has a finite value\)"):
-        dataset.read_rgb(str(tmp_path / "a.tif"))
-
-
-def test_a_wrong_suffix_does_not_matter(tmp_path):
+def test_files_that_are_not_what_their_names_say(tmp_path):
+    """Another format under the suffix does not matter; what cannot be decoded is named in one line that says why."""
     trees.picture(1, 1, 8).save(tmp_path / "a.jpg", format="PNG")
     trees.picture(1, 1, 8).save(tmp_path / "b.png", format="JPEG")
-    assert np.array_equal(np.asarray(dataset.read_rgb(str(tmp_path / "a.jpg"))), np.asarray(trees.picture(1, 1, 8)))
-    assert dataset.read_rgb(str(tmp_path / "b.png")).size == (8, 8)
-    (tmp_path / "c.jpg").touch()
-    with pytest.raises(dataset.UnreadableImage, match="c.jpg: cannot be decoded"):
-        dataset.read_rgb(str(tmp_path / "c.jpg"))
-    with pytest.raises(dataset.UnreadableImage, match=r"cannot be decoded \(not a regular file\)"):
-        dataset.read_rgb(str(tmp_path))
-
-
-def test_thumbnails_can_be_decoded_from_drafts(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (800, 400), "red").save(tmp_path / "a.jpg", exif=exif)
-    with Image.open(tmp_path / "a.jpg") as image:
-        image.draft("RGB", (100, 100))
-        assert decoding.decode(image, own=True).size == (100, 200)
+    assert np.array_equal(read(tmp_path / "a.jpg"), np.asarray(trees.picture(1, 1, 8)))
+    assert read(tmp_path / "b.png").shape == (8, 8, 3)
+    Image.new("RGB", (1, 1000)).save(tmp_path / "just.png")
+    assert read(tmp_path / "just.png").shape == (1000, 1, 3)
+    Image.new("RGB", (1001, 1)).save(tmp_path / "strip.png")
+    Image.fromarray(np.full((2, 2), np.nan, np.float32)).save(tmp_path / "nan.tif")
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.jpg").write_text("not an image")
+    trees.picture(1, 1, 64).save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:-100])
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, why in {
+        "strip.png": "1,001 × 1 pixels are narrower than 1 to 1,000",
+        "nan.tif": "no pixel has a finite value",
+        "empty.jpg": "not an image that Pillow knows",
+        "text.jpg": "not an image that Pillow knows",
+        "cut.jpg": "image file is truncated",
+        "gone.jpg": "No such file or directory",
+        "pipe.png": "not a regular file",
+        ".": "not a regular file",
+    }.items():
+        with pytest.raises(decoding.UnreadableImage) as caught:
+            read(tmp_path / name)
+        message = str(caught.value)
+        assert message.startswith(f"{tmp_path / name}: cannot be decoded ({why}") and "\n" not in message
 
 
 def test_own_travels_from_the_folder_to_the_pixels(tmp_path):
@@ -244,16 +246,12 @@ def test_own_travels_from_the_folder_to_the_pixels(tmp_path):
         assert size == 2 * [(20, 60) if own else (60, 20)]
 
 
-@pytest.mark.parametrize("transform", [dataset.train_transform(32), dataset.eval_transform(32)])
-def test_transforms_give_the_bytes_of_the_image(transform):
-    values = transform(Image.new("RGB", (50, 40), (255, 102, 0)))
-    assert values.shape == (3, 32, 32) and values.dtype == torch.uint8
-    assert values[:, 5, 5].tolist() == [255, 102, 0]
-
-
-def test_evaluation_takes_the_centre_at_its_scale():
-    size = dataset.eval_transform(224).transforms[0].size
-    assert size == 256 and dataset.eval_transform(64).transforms[0].size == 73
+def test_transforms_give_the_bytes_of_the_image_and_scoring_takes_its_centre():
+    for transform in (dataset.train_transform(32), dataset.eval_transform(32)):
+        values = transform(Image.new("RGB", (50, 40), (255, 102, 0)))
+        assert values.shape == (3, 32, 32) and values.dtype == torch.uint8
+        assert values[:, 5, 5].tolist() == [255, 102, 0]
+    assert dataset.eval_transform(64).transforms[0].size == 73
     image = Image.new("RGB", (512, 256), "black")
     image.paste("white", (144, 16, 368, 240))  # the centre 224×224 of 512×256
     assert dataset.eval_transform(224)(image).min() == 255
@@ -288,9 +286,8 @@ def test_balanced_batches(k):
         indices = np.array([i for i, _ in batch])
         classes, counts = np.unique(LABELS[indices], return_counts=True)
         assert len(classes) == 8 // k and set(counts) == {k}
-        for c in classes:
-            members = indices[LABELS[indices] == c]
-            assert len(set(members)) == min(k, (LABELS == c).sum())  # repeats only where there are too few
+        for c in classes:  # repeats only where there are too few
+            assert len(set(indices[LABELS[indices] == c])) == min(k, (LABELS == c).sum())
         drawn |= set(classes)
     assert len(drawn) > 1
 
@@ -359,15 +356,12 @@ def test_epochs_are_the_same_bits_for_any_number_of_workers_and_when_resumed(cub
     assert not same(balanced, alone[2])
 
 
-def test_loaders_leave_the_global_random_state_alone(cub):
+def test_loaders_leave_the_global_random_state_alone_and_the_seed_draws(cub):
     before = torch.get_rng_state()
     epochs(cub.train, [1])
     epochs(cub.train, [1], workers=1)
     list(dataset.make_eval_loader(cub.query, SMALL_EVAL, 8))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_augmentation_differs_between_images_and_epochs(cub):
     loaded = dataset.ImageDataset(cub.train, SMALL)
     assert torch.equal(loaded[3, 11][0], loaded[3, 11][0])
     assert not torch.equal(loaded[3, 11][0], loaded[3, 12][0])
@@ -422,26 +416,16 @@ def test_processes_share_the_evaluation_without_gap_or_overlap(cub, count, worke
         assert found.tolist() == cub.query.labels.tolist()
 
 
-def test_worker_options():
-    assert dataset.worker_options(0, False).keys() == {"num_workers", "pin_memory", "generator"}
-    options = dataset.worker_options(2, True)
-    assert options["persistent_workers"] and options["prefetch_factor"] and options["pin_memory"]
-
-
-def test_no_more_workers_than_cores(cub):
-    """Each would make torch warn, and none would make anything faster."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert dataset.make_eval_loader(cub.query, SMALL_EVAL, 8, 1000).num_workers == dataset.available_cores()
-
-
 def worker_threads(_):
     return torch.tensor(torch.get_num_threads())
 
 
-def test_workers_run_one_thread_each(cub):
+def test_workers_run_one_thread_each_and_are_no_more_than_the_cores(cub):
     loader = dataset.make_eval_loader(cub.query, worker_threads, 8, workers=1)
     assert {int(n) for x, _ in loader for n in x} == {1}
+    with warnings.catch_warnings():  # with more of them torch would warn, and none would make anything faster
+        warnings.simplefilter("error")
+        assert dataset.make_eval_loader(cub.query, SMALL_EVAL, 8, 1000).num_workers == dataset.available_cores()
 
 
 def handler_of_the_trainer(number, frame):
@@ -503,21 +487,14 @@ def damaged(tmp_path):
     return benchmark, bad
 
 
-def test_unreadable_image_is_named_in_one_line(damaged):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_stops_the_loader_with_its_name(damaged, workers):
     benchmark, bad = damaged
-    whys = ("truncated", "not an image", "No such file")
-    for path, why in zip(bad, whys, strict=True):
-        with pytest.raises(dataset.UnreadableImage) as caught:
-            dataset.read_rgb(str(path))
-        message = str(caught.value)
-        assert message.startswith(f"{path}: cannot be decoded (") and why in message and "\n" not in message
-    for workers in (0, 2):
-        loader = dataset.make_train_loader(benchmark.train, SMALL, 8, 1, workers=workers)
-        with pytest.raises(dataset.UnreadableImage) as caught:
-            list(loader)
-        message = flags.one_line(caught.value)
-        assert any(message.startswith(f"{path}: cannot be decoded (") for path in bad), message
-        assert "\n" not in message and message.endswith(")")
+    with pytest.raises(decoding.UnreadableImage) as caught:
+        list(dataset.make_train_loader(benchmark.train, SMALL, 8, 1, workers=workers))
+    message = flags.one_line(caught.value)
+    assert any(message.startswith(f"{path}: cannot be decoded (") for path in bad), message
+    assert "\n" not in message and message.endswith("(--skip-bad-images leaves such images out)")
 
 
 def emptied(images, class_id):
@@ -549,7 +526,8 @@ def test_dropping_what_cannot_be_decoded(damaged, workers):
 
     for class_id in (0, 2, 3):
         emptied(whole.train, class_id)
-    with pytest.raises(dataset.Refused, match="none of the 24 train images can be decoded: .*Bird_1_0000.jpg"):
+    words = "no image in the split 'train'; 30 images were left out, the first: .*Bird_1_0000.jpg: cannot be decoded"
+    with pytest.raises(Refused, match=words):
         dataset.load_benchmark("cub", root, skip_bad=True, workers=workers)
 
 
@@ -560,16 +538,6 @@ def test_queries_and_gallery_keep_their_common_labels_when_a_class_is_dropped(tm
     kept = dataset.load_benchmark("Inshop", tmp_path, skip_bad=True)
     assert len(kept.unreadable) == 2 and sorted(set(kept.query.labels)) == [0, 2, 3]
     assert pairs(kept.gallery) == pairs(whole.gallery) and set(pairs(kept.query)) < set(pairs(whole.query))
-
-
-@pytest.mark.parametrize("size, narrow", [((1, 1000), False), ((1001, 1), True)])
-def test_pictures_too_narrow_to_resize_are_named(tmp_path, size, narrow):
-    Image.new("RGB", size).save(tmp_path / "strip.png")
-    if not narrow:
-        assert dataset.read_rgb(tmp_path / "strip.png").size == size
-        return
-    with pytest.raises(dataset.UnreadableImage, match=r"strip\.png: .*1,001 × 1 pixels are narrower than 1 to 1,000"):
-        dataset.read_rgb(tmp_path / "strip.png")
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -588,6 +556,6 @@ def test_damaged_images_decode_or_are_named(tmp_path, suffix, position, patch, c
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            assert dataset.read_rgb(str(path)).mode == "RGB"
-        except dataset.UnreadableImage as error:
+            assert decoding.read_rgb(str(path)).mode == "RGB"
+        except decoding.UnreadableImage as error:
             assert str(error).startswith(f"{path}: cannot be decoded (") and "\n" not in str(error)
