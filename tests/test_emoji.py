@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import os
 import sys
 import tarfile
 
@@ -158,18 +157,6 @@ def test_a_picture_that_cannot_be_drawn_is_named_and_nothing_is_left(world, tmp_
     with pytest.raises(ValueError, match="'wide' of @iconify-json/two cannot be drawn .*pip install") as refusal:
         emoji.download(world, progress=False)
     assert "\n" not in str(refusal.value) and list(world.iterdir()) == []
-
-
-def test_of_two_at_once_the_slower_takes_the_faster_ones(world, monkeypatch):
-    write = emoji.write_emoji
-
-    def write_while_another_finishes(*arguments):
-        write(*arguments)
-        os.makedirs(world / "emoji" / "images")
-
-    monkeypatch.setattr(emoji, "write_emoji", write_while_another_finishes)
-    assert emoji.download(world, progress=False) == world / "emoji"
-    assert [path.name for path in world.iterdir()] == ["emoji"]
 
 
 def test_without_resvg_nothing_is_fetched(world, monkeypatch):

@@ -56,23 +56,6 @@ def test_parameters_change_the_set_and_its_folder(tmp_path):
     assert first.read_bytes() == (tmp_path / "glyphs_6x5_32" / first.relative_to(first.parents[2])).read_bytes()
 
 
-def test_interrupted_set_is_not_taken_for_whole(tmp_path, monkeypatch):
-    draw, calls = glyphs.draw_image, []
-
-    def draw_a_few(*arguments):
-        calls.append(1)
-        if len(calls) == 10:
-            raise KeyboardInterrupt
-        return draw(*arguments)
-
-    monkeypatch.setattr(glyphs, "draw_image", draw_a_few)
-    with pytest.raises(KeyboardInterrupt):
-        glyphs.ensure_glyphs(tmp_path, **SMALL)
-    assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(glyphs, "draw_image", draw)
-    assert len(list(glyphs.ensure_glyphs(tmp_path, **SMALL).rglob("*.png"))) == 24
-
-
 @pytest.mark.slow
 def test_processes_that_start_at_once_both_succeed(tmp_path):
     line = f"from layouts import glyphs; print(glyphs.ensure_glyphs({str(tmp_path)!r}, 30, 20, 32, progress=False))"
@@ -89,16 +72,3 @@ def test_more_classes_than_letters(tmp_path):
     with pytest.raises(ValueError, match="glyphs: 100000 classes wanted"):
         glyphs.ensure_glyphs(tmp_path, num_classes=100_000)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
-def test_raw_pixels_tell_about_a_third(tmp_path):
-    """The last 100 classes: a third of the images has an image of its class as the nearest on raw pixels."""
-    folder = glyphs.ensure_glyphs(tmp_path, progress=False)
-    paths = sorted(folder.rglob("*.png"))[2000:]
-    pixels = np.stack([np.asarray(Image.open(path), dtype=np.float32).ravel() for path in paths])
-    pixels /= np.linalg.norm(pixels, axis=1, keepdims=True)
-    similarity = pixels @ pixels.T
-    np.fill_diagonal(similarity, -1)
-    labels = np.repeat(np.arange(100), 20)
-    assert 0.28 < (labels[similarity.argmax(1)] == labels).mean() < 0.36

@@ -163,11 +163,6 @@ def test_no_class_crosses_the_published_boundary_where_others_are_missing(name, 
     assert [c for _, c in listing.splits["test"]] == classes[train:] and len(classes) == train + test
 
 
-def test_the_2010_edition_of_cub_is_known():
-    listing = layouts.Listing(Path("root"), {"train": [("a", 1)] * 3000, "test": [("b", 2)] * 3033})
-    assert "2010 edition" in layouts.compare_counts("cub", listing)[1]
-
-
 def test_cars_names_and_labels_beside_or_inside_the_devkit(tree):
     home = tree("cars 2") / "cars196"
     shutil.move(home / "cars_test_annos_withlabels.mat", home / "devkit")
@@ -200,24 +195,20 @@ def test_glyphs(tmp_path, monkeypatch):
     assert (len(benchmark.train), benchmark.train.num_classes, benchmark.query.num_classes) == (12, 3, 3)
 
 
-@pytest.mark.parametrize(
-    "text", ["sop SOP", "INSHOP Inshop", "In-Shop Inshop", "CUB cub", "Cars cars", "folder folder"]
-)
-def test_names_in_any_letter_case(text):
-    given, name = text.split()
-    assert layouts.dataset_name(given) == name
-
-
-@pytest.mark.parametrize("text", ["", "birds", "cub200", "ſop", " cub"])
-def test_names_that_are_none(text):
-    with pytest.raises(ValueError, match="is not a dataset; choose from cub, cars, SOP, Inshop, glyphs, "):
-        layouts.dataset_name(text)
+def test_names_in_any_letter_case():
+    given = ("sop", "SOP", "INSHOP", "In-Shop", "CUB", "Cars", "folder")
+    assert [layouts.dataset_name(name) for name in given] == "SOP SOP Inshop Inshop cub cars folder".split()
+    for text in ("", "birds", "cub200", "ſop", " cub"):
+        with pytest.raises(Refused, match="is not a dataset; choose from cub, cars, SOP, Inshop, glyphs, "):
+            layouts.dataset_name(text)
 
 
 def test_what_was_published():
     known = {name: layouts.get(name) for name in layouts.DATASETS}
     totals = {name: sum(n for n, _ in layout.published.values()) for name, layout in known.items()}
     assert (totals["cub"], totals["cars"], totals["SOP"], totals["Inshop"]) == (11788, 16185, 120053, 52712)
+    listing = layouts.Listing(Path("root"), {"train": [("a", 1)] * 3000, "test": [("b", 2)] * 3033})
+    assert "2010 edition" in layouts.compare_counts("cub", listing)[1]
     for layout in known.values():
         assert not (layout.archive or layout.by_hand) or "an independent audit found" in layout.mirrors
         assert all(len(text.split()) in (1, len(layout.results_at)) for _, _, text in layout.results)
@@ -289,6 +280,10 @@ def test_splits_are_found_in_any_letter_case(tree, forest, kind, change):
 @pytest.mark.parametrize("kind", ["train+test", "train+query+gallery"])
 def test_data_without_train_can_be_scored_but_not_trained_on(tree, forest, kind, listed):
     root, expected = tree(kind), load(forest[kind])
+    assert len(load(root, training=False).train) == 12
+    for folder in (root / "train").iterdir():
+        shutil.rmtree(folder)
+    assert "no image in the split 'train'" in refusal(root) and load(root, training=False).query
     shutil.rmtree(root / "train")
     if listed:
         files = [path.relative_to(root) for path in sorted(root.rglob("*.png"))]
@@ -299,15 +294,6 @@ def test_data_without_train_can_be_scored_but_not_trained_on(tree, forest, kind,
     benchmark = load(root, training=False)
     assert benchmark.train is None and benchmark.warnings == ()
     assert contents(benchmark)[1:] == contents(expected)[1:]
-
-
-def test_scoring_needs_no_full_train_but_takes_it_if_it_is_there(tree):
-    root = tree("train+test")
-    assert len(load(root, training=False).train) == 12
-    for folder in (root / "train").iterdir():
-        shutil.rmtree(folder)
-    assert "no image in the split 'train'" in refusal(root)
-    assert len(load(root, training=False).query) == 12
 
 
 @pytest.mark.parametrize(

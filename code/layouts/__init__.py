@@ -167,11 +167,11 @@ def similar_names(listing: Listing) -> list[str]:
     found = [names for names in alike.values() if len(names) > 1]
     if not found:
         return []
-    (name, split), (other, other_split) = sorted(found[0].items())[:2]
+    one, other = (f"{name!a} ({split})" for name, split in sorted(found[0].items())[:2])
     more = f" (and {len(found) - 1:,} more such names)" if len(found) > 1 else ""
     return [
-        f"{listing.where}: {name!a} ({split}) and {other!a} ({other_split}) are taken as two classes"
-        f"{more}; if they are one, give both the same name: classes to test on must not be trained on"
+        f"{listing.where}: {one} and {other} are taken as two classes{more}; if they are one, give both the same name: "
+        "classes to test on must not be trained on"
     ]
 
 

@@ -93,7 +93,7 @@ def bad_line(list_file: Path, number: int, expected: str, found: str) -> Refused
 
 def inside_root(path: str, list_file: Path, number: int) -> str:
     """The path as it is, unless it leads out of the data folder."""
-    if re.match(r"[A-Za-z]:|[\\/]", path) or ".." in re.split(r"[\\/]", path):
+    if re.search(r"^(?:[A-Za-z]:|[\\/])|(?:^|[\\/])\.\.(?:[\\/]|$)", path):
         raise bad_line(list_file, number, "a path inside the data folder", path)
     return path
 
