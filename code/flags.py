@@ -162,7 +162,7 @@ def one_line(error: BaseException) -> str:
 def explain(error: Exception) -> str | None:
     """One line for what the user can mend, None for a mistake of the program."""
     line = one_line(error)
-    if isinstance(error, Refused) or isinstance(error, OSError):
+    if isinstance(error, Refused) or (isinstance(error, OSError) and error.filename):
         return line
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is full: a smaller --batch-size or --image-size, or --amp bf16, needs less"

@@ -126,7 +126,11 @@ def embed(loaded, images, device, description) -> tuple[torch.Tensor, np.ndarray
 
 def why_not(images, row) -> str:
     """Why an image could not be decoded."""
-    return dataset.Decoded(images)[row][1] or f"{images.root / images.paths[row]}: could not be decoded"
+    try:
+        decoding.read_rgb(images.file(row), own=True)
+    except decoding.UnreadableImage as error:
+        return str(error)
+    return f"{images.file(row)}: could not be decoded"
 
 
 # ---------------------------------------------------------------- the gallery and its cache
