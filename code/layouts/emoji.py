@@ -72,23 +72,18 @@ def download(root: Path, progress: bool = True) -> Path:
         for name, (version, sha256) in SOURCES.items()
     ]
     contents = read_packages(packages, root / "emoji_packages", NPM_PACK, progress)
-    sources = {name: unpack(content) for name, content in zip(SOURCES, contents, strict=True)}
-    with written_whole(target) as folder:
-        write_emoji(folder, {name: icons for name, (icons, _) in sources.items()}, progress)
-        rows = [
+    sources, rows = {}, []
+    for name, content in zip(SOURCES, contents, strict=True):
+        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+            sources[name], info = (json.load(archive.extractfile(f"package/{part}.json")) for part in ("icons", "info"))
+        rows.append(
             f"| {name} | {info['name']} | [{info['author']['name']}]({info['author']['url']}) "
             f"| [{info['license']['title']}]({info['license']['url']}) | @iconify-json/{name} {SOURCES[name][0]} |\n"
-            for name, (_, info) in sources.items()
-        ]
+        )
+    with written_whole(target) as folder:
+        write_emoji(folder, sources, progress)
         (folder / "ATTRIBUTION.md").write_text(ATTRIBUTION.format(size=SIZE) + "".join(rows), encoding="utf-8")
     return target
-
-
-def unpack(package: bytes) -> tuple[dict, dict]:
-    """icons.json (IconifyJSON) and info.json (title, author, licence) of a package."""
-    with tarfile.open(fileobj=io.BytesIO(package)) as archive:
-        icons, info = (json.load(archive.extractfile(f"package/{name}.json")) for name in ("icons", "info"))
-    return icons, info
 
 
 def find_svg(icons: dict, name: str) -> str | None:

@@ -17,19 +17,16 @@ AUDIT = "As an independent audit found (this project has not fetched any of thes
 
 @dataclass
 class Listing:
-    """What a reader found: per split, pairs of (path relative to root, class id).
-
-    The splits are train + test, or train + query + gallery, or all (still to be split by class, see read_splits);
-    a folder of your own may lack train. source names the list files that gave the paths, None if the folders
-    themselves were walked. own marks the user's own pictures, which nobody has published figures on.
-    """
+    """What a reader found."""
 
     root: Path
+    # Pairs of (path relative to root, class id) by split: train + test, or train + query + gallery, or all, which is
+    # still to be split by class; a folder of your own may lack train.
     splits: dict[str, list[tuple[str, int | str]]]
-    source: str | None = None
-    names: dict[int | str, str] = field(default_factory=dict)
+    source: str | None = None  # the list files that gave the paths, None if the folders themselves were walked
+    names: dict[int | str, str] = field(default_factory=dict)  # of classes, where they are not their ids
     notes: list[str] = field(default_factory=list)
-    own: bool = False
+    own: bool = False  # the user's own pictures, which nobody has published figures on
 
     @property
     def where(self) -> str:
@@ -39,31 +36,21 @@ class Listing:
 
 @dataclass(frozen=True)
 class Layout:
-    """One data set: where it lies, what was published, how it is read and how it is had.
+    """One data set: where it lies, what was published, how it is read and how it is had."""
 
-    home              its folder under the data root
-    read              its listing, from the path of that folder; a list file that is not there is a FileNotFoundError
-    published         (images, classes) of each split
-    recall_at         the K of R@K in its papers
-    last_train_class  where no list names the splits, the classes up to it train
-    results           published figures in percent, ± where it was published: (model, source, text), the figures in the
-                      order of results_at; all with HIST's whole loss in 512 dimensions
-    archive           url and md5 of its download; or by_hand, how to get it where that is not possible; or draw, which
-                      makes it under a data root, unless it is there, and gives its folder
-    mirrors           which copies elsewhere are right or wrong
-    """
-
-    home: str
-    read: Callable[[Path], Listing]
-    published: dict[str, tuple[int, int]] = field(default_factory=dict)
-    recall_at: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    last_train_class: int | None = None
-    results_at: tuple[str, ...] = ()
+    home: str  # its folder under the data root
+    read: Callable[[Path], Listing]  # from that folder; FileNotFoundError for a list that is not there
+    published: dict[str, tuple[int, int]] = field(default_factory=dict)  # (images, classes) of each split
+    recall_at: tuple[int, ...] = (1, 2, 4, 8, 16, 32)  # the K of R@K in its papers
+    last_train_class: int | None = None  # where no list names the splits, the classes up to it train
+    # Published figures in percent, ± where it was published, all with HIST's whole loss in 512 dimensions:
+    # (model, source, text), the figures in the order of results_at
     results: tuple[tuple[str, str, str], ...] = ()
-    archive: tuple[str, str] | None = None
-    by_hand: str = ""
-    draw: Callable[[Path], Path] | None = None
-    mirrors: str = ""
+    results_at: tuple[str, ...] = ()
+    archive: tuple[str, str] | None = None  # url and md5 of its download,
+    by_hand: str = ""  # or how to get it where that is not possible,
+    draw: Callable[[Path], Path] | None = None  # or what makes it under a data root, unless it is there
+    mirrors: str = ""  # which copies elsewhere are right or wrong
 
 
 # ---------------------------------------------------------------- list files
