@@ -12,6 +12,7 @@ import folders
 import layouts
 import numpy as np
 import pandas as pd
+import prepare
 import pytest
 import run
 import trees
@@ -684,16 +685,13 @@ BROKEN = [
     ("cars 3", spoil("anno_test.csv", ",1,2,", ","), "anno_test.csv, line 1: expected file,x1,y1,x2,y2,class, found"),
     ("SOP", remove(SOP), "Ebay_test.txt is not there; `python code/prepare.py download SOP` fetches it"),
     ("SOP", write(SOP), "Ebay_test.txt, line 1: expected the header 'image_id class_id super_class_id path'"),
-    ("SOP", spoil(SOP, "image_id class_id", "image_id"), "Ebay_test.txt, line 1: expected the header"),
     ("SOP", write(SOP, b"image_id class_id super_class_id path"), "no image in the split 'test'"),
     ("SOP", spoil(SOP, " 4 2 ", " 4 "), "Ebay_test.txt, line 2: expected image_id class_id super_class_id path, foun"),
-    ("SOP", spoil(SOP, "14 4 2 ", "14 four 2 "), "line 3: expected image_id"),
     ("SOP", spoil(SOP, " 4 2 ", " 0 2 "), "line 2: expected image_id"),
     ("SOP", spoil(SOP, "cabinet_final/", "../other/"), "line 2: expected a path inside the data folder, found '../ot"),
     ("SOP", spoil(SOP, "cabinet_final/", "/etc/"), "line 2: expected a path inside"),
     ("SOP", spoil(SOP, "cabinet_final/", "C:\\"), "line 2: expected a path inside"),
     ("SOP", remove("bicycle_final/111000000003_1.JPG"), "names 1 images that are not there, the first is "),
-    ("SOP", remove("bicycle_final"), "names 12 images that are not there"),
     ("SOP", spoil(SOP, " 4 2 ", " 1 1 "), "train and test share 1 classes, as 1; retrieval is tested on unseen"),
     ("SOP", spoil(SOP, "000004_0", "000004_1"), "000004_1.JPG is listed twice, in test; keep one"),
     ("SOP", write(SOP, b"\xff\xfe\x00"), "Ebay_test.txt: not a text file"),
@@ -702,27 +700,33 @@ BROKEN = [
     ("Inshop", spoil(INSHOP, "image_name", "name"), "line 2: expected the header"),
     ("Inshop", write(INSHOP, b"16"), "line 2: expected the header"),
     ("Inshop", spoil(INSHOP, " query", " val"), "line 15: expected a path, id_NNNNNNNN and train, query or gallery"),
-    ("Inshop", spoil(INSHOP, " id_", " item_"), "line 3: expected a path, id_NNNNNNNN"),
     ("Inshop", spoil(INSHOP, " gallery", " train"), "train and query share 1 classes"),
     ("Inshop", spoil(INSHOP, "* gallery", " query"), "no image in the split 'gallery'"),
     ("train+test", shutil.rmtree, "is not there; --data-root names your folder of images or your list"),
     ("train+test", remove("test"), "beside train there must be test"),
-    ("train+test", move("test", "val"), "beside train there must be test"),
     ("train+test", lambda home: (home / "test/nothing").mkdir(), "test/nothing: the class folder holds no image"),
     ("train+test", remove(*(f"test/thing_{i}" for i in (4, 5, 6))), "no image in the split 'test'"),
     ("train+test", move("test/thing_4", "test/thing_1"), "train and test share 1 classes, as 'thing_1'"),
-    ("csv", spoil("list.csv", "*,test", ",train"), "list.csv: the splits in it are train (from line 2)"),
     ("csv", spoil("list.csv", "thing_4", "thing_1"), "train and test share 1 classes, as 'thing_1'"),
     ("csv", write("more.csv"), "it has 1 folders and 2 lists"),
+    ("classes", lambda home: os.link(home / "thing_1/0.png", home / "thing_5/9.png"), "are the same file, listed"),
+    ("classes", lambda home: trees.make_cub(home, 2, 1, 8), "it holds benchmarks (CUB_200_2011), not classes; give"),
+    ("classes", remove("thing_2", "thing_3", "thing_4", "thing_5", "thing_6"), "it has 1 folders and 0 lists"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("row", range(len(BROKEN)), ids=lambda row: f"{BROKEN[row][0]}: {BROKEN[row][2][:30]}")
-def test_what_is_wrong_is_said_in_one_line(tree, row):
+def test_what_is_wrong_is_said_in_one_line(tree, capsys, row):
     kind, break_it, words = BROKEN[row]
     name, root = MAKERS[kind][0], tree(kind)
     break_it(root if name == "folder" else root / layouts.get(name).home)
-    assert words in refusal(root, name)
+    message = refusal(root, name)
+    assert words in message
+    try:
+        assert not prepare.check(name, root)  # what training refuses is a problem there
+        assert message in capsys.readouterr().out or "not there" in message
+    except Refused as error:
+        assert str(error) == message
 
 
 # scipy can crash on damage to an uncompressed .mat; trees.py writes compressed ones, as MATLAB does.

@@ -50,25 +50,6 @@ def test_check_finds_all_that_is_off_at_once(tmp_path, monkeypatch, call):
     assert "111000000001_5.JPG: cannot be decoded (not an image" in out
 
 
-REFUSED = {
-    "no train": lambda root: shutil.rmtree(root / "train"),
-    "shared class": lambda root: shutil.copytree(root / "train" / "thing_1", root / "test" / "thing_1"),
-    "same file": lambda root: os.link(root / "train/thing_1/0.png", root / "test/thing_3/9.png"),
-    "benchmark": lambda root: trees.make_cub(root, 2, 1, 8),
-    "no folder": shutil.rmtree,
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_check_refuses_what_training_refuses(tmp_path, call, case):
-    root = trees.make_folder(tmp_path / "own", "train+test", 4, 2, 8)
-    REFUSED[case](root)
-    with pytest.raises(ValueError) as caught:
-        dataset.load_benchmark("folder", root)
-    status, out, err = call("prepare.py", "check", "folder", "--data-root", root)
-    assert status == 1 and str(caught.value) in out + err and "no problems found" not in out
-
-
 def test_check_says_what_training_warns_of_and_tries_own_pictures_as_they_are(tmp_path, call):
     root = trees.make_folder(tmp_path, "train+test", 6, 2, 8)
     (root / "test/thing_4/0.png").unlink()
