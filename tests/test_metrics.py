@@ -126,7 +126,7 @@ def randn(*shape, seed=0):
 
 
 @pytest.mark.parametrize("memory_gib", BUDGETS)
-def test_golden_one_set(memory_gib):
+def test_golden(memory_gib):
     golden = np.load(GOLDEN / "retrieval_cub_style.npz")
     X, T, ks = torch.tensor(golden["X"]), torch.tensor(golden["T"]), golden["k"].tolist()
     found = metrics.retrieval(X, T, ks=ks, precision=True, memory_gib=memory_gib)
@@ -134,9 +134,6 @@ def test_golden_one_set(memory_gib):
     assert found.r_precision == pytest.approx(golden["r_precision"].item(), rel=6e-8)  # was stored in float32
     assert found.map_at_r == pytest.approx(golden["map_at_r"].item(), rel=1e-15)
 
-
-@pytest.mark.parametrize("memory_gib", BUDGETS)
-def test_golden_query_and_gallery(memory_gib):
     golden = np.load(GOLDEN / "retrieval_inshop_style.npz")
     sets = [torch.tensor(golden[name]) for name in ("query_X", "query_T", "gallery_X", "gallery_T")]
     found = metrics.retrieval(*sets, ks=golden["k"].tolist(), memory_gib=memory_gib)
@@ -156,25 +153,23 @@ def test_one_hot_is_perfect():
     assert found.figures() == {"R@1": 1.0, "R@2": 1.0, "R@4": 1.0, "RP": 1.0, "MAP@R": 1.0}
 
 
+def directions(*degrees):
+    angles = torch.tensor(degrees).deg2rad()
+    return torch.stack([angles.cos(), angles.sin()], dim=1)
+
+
 def test_one_mistake():
-    """On a line of directions: a a b | b, angles 0, 1, 2 and 20 degrees. Only one b and nobody else errs."""
-    angles = torch.deg2rad(torch.tensor([0.0, 1.0, 2.5, 20.0]))
-    X, T = torch.stack([angles.cos(), angles.sin()], dim=1), torch.tensor([0, 0, 1, 1])
-    found = metrics.retrieval(X, T, ks=(1, 2, 3), precision=True)
-    # The b at 2.5 degrees sees both a first; the other b sees it first.
-    assert found.per_query["R@1"].tolist() == [1, 1, 0, 1]
-    assert found.per_query["R@2"].tolist() == [1, 1, 0, 1]
+    """a a b | b: only the first b errs, it sees both a first."""
+    found = metrics.retrieval(directions(0.0, 1.0, 2.5, 20.0), torch.tensor([0, 0, 1, 1]), ks=(1, 2, 3), precision=True)
+    assert found.per_query["R@1"].tolist() == found.per_query["R@2"].tolist() == [1, 1, 0, 1]
     assert found.recall == {1: 0.75, 2: 0.75, 3: 1.0}
     assert found.r_precision == 0.75 and found.map_at_r == 0.75
 
 
 def test_precision_by_hand():
     """A query with R = 3 that sees: positive, negative, positive, positive."""
-    gallery_angles = torch.deg2rad(torch.tensor([1.0, 2.0, 3.0, 4.0]))
-    gallery = torch.stack([gallery_angles.cos(), gallery_angles.sin()], dim=1)
-    found = metrics.retrieval(
-        torch.tensor([[1.0, 0.0]]), torch.tensor([7]), gallery, torch.tensor([7, 1, 7, 7]), (1,), precision=True
-    )
+    gallery, labels = directions(1.0, 2.0, 3.0, 4.0), torch.tensor([7, 1, 7, 7])
+    found = metrics.retrieval(directions(0.0), torch.tensor([7]), gallery, labels, (1,), precision=True)
     assert found.r_precision == pytest.approx(2 / 3, abs=1e-12)
     assert found.map_at_r == pytest.approx((1 / 1 + 2 / 3) / 3, abs=1e-12)
 
@@ -187,30 +182,17 @@ def test_k_above_the_gallery():
     assert found.recall == {3: 1.0, 50: 1.0}
 
 
-def test_a_class_of_one_is_left_out_and_counted():
-    X, T = torch.eye(3)[[0, 2, 0, 1]], torch.tensor([0, 9, 0, 5])
-    found = metrics.retrieval(X, T, ks=(1,), precision=True)
-    assert found.num_queries == 4 and found.num_without_positive == 2
-    assert found.recall == {1: 1.0} and found.r_precision == 1.0 and found.map_at_r == 1.0
-    for values in found.per_query.values():
-        np.testing.assert_array_equal(values, [1, math.nan, 1, math.nan])
+def test_queries_without_a_positive_are_left_out_and_counted():
+    """A class of one image; a class that the gallery lacks. Also: the figures come in the order of the caller."""
+    X, T = torch.eye(10), torch.tensor([3, 0, 3, 2, 0, 2, 9, 2])
+    found = metrics.retrieval(X[[3, 0, 3, 2, 0, 0, 9, 2]] + 0.1 * X[T], T, ks=(1,), precision=True)
+    assert found.num_queries == 8 and found.num_without_positive == 1
+    np.testing.assert_array_equal(found.per_query["R@1"], [1, 1, 1, 1, 1, 0, math.nan, 1])  # a 2 among the 0s
+    assert all(np.isnan(values).tolist() == [False] * 6 + [True, False] for values in found.per_query.values())
 
-
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.int32, torch.float32])
-def test_labels_of_any_type(dtype):
-    X, T = randn(20, 6).requires_grad_(), torch.arange(20) % 2
-    assert metrics.retrieval(X, T.to(dtype), precision=True).figures() == metrics.retrieval(
-        X, T, precision=True).figures()  # fmt: skip
-    assert metrics.nmi(X, T.to(dtype)) == metrics.nmi(X, T)
-
-
-def test_classes_missing_in_the_gallery_are_left_out():
-    found = metrics.retrieval(
-        torch.eye(3), torch.tensor([0, 1, 2]), torch.eye(3)[[1, 0]], torch.tensor([1, 3]), (1,), precision=True
-    )
-    assert found.num_without_positive == 2
+    found = metrics.retrieval(X[:3], torch.tensor([0, 1, 2]), X[[1, 0]], torch.tensor([1, 3]), (1,), precision=True)
+    assert found.num_without_positive == 2 and found.figures() == {"R@1": 1, "RP": 1, "MAP@R": 1}
     np.testing.assert_array_equal(found.per_query["R@1"], [math.nan, 1, math.nan])
-    assert found.recall == {1: 1.0}
 
 
 def test_duplicate_of_the_same_class_is_found():
@@ -222,7 +204,7 @@ def test_duplicate_of_the_same_class_is_found():
 
 def test_duplicate_of_another_class_does_not_flatter():
     """An image that exists under two labels: its copy stands first. Dropping the first neighbour would hide that."""
-    near = torch.nn.functional.normalize(torch.tensor([[1.0, 0.1, 0.0], [0.0, 0.1, 1.0]]), dim=1)
+    near = torch.tensor([[1.0, 0.1, 0.0], [0.0, 0.1, 1.0]])
     X = torch.cat([torch.eye(3)[[0, 0]], near])
     T = torch.tensor([0, 1, 0, 1])
     found = metrics.retrieval(X, T, ks=(1, 2))
@@ -237,50 +219,23 @@ def test_duplicate_of_another_class_does_not_flatter():
 def test_everything_equal_gives_chance(vector, memory_gib):
     T = torch.arange(60) % 6  # 10 of each: 9 positives among 59 others
     found = metrics.retrieval(vector.expand(60, -1), T, ks=(1, 10, 59), precision=True, memory_gib=memory_gib)
-    assert found.recall[1] == pytest.approx(9 / 59, abs=1e-12)
-    assert found.recall[10] == pytest.approx(1 - math.comb(50, 10) / math.comb(59, 10), abs=1e-9)
-    assert found.recall[59] == 1.0
+    expected = {1: 9 / 59, 10: 1 - math.comb(50, 10) / math.comb(59, 10), 59: 1.0}
+    assert found.recall == pytest.approx(expected, abs=1e-9)
     assert found.r_precision == pytest.approx(9 / 59, abs=1e-12)
-    expected = figures_place_by_place([(9, 50)], [1])["MAP@R"]
-    assert found.map_at_r == pytest.approx(expected, abs=1e-12)
+    assert found.map_at_r == pytest.approx(figures_place_by_place([(9, 50)], [1])["MAP@R"], abs=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("N", "D", "memory_gib"),
-    [
-        (17, 16, 1e-5),
-        (33, 37, 1e-5),
-        (50, 512, 1e-5),
-        (257, 512, 1e-4),
-        (1025, 37, 1e-3),
-        (2049, 64, 1.0),
-        (2100, 64, 1.0),
-    ],
-)
+SIZES = [(17, 16, 1e-5), (33, 37, 1e-5), (257, 512, 1e-4), (1025, 37, 1e-3), (2049, 64, 1.0), (2100, 64, 1.0)]
+
+
+@pytest.mark.parametrize(("N", "D", "memory_gib"), SIZES)
 def test_everything_equal_gives_chance_whatever_the_blocks(N, D, memory_gib):
     """A real-valued vector: its products with itself must come out the same in every block, full or not."""
     T = torch.arange(N) % 16
     found = metrics.retrieval(randn(1, D).expand(N, -1), T, ks=(1,), precision=True, memory_gib=memory_gib)
     R = torch.bincount(T)[T].double().numpy() - 1
-    np.testing.assert_allclose(found.per_query["R@1"][R > 0], (R / (N - 1))[R > 0], atol=1e-9)
-    np.testing.assert_allclose(found.per_query["RP"][R > 0], (R / (N - 1))[R > 0], atol=1e-9)
-
-
-def test_figures_come_in_the_order_of_the_caller():
-    """Labels in no order, three queries that fail by construction."""
-    T = torch.tensor([3, 0, 3, 2, 0, 2, 9, 2])
-    X = torch.eye(10)[T]
-    X[5] = torch.eye(10)[0] + 0.1 * torch.eye(10)[2]  # this 2 lies among the 0s
-    found = metrics.retrieval(X, T, ks=(1,))
-    np.testing.assert_array_equal(found.per_query["R@1"], [1, 1, 1, 1, 1, 0, math.nan, 1])
-
-
-def test_embeddings_of_any_length():
-    X, T = randn(40, 8), torch.arange(40) % 5
-    lengths = 10.0 ** torch.linspace(-9, 9, 40)[:, None]
-    plain = metrics.retrieval(X, T, precision=True)
-    scaled = metrics.retrieval(X * lengths, T, precision=True)
-    assert scaled.figures() == pytest.approx(plain.figures(), abs=1e-12)
+    for name in ("R@1", "RP"):
+        np.testing.assert_allclose(found.per_query[name][R > 0], (R / (N - 1))[R > 0], atol=1e-9)
 
 
 LENGTHS = [
@@ -314,63 +269,34 @@ def test_any_length_gives_the_figures_of_length_one(length, dtype):
     _, expected = metrics.nearest(unit, unit, 60)
     for query, gallery in ((long, unit), (unit, long)):
         torch.testing.assert_close(metrics.nearest(query, gallery, 60)[1], expected, rtol=0, atol=1e-6)
+    for spread, collapsed in ((1e-4, True), (0.1, False)):
+        point = 0.5 * (1 + spread * randn(50, 8).double()) * length
+        assert metrics.almost_one_point(point.to(dtype)) == collapsed or length == 2.0**-142  # too few bits for 1e-4
 
 
 def test_lengths_side_by_side():
     """The shortest and the longest vectors of float32 in one set, and a number that vanishes beside its neighbour."""
     X, T = randn(40, 8), torch.arange(40) % 5
     powers = 2.0 ** torch.linspace(-100, 124, 40).round()[:, None]
-    assert metrics.retrieval(X * powers, T, precision=True).figures() == metrics.retrieval(
-        X, T, precision=True).figures()  # fmt: skip
+    found = metrics.retrieval(X * powers, T, precision=True)
+    assert found.figures() == metrics.retrieval(X, T, precision=True).figures()
     extreme = torch.tensor([[3e38, 1e-38], [-1e-45, 0.0], [0.0, 1e-38], [0.0, 0.0]])
     assert metrics.unit_vectors(extreme, "query").tolist() == [[1, 0], [-1, 0], [0, 1], [0, 0]]
 
 
 def test_other_types_of_input():
-    X, T = randn(40, 8), torch.arange(40) % 5
-    plain = metrics.retrieval(X, T, precision=True)
-    for embeddings, labels in ((X.double(), T.int()), (X.numpy(), T.numpy()), (X, T + 10**12), (X, T - 3)):
-        assert metrics.retrieval(embeddings, labels, precision=True).figures() == plain.figures()
-
-
-def test_the_input_is_left_alone():
-    X, T = randn(40, 8), torch.arange(40) % 5
-    before = X.clone(), T.clone()
-    metrics.retrieval(X, T, precision=True)
+    """The input is left alone; labels may be of any type that holds whole numbers."""
+    X, T = randn(40, 8).requires_grad_(), torch.arange(40) % 5
+    before, plain = (X.clone(), T.clone()), metrics.retrieval(X, T, precision=True).figures()
+    for embeddings, labels in ((X.double(), T), (X.detach().numpy(), T.numpy()), (X, T + 10**12), (X, T - 3)):
+        assert metrics.retrieval(embeddings, labels, precision=True).figures() == plain
+    for dtype in (torch.uint8, torch.uint16, torch.uint32, torch.int32, torch.float32):
+        assert metrics.retrieval(X, T.to(dtype), precision=True).figures() == plain
+        assert metrics.nmi(X, T.to(dtype)) == metrics.nmi(X, T)
     assert torch.equal(X, before[0]) and torch.equal(T, before[1])
 
 
 # The twins, over sets ---------------------------------------------------------------------------------------------
-
-
-@st.composite
-def labels_of(draw, size, num_classes):
-    return torch.tensor(draw(st.lists(st.integers(0, num_classes - 1), min_size=size, max_size=size)))
-
-
-@pytest.mark.slow
-@settings(deadline=None, max_examples=60, derandomize=True)
-@given(st.data())
-def test_twin_without_ties(data):
-    """Real-valued embeddings, one set or query and gallery, any number of blocks and groups."""
-    one_set = data.draw(st.booleans())
-    num_classes, D = data.draw(st.integers(1, 12)), data.draw(st.integers(2, 12))
-    sizes = [data.draw(st.integers(2, 70))] + [data.draw(st.integers(1, 70))] * (not one_set)
-    seed = data.draw(st.integers(0, 10**6))
-    sets = []
-    for i, size in enumerate(sizes):
-        labels = torch.randint(num_classes, (size,), generator=torch.Generator().manual_seed(seed + i))
-        centres = randn(num_classes, D, seed=seed)
-        sets += [centres[labels] + data.draw(st.sampled_from([0.3, 1.0, 3.0])) * randn(size, D, seed=seed + i), labels]
-    S = torch.nn.functional.normalize(sets[0].double()) @ torch.nn.functional.normalize(sets[-2].double()).T
-    gaps = S.sort(dim=1).values.diff(dim=1)
-    assume((gaps > 1e-6).all())  # float32 must be able to tell them apart
-    if one_set:
-        assume(sets[1].bincount().max() > 1)
-    else:
-        assume(torch.isin(sets[1], sets[3]).any())
-    ks = data.draw(st.lists(st.integers(1, 80), min_size=1, max_size=4, unique=True))
-    assert_equals_twin(*sets, ks=ks, memory_gib=data.draw(st.sampled_from(BUDGETS)))
 
 
 def points_with_ties(size, kind, seed):
@@ -390,22 +316,63 @@ def points_with_ties(size, kind, seed):
 KINDS = ["signs", "axes", "both", "long signs"]
 
 
+@st.composite
+def searches(draw, points, most, classes):
+    """Queries and labels, often a gallery, too; points(labels, seed) -> embeddings. Some query has a positive."""
+    seed, num_classes, sets = draw(st.integers(0, 10**6)), draw(st.sampled_from(classes)), []
+    for i in range(draw(st.integers(1, 2))):
+        size = draw(st.integers(2 - i, most))
+        labels = torch.randint(num_classes, (size,), generator=torch.Generator().manual_seed(seed + i))
+        sets += [points(labels, seed, i), labels]
+    assume(sets[1].bincount().max() > 1 if len(sets) == 2 else torch.isin(sets[1], sets[3]).any())
+    return sets
+
+
+def around_centres(labels, seed, part):
+    """The labels' centres and noise, here little and there much."""
+    noise = randn(len(labels), 6, seed=seed + part + 1) * [0.3, 1.0, 3.0][seed % 3]
+    return randn(30, 6, seed=seed)[labels] + noise
+
+
+def copies(labels, seed, part):
+    """Real-valued points of which many exist several times, under one label or under different ones."""
+    generator = torch.Generator().manual_seed(seed + part)
+    points = randn(1 + seed % 20, [3, 37, 64][seed % 3], seed=seed)
+    return points[torch.randint(len(points), (len(labels),), generator=generator)]
+
+
+def tied(labels, seed, part):
+    return points_with_ties(len(labels), KINDS[seed % 4], seed + part)
+
+
+def told_apart(query, gallery):
+    """Whether float32 tells all similarities of a query apart, but those of copies."""
+    Q, G = (torch.nn.functional.normalize(x.unique(dim=0).double()) for x in (query, gallery))
+    return bool(((Q @ G.T).sort(dim=1).values.diff(dim=1) > 1e-6).all())
+
+
 @settings(deadline=None, max_examples=60, derandomize=True)
-@given(st.data())
-def test_ties_order_by_order(data):
+@given(searches(tied, 9, [1, 2, 3, 4]))
+def test_ties_order_by_order(sets):
     """Every figure is its mean over all orders of the tied ones, each order written out."""
-    kind, seed, one_set = data.draw(st.sampled_from(KINDS)), data.draw(st.integers(0, 10**6)), data.draw(st.booleans())
-    num_classes = data.draw(st.integers(1, 4))
-    N = data.draw(st.integers(2, 9))
-    query, labels = points_with_ties(N, kind, seed), data.draw(labels_of(N, num_classes))
-    gallery = gallery_labels = None
-    if one_set:
-        assume(labels.bincount().max() > 1)
-    else:
-        M = data.draw(st.integers(1, 9))
-        gallery, gallery_labels = points_with_ties(M, kind, seed + 1), data.draw(labels_of(M, num_classes))
-        assume(torch.isin(labels, gallery_labels).any())
-    assert_equals_twin(query, labels, gallery, gallery_labels, ks=(1, 2, 3, 8, 9), one_query=figures_order_by_order)
+    assert_equals_twin(*sets, ks=(1, 2, 3, 8, 9), one_query=figures_order_by_order)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(searches(tied, 90, [1, 2, 5, 30]), st.sampled_from(BUDGETS))
+def test_ties_place_by_place(sets, memory_gib):
+    """Larger sets, so that ties run across blocks and beyond the R rivals that are kept."""
+    assert_equals_twin(*sets, ks=(1, 2, 7, 40, 90), memory_gib=memory_gib)
+
+
+@settings(deadline=None, max_examples=80, derandomize=True)
+@given(
+    st.one_of(searches(around_centres, 70, [1, 2, 5, 12]), searches(copies, 80, [1, 2, 5])), st.sampled_from(BUDGETS)
+)
+def test_real_numbers(sets, memory_gib):
+    assume(told_apart(sets[0], sets[-2]))
+    assert_equals_twin(*sets, ks=(1, 3, 10, 80), memory_gib=memory_gib)
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
@@ -418,42 +385,6 @@ def test_the_twins_agree(groups):
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=60, derandomize=True)
-@given(st.data())
-def test_ties_place_by_place(data):
-    """Larger sets, so that ties run across blocks and beyond the R rivals that are kept."""
-    kind, seed, one_set = data.draw(st.sampled_from(KINDS)), data.draw(st.integers(0, 10**6)), data.draw(st.booleans())
-    num_classes = data.draw(st.sampled_from([1, 2, 5, 30]))
-    sets = []
-    for i in range(1 if one_set else 2):
-        N = data.draw(st.integers(2, 90))
-        labels = torch.randint(num_classes, (N,), generator=torch.Generator().manual_seed(seed + i))
-        sets += [points_with_ties(N, kind, seed + i), labels]
-    if one_set:
-        assume(sets[1].bincount().max() > 1)
-    else:
-        assume(torch.isin(sets[1], sets[3]).any())
-    assert_equals_twin(*sets, ks=(1, 2, 7, 40, 90), memory_gib=data.draw(st.sampled_from(BUDGETS)))
-
-
-@settings(deadline=None, max_examples=40, derandomize=True)
-@given(st.data())
-def test_ties_of_copied_images(data):
-    """Real-valued embeddings of which many exist several times, under one label or under different ones."""
-    N, distinct = data.draw(st.integers(2, 80)), data.draw(st.integers(1, 20))
-    D = data.draw(st.sampled_from([3, 37, 64]))
-    seed, num_classes = data.draw(st.integers(0, 10**6)), data.draw(st.sampled_from([1, 2, 5]))
-    generator = torch.Generator().manual_seed(seed)
-    points = randn(distinct, D, seed=seed)
-    X = points[torch.randint(distinct, (N,), generator=generator)]
-    T = torch.randint(num_classes, (N,), generator=generator)
-    assume(T.bincount().max() > 1)
-    unit = torch.nn.functional.normalize(points.double())
-    assume(((unit @ unit.T).sort(dim=1).values.diff(dim=1) > 1e-6).all())
-    assert_equals_twin(X, T, memory_gib=data.draw(st.sampled_from(BUDGETS)))
-
-
-@pytest.mark.slow
 def test_twin_of_several_full_blocks():
     """Blocks of the usual size, the last of them ragged."""
     T = torch.randint(400, (2300,), generator=torch.Generator().manual_seed(3))
@@ -461,11 +392,10 @@ def test_twin_of_several_full_blocks():
     assert_equals_twin(X, T, ks=(1, 10, 1000))
 
 
-@pytest.mark.parametrize("N", [17, 2049])
-def test_a_last_block_of_one(N):
+@pytest.mark.parametrize(("N", "memory_gib"), [(17, 1e-5), (2049, 1.0)])
+def test_a_last_block_of_one(N, memory_gib):
     T = torch.arange(N) // 2 % 500
     X = torch.eye(500)[T] + 0.01 * randn(N, 500)
-    memory_gib = 1e-5 if N == 17 else 1.0
     found = metrics.retrieval(X, T, ks=(1,), precision=True, memory_gib=memory_gib)
     assert found.recall[1] == 1.0 and found.r_precision == 1.0
 
@@ -473,8 +403,8 @@ def test_a_last_block_of_one(N):
 @pytest.mark.parametrize("memory_gib", [1e-6, 1.0])
 def test_more_positives_than_a_block_holds(memory_gib):
     """R = 40 and blocks of 16: the nearest rivals fill two blocks, and none of the second may be lost."""
-    degrees = torch.cat([torch.linspace(10, 11, 16), torch.linspace(20, 21, 16), torch.linspace(30, 31, 40)])
-    gallery = torch.stack([degrees.deg2rad().cos(), degrees.deg2rad().sin()], dim=1)
+    degrees = [torch.linspace(10, 11, 16), torch.linspace(20, 21, 16), torch.linspace(30, 31, 40)]
+    gallery = directions(*torch.cat(degrees).tolist())
     gallery_labels = torch.tensor([0] * 16 + [1] * 16 + [2] * 40)
     query, query_labels = torch.tensor([[1.0, 0.0]]), torch.tensor([2])
     assert_equals_twin(query, query_labels, gallery, gallery_labels, (1, 32, 33), memory_gib)
@@ -549,38 +479,34 @@ def test_pytorch_metric_learning_agrees(one_set):
 # Errors -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("function", [metrics.retrieval, metrics.nmi])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_nan_and_inf_are_counted(function, bad):
-    X = randn(10, 4)
-    X[3, 1] = X[3, 2] = X[7, 0] = bad
-    with pytest.raises(ValueError, match="2 of 10 embeddings hold NaN or Inf"):
-        function(X, torch.arange(10) % 2)
+def test_nan_and_inf_are_counted(bad):
+    X, T = randn(40, 4), torch.arange(40) % 2
+    broken = X.clone()
+    broken[3, 1] = broken[3, 2] = broken[7, 0] = broken[39, 3] = bad
+    for what, call in (
+        ("query", lambda: metrics.retrieval(broken, T)),
+        ("gallery", lambda: metrics.retrieval(X, T, broken, T)),
+        ("nmi", lambda: metrics.nmi(broken, T)),
+        ("query", lambda: metrics.nearest(broken, X, 2)),
+        ("gallery", lambda: metrics.nearest(X, broken, 2)),
+    ):
+        with pytest.raises(Refused, match=f"{what}: 3 of 40 embeddings hold NaN or Inf"):
+            call()
 
 
-def test_nan_in_the_gallery():
-    gallery = randn(10, 4)
-    gallery[9, 3] = math.nan
-    with pytest.raises(ValueError, match="gallery: 1 of 10 embeddings hold NaN or Inf"):
-        metrics.retrieval(randn(3, 4), torch.zeros(3).long(), gallery, torch.zeros(10).long())
-
-
-@pytest.mark.parametrize(
-    "labels",
-    [
-        torch.arange(10) / 4,
-        torch.full((10,), math.nan),
-        torch.full((10,), math.inf),
-    ],
-)
+@pytest.mark.parametrize("labels", [torch.arange(10) / 4, torch.full((10,), math.nan), torch.full((10,), math.inf)])
 def test_labels_that_are_not_whole_numbers(labels):
+    """A mistake of the program, not of a file: no Refused."""
     X, T = randn(10, 4), torch.arange(10) % 2
-    with pytest.raises(ValueError, match=f"query: whole numbers expected as labels, got {labels.dtype}"):
-        metrics.retrieval(X, labels)
-    with pytest.raises(ValueError, match=f"gallery: whole numbers expected as labels, got {labels.dtype}"):
-        metrics.retrieval(X, T, X, labels)
-    with pytest.raises(ValueError, match=f"nmi: whole numbers expected as labels, got {labels.dtype}"):
-        metrics.nmi(X, labels)
+    for what, call in (
+        ("query", lambda: metrics.retrieval(X, labels)),
+        ("gallery", lambda: metrics.retrieval(X, T, X, labels)),
+        ("nmi", lambda: metrics.nmi(X, labels)),
+    ):
+        with pytest.raises(ValueError, match=f"{what}: whole numbers expected as labels, got {labels.dtype}") as raised:
+            call()
+        assert not isinstance(raised.value, Refused)
 
 
 def zeros(size):
@@ -592,7 +518,7 @@ def zeros(size):
     [
         ((torch.zeros(4), zeros(4)), (1,), r"query: .* got \(4,\)"),
         ((torch.zeros(4, 2), zeros(3)), (1,), r"query: .* got \(3,\)"),
-        ((torch.zeros(4, 2), torch.zeros(4, 1).long()), (1,), r"query: .* got \(4, 1\)"),
+        ((torch.zeros(4, 2), zeros((4, 1))), (1,), r"query: .* got \(4, 1\)"),
         ((torch.zeros(0, 2), zeros(0)), (1,), "query: there are no embeddings"),
         ((torch.ones(4, 2), zeros(4), torch.ones(5, 3), zeros(5)), (1,), "2 dimensions, .* 3"),
         ((torch.ones(4, 2), zeros(4), torch.ones(5, 2), zeros(4)), (1,), r"gallery: .*\(5,\) expected, got \(4,\)"),
@@ -602,7 +528,7 @@ def zeros(size):
         ((torch.ones(2, 2), zeros(2), torch.ones(3, 2), zeros(3) + 1), (1,), "none of the 2 queries"),
     ],
 )
-def test_wrong_calls_are_named(sets, ks, message):
+def test_what_a_file_can_hold_is_refused(sets, ks, message):
     with pytest.raises(Refused, match=message):
         metrics.retrieval(*sets, ks=ks)
 
@@ -626,37 +552,6 @@ def test_nearest_without_itself():
     assert [sorted(row) for row in indices.tolist()] == [[j for j in range(6) if j != i] for i in range(6)]
 
 
-@pytest.mark.parametrize(
-    "dtype, scale", [(torch.float16, 1), (torch.float32, 1e25), (torch.float32, 1e-30), (torch.float64, 1e39)]
-)
-def test_almost_one_point_whatever_the_length(dtype, scale):
-    noise = torch.randn(50, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for spread, expected in ((1e-4, True), (0.1, False)):
-        assert metrics.almost_one_point(((1 + spread * noise) * scale).to(dtype)) == expected
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_nearest_counts_nan_and_inf(bad):
-    good, broken = randn(40, 4), randn(40, 4)
-    broken[3, 1] = broken[3, 2] = broken[7, 0] = broken[39, 3] = bad
-    with pytest.raises(ValueError, match="query: 3 of 40 embeddings hold NaN or Inf"):
-        metrics.nearest(broken, good, 2)
-    with pytest.raises(ValueError, match="gallery: 3 of 40 embeddings hold NaN or Inf"):
-        metrics.nearest(good, broken, 2)
-
-
-@pytest.mark.parametrize(
-    ("query", "gallery", "message"),
-    [
-        (torch.ones(4), torch.ones(4, 2), r"query: embeddings \(N, D\) expected, got \(4,\)"),
-        (torch.ones(4, 2), torch.ones(0, 2), r"gallery: there are no embeddings.*\(0, 2\)"),
-    ],
-)
-def test_wrong_calls_of_nearest_are_named(query, gallery, message):
-    with pytest.raises(ValueError, match=message):
-        metrics.nearest(query, gallery, 1)
-
-
 # NMI --------------------------------------------------------------------------------------------------------------
 
 
@@ -677,17 +572,12 @@ def test_nmi_of_random_labels_is_low():
     assert 0 <= metrics.nmi(X, T) < 0.15
 
 
-def test_nmi_is_determined_by_its_seed():
+def test_nmi_depends_on_its_seed_alone():
     X, T = randn(300, 8), torch.arange(300) % 10
-    assert metrics.nmi(X, T, seed=3) == metrics.nmi(X, T, seed=3)
+    plain = metrics.nmi(X, T, seed=3)
+    assert metrics.nmi(X, T, seed=3) == plain
+    assert metrics.nmi(X, T, seed=3, memory_gib=1e-7) == pytest.approx(plain, abs=1e-9)
     assert len({metrics.nmi(X, T, seed=seed) for seed in range(4)}) > 1
-
-
-def test_nmi_does_not_depend_on_memory_or_length():
-    X, T = clusters(noise=0.4)
-    plain = metrics.nmi(X, T)
-    assert metrics.nmi(X, T, memory_gib=1e-7) == pytest.approx(plain, abs=1e-9)
-    assert metrics.nmi(X * 1000, T) == pytest.approx(plain, abs=1e-9)
 
 
 def test_nmi_of_as_many_classes_as_images_and_of_copies():
@@ -696,11 +586,11 @@ def test_nmi_of_as_many_classes_as_images_and_of_copies():
     assert 0 <= metrics.nmi(torch.ones(20, 4), torch.arange(20) % 5) <= 1
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_nmi_restarts_a_cluster_that_runs_empty(seed):
+def test_nmi_restarts_a_cluster_that_runs_empty():
     """Copies of six points: starts coincide, and the clusters left empty must move to the points not yet found."""
     T = torch.arange(6).repeat_interleave(20)
-    assert metrics.nmi(torch.eye(6)[T], T, seed=seed) == pytest.approx(1.0, abs=1e-12)
+    for seed in range(5):
+        assert metrics.nmi(torch.eye(6)[T], T, seed=seed) == pytest.approx(1.0, abs=1e-12)
 
 
 def test_scikit_learn_agrees_on_nmi():
