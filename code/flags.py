@@ -7,6 +7,7 @@ Later flags override earlier ones.
 
 import argparse
 import difflib
+import errno
 import math
 import re
 import shlex
@@ -162,7 +163,8 @@ def one_line(error: BaseException) -> str:
 def explain(error: Exception) -> str | None:
     """One line for what the user can mend, None for a mistake of the program."""
     line = one_line(error)
-    if isinstance(error, Refused) or (isinstance(error, OSError) and error.filename):
+    full_disk = isinstance(error, OSError) and error.errno == errno.ENOSPC  # which writing does not name
+    if isinstance(error, Refused) or full_disk or (isinstance(error, OSError) and error.filename):
         return line
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is full: a smaller --batch-size or --image-size, or --amp bf16, needs less"

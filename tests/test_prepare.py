@@ -1,5 +1,6 @@
 """check, download (against a local server that misbehaves) and show."""
 
+import errno
 import hashlib
 import http.server
 import io
@@ -297,6 +298,15 @@ def test_what_cannot_be_downloaded(tmp_path, call):
         status, _, err = call("prepare.py", "download", *words, "--data-root", tmp_path)
         assert status == 1 and said in err.splitlines()[-1] and "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_line_and_not_the_servers_fault(tmp_path, call, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(prepare, "fetch_archive", full)
+    outcome = call("prepare.py", "download", "cub", "--data-root", tmp_path)
+    assert outcome.code == 1 and outcome.err == "prepare.py: error: [Errno 28] No space left on device\n"
 
 
 # ---------------------------------------------------------------- show
