@@ -5,6 +5,7 @@ import glob
 import os
 import random
 import re
+import secrets
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,18 +25,17 @@ def write(content: Callable[[Any], None], path: Path) -> None:
     A reader sees the old file or the new one; a crash, a full disk or a pulled plug leaves the old one.
     Raises Refused if the file cannot be written.
     """
-    path, temporary = Path(path), None
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             content(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         # A write that fails inside torch.save surfaces as a RuntimeError of its archive writer.
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(cause, OSError) or "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
@@ -89,12 +89,6 @@ def _try_writing(folder: Path, what: str) -> None:
             pass
     except OSError as error:
         raise Refused(f"{what}: cannot be written ({folder}: {error.strerror})") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 # ---------------------------------------------------------------- checkpoints and weights

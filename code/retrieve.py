@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 TEMPLATE = flags.CODE / "retrieve_template.html"
-PART = 10_000  # images that are embedded at a time, with the cache written in between
+PART = 10_000  # images at least that are embedded at a time, with the cache written in between
 MOST_SHOWN, MOST_ON_PAGE = 10, 200  # queries that are printed and drawn, and on the page; the CSV file holds all
 MOST_NEIGHBOURS = 20  # of each that are printed and shown; the CSV file holds all of them
 SIDE = 160  # pixels of the longer side of a picture on the page
@@ -55,9 +55,7 @@ def main():
     queries, galleries = list_images(args.query, "--query"), list_images(args.gallery, "--gallery")
     for searched in (args.gallery, args.query):
         if searched.is_dir() and args.output.resolve().is_relative_to(searched.resolve()):
-            raise Refused(
-                f"--output {args.output} lies in {searched}, where the next search would find it: name another"
-            )
+            raise Refused(f"--output {args.output} lies in {searched} and would be searched next time: name another")
     checkpoint.require_folder(args.output, "--output")
     device = distributed.choose_device(args.gpu_id)
     print(f"device: {distributed.describe(device)}")
@@ -155,19 +153,16 @@ def embed_gallery(loaded, images, states, device) -> tuple[torch.Tensor, np.ndar
     embeddings, known = read_cache(cache, images, states, loaded.network.embedding_size)
     todo = np.flatnonzero(~known)
     print(f"gallery: {len(images):,} images, {len(images) - len(todo):,} of them from {cache}")
-    unsaved = 0
-    for start in range(0, len(todo), PART):
-        rows = todo[start : start + PART]
+    while len(todo):
+        # The whole file is written anew each time, so that a large one waits until a tenth of it is new.
+        rows, todo = np.split(todo, [max(PART, known.sum() // 10)])
         part = own_pictures(images.root, [images.paths[row] for row in rows])
-        count = f" {start // PART + 1}/{-(-len(todo) // PART)}" if len(todo) > PART else ""
-        vectors, decoded = embed(loaded, part, device, f"embed gallery{count}")
+        following = f", {len(todo):,} to follow" if len(todo) else ""
+        vectors, decoded = embed(loaded, part, device, f"embed gallery{following}")
         embeddings[rows[decoded]] = vectors
         known[rows[decoded]] = True
-        unsaved += len(decoded)
-        # The whole file is written anew, so that a large one waits until a tenth of it is new.
-        if unsaved > known.sum() // 10 or (unsaved and start + PART >= len(todo)):
+        if len(decoded):
             write_cache(cache, images, states, embeddings, known)
-            unsaved = 0
     bad = np.flatnonzero(~known)
     if len(bad) == len(images):
         raise Refused(f"--gallery: none of its {len(images):,} images can be decoded: {why_not(images, 0)}")
