@@ -353,15 +353,12 @@ def test_epochs_are_the_same_bits_for_any_number_of_workers_and_when_resumed(cub
     assert same(joined, balanced)
 
 
-def test_loaders_leave_the_global_random_state_alone_and_the_seed_draws(cub):
+def test_loaders_leave_the_global_random_state_alone(cub):
     before = torch.get_rng_state()
     epochs(cub.train, [1])
     epochs(cub.train, [1], workers=1)
     list(dataset.make_eval_loader(cub.query, SMALL_EVAL, 8))
     assert torch.equal(torch.get_rng_state(), before)
-    loaded = dataset.ImageDataset(cub.train, SMALL)
-    assert torch.equal(loaded[3, 11][0], loaded[3, 11][0])
-    assert not torch.equal(loaded[3, 11][0], loaded[3, 12][0])
 
 
 @pytest.mark.parametrize("count, workers", [(1, 0), (1, 2), (2, 1), (5, 0), (25, 0)])  # 24 images
