@@ -127,7 +127,8 @@ def load_benchmark(args, given, loaded) -> dataset.Benchmark:
 
 def compare_with_training(args, given, loaded, benchmark) -> None:
     """Refuse to score a network on classes that it was trained on; say so where the test images changed since."""
-    stored, trained_on = checkpoint.stored_flags(loaded.content), loaded.content.get("data")
+    stored = checkpoint.stored_flags(loaded.content)
+    trained_on = loaded.content.get("data") if stored else None  # other trainers may mean something else by "data"
     same = args.dataset == stored.get("dataset")
     if not trained_on or not (same or "folder" in (args.dataset, stored.get("dataset"))):
         return

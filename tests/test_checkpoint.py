@@ -33,7 +33,7 @@ def renamed(state, old, new):
 FORMS = {
     "published.pth": lambda state: {"model_state_dict": state},
     "bare.pth": lambda state: state,
-    "trainer.pth": lambda state: {"epoch": 3, "lr": 0.1, "optimizer": {"state": {}}, "state_dict": state},
+    "trainer.pth": lambda state: {"epoch": 3, "data": "imagenet", "optimizer": {"state": {}}, "state_dict": state},
     "model.pt": lambda state: {"model": state},
     "nested.pth": lambda state: {"state_dict": {"model": state}},
     "parallel.pth": lambda state: {"state_dict": renamed(state, "", "module.")},
