@@ -77,15 +77,12 @@ class Parser(argparse.ArgumentParser):
             self.error(f"a file of flags has the line {line!r}: {str(error).lower()}")
 
     def parse_known_args(self, args=None, namespace=None):
-        args = [self._locate(arg) for arg in (sys.argv[1:] if args is None else args)]
-        return super().parse_known_args(args, namespace)
-
-    @staticmethod
-    def _locate(arg: str) -> str:
         """@recipes/x.args also means the one beside the scripts, wherever they are started from."""
-        if arg.startswith("@") and not Path(arg[1:]).exists() and (CODE / arg[1:]).is_file():
-            return f"@{CODE / arg[1:]}"
-        return arg
+        words = list(sys.argv[1:] if args is None else args)
+        for place, word in enumerate(words):
+            if word.startswith("@") and not Path(word[1:]).exists() and (CODE / word[1:]).is_file():
+                words[place] = f"@{CODE / word[1:]}"
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str):
         if message.startswith("unrecognized arguments: -"):
@@ -422,9 +419,7 @@ def evaluate_parser() -> Parser:
 
 def retrieve_parser() -> Parser:
     parser = Parser("Find the images of a folder that are most like given ones.")
-    parser.add_table(
-        "", (*MODEL_PATH, "checkpoint or .safetensors file, or a run's folder that holds its *_best.pth")
-    )
+    parser.add_table("", (*MODEL_PATH, "checkpoint or .safetensors file, or a run's folder that holds its *_best.pth"))
     parser.add_table(
         "search",
         ("--gallery", Path, None, "DIR", "folder of images to search in", {"required": True}),
