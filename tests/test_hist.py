@@ -321,24 +321,6 @@ def test_summary_of_the_hypergraph():
     assert relative(found["variance"], F.relu6(criterion.cds2hg.log_vars).exp().mean()) < 1e-12
 
 
-def test_order_of_the_batch_does_not_matter():
-    criterion, (X, T) = make(9, 16), make_batch([0, 4, 4, 2, 8, 8, 8, 1], 16)
-    order = torch.tensor([5, 2, 7, 0, 1, 6, 3, 4])
-    loss, other = criterion(X, T), criterion(X[order], T[order])
-    assert relative(other, loss) < 1e-12
-    assert relative(*(torch.autograd.grad(one, X)[0] for one in (other, loss))) < 1e-9
-
-
-def test_length_of_an_embedding_matters_to_the_network_alone():
-    """Distances are of unit vectors; the HGNN works on the raw embeddings."""
-    criterion, (X, T) = make(4, 8), make_batch([0, 1, 1, 3], 8)
-    criterion(X, T)
-    dist_loss, ce_loss = criterion.dist_loss, criterion.ce_loss
-    criterion(X * torch.tensor([[0.5], [2.0], [3.0], [10.0]]), T)
-    assert relative(criterion.dist_loss, dist_loss) < 1e-12
-    assert relative(criterion.ce_loss, ce_loss) > 1e-3
-
-
 def test_labels_of_other_integer_types():
     criterion, (X, T) = make(5, 8), make_batch([0, 4, 4, 2], 8)
     for dtype in (torch.int32, torch.int16, torch.uint8, torch.uint16, torch.uint32, torch.uint64):
@@ -395,15 +377,6 @@ def test_distance_zero():
     assert all(torch.isfinite(p.grad).all() for p in [X, *criterion.parameters()])
 
 
-def test_variances_are_clipped():
-    """sigma^2 = exp(relu6(s)): entries below 0 or above 6 receive no gradient at all, the others do."""
-    criterion = make(6, 32)
-    log_vars = criterion.cds2hg.log_vars
-    assert (log_vars < 0).any() and (log_vars > 6).any()
-    criterion(*make_batch([0, 1, 5, 5], 32)).backward()
-    assert torch.equal(log_vars.grad == 0, (log_vars < 0) | (log_vars > 6))
-
-
 # Size -------------------------------------------------------------------------------------------------------------
 
 MANY_CLASSES = """
@@ -449,10 +422,8 @@ LABELS = torch.zeros(4, dtype=torch.long)
     [
         (torch.zeros(4, 7), LABELS, r"\(N, 8\), got \(4, 7\)"),
         (torch.zeros(8), torch.zeros(8, dtype=torch.long), r"\(N, 8\), got \(8,\)"),
-        (torch.zeros(4, 8, 1), LABELS, r"\(N, 8\), got \(4, 8, 1\)"),
         (torch.zeros(4, 8), LABELS[:3], r"\(4,\), one per embedding, got \(3,\)"),
         (torch.zeros(4, 8), LABELS[:, None], r"\(4,\), one per embedding, got \(4, 1\)"),
-        (torch.zeros(4, 8), torch.tensor(0), r"\(4,\), one per embedding, got \(\)"),
         (torch.zeros(4, 8, dtype=torch.long), LABELS, "floating point, got torch.int64"),
         (torch.zeros(4, 8), torch.zeros(4), "integers, got torch.float32"),
         (torch.zeros(4, 8), LABELS.bool(), "integers, got torch.bool"),
