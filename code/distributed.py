@@ -9,6 +9,7 @@ loss of the whole batch. On one process the functions here do nothing.
 
 import contextlib
 import datetime
+import inspect
 import os
 import signal
 import sys
@@ -168,11 +169,11 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
     """
     if not dist.is_initialized() or not any(p.requires_grad for p in module.parameters()):
         return module
+    # BatchNorm's statistics need not be shared before every step: share_buffers does it once an epoch.
+    names = inspect.signature(DistributedDataParallel).parameters
+    share = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"  # before torch 2.14
     with together():
-        # broadcast_buffers would share BatchNorm's statistics before every step; share_buffers does once an epoch.
-        return DistributedDataParallel(
-            module, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
-        )
+        return DistributedDataParallel(module, [device] if device.type == "cuda" else None, **{share: False})
 
 
 def synchronise_batchnorm(network: nn.Module, device: torch.device) -> None:

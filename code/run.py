@@ -276,7 +276,7 @@ class Run:
         """state: last.pth of the run to go on with, whose folder is locked; None for a new run."""
         self.args, self.device, self.parts = args, device, parts
         self.wandb, self.drawing_seconds, self.started = None, 0.0, time.monotonic()
-        self.one_point = False  # whether the last embeddings lay almost at one point
+        self.doubt = ""  # why the last scores say little
         here = {**environment(device), "command": command()}
         writes = distributed.is_first()
         if state is None:

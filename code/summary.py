@@ -9,9 +9,6 @@ import os
 import shlex
 from pathlib import Path
 
-import flags
-import metrics
-
 
 def csv_text(rows: list[dict]) -> str:
     """Rows as CSV with one header; a row may lack columns that others have."""
@@ -84,8 +81,8 @@ def kept(run) -> str:
     return f"Kept: {last['phase']} epoch {last['epoch']} in {run.folder}. Resume with: {resume}"
 
 
-def summary(run) -> str:
-    """What a run reached, advice, and the commands that go on from it."""
+def summary(run, usual_root: Path) -> str:
+    """What a run reached, advice, and the commands that go on from it; usual_root: default of --data-root."""
     args, best, last, untrained = run.args, run.best, run.history[-1], run.history[0]
     lines = [""]
     if best:
@@ -95,8 +92,8 @@ def summary(run) -> str:
     lines.append(f"untrained {' ':<8}{percent(recalls(untrained))}")
     if best and best["R@1"] < untrained["R@1"]:
         lines.append("       better than the best epoch: train longer (--epochs), or look at the learning rates")
-    if run.one_point:
-        lines.append(f"       {metrics.ONE_POINT}; from random weights, train with --bn-freeze 0")
+    if run.doubt:
+        lines.append(f"       {run.doubt}; from random weights, train with --bn-freeze 0")
     lowest, chance = min((row["ce_loss"] for row in run.history if "ce_loss" in row), default=0), run.chance()
     if chance and lowest > 0.95 * chance:
         lines.append(
@@ -112,7 +109,7 @@ def summary(run) -> str:
     lines.append(f"files  {os.path.relpath(run.folder)}")
     if best:
         words = ["--model-path", os.path.relpath(run.best_path)]
-        if args.data_root != flags.DATA:
+        if args.data_root != usual_root:
             words += ["--data-root", args.data_root]
         if args.skip_bad_images:
             words.append("--skip-bad-images")

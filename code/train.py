@@ -119,7 +119,7 @@ def train(args: Namespace, state: dict | None, locks: ExitStack) -> None:
     finally:
         tracking.finish(log.wandb)
     if processes.rank == 0:  # the others keep no history
-        print(summary.summary(log))
+        print(summary.summary(log, flags.DATA))
     distributed.stop()
 
 
@@ -378,7 +378,7 @@ def finish_epoch(
     if distributed.processes().rank != 0:
         return
     log.add(row)
-    log.one_point = metrics.almost_one_point(query.embeddings)
+    log.doubt = metrics.ONE_POINT if metrics.almost_one_point(query.embeddings) else ""
     at_once = log.args.sz_batch // distributed.processes().count  # as in training: that much fits the memory
 
     def draw(folder: Path, points: int) -> None:
