@@ -6,19 +6,22 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "code"), str(ROOT / "tests")]
 
+import apart  # noqa: E402
+from apart import Outcome  # noqa: E402
+
 # Tests run side by side, one process a core: more threads would only get in each other's way.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# A network and a run small enough to train in seconds.
+# A network and a run small enough to train in seconds: checkpoints of a megabyte.
+MODEL, BEST = "timm:test_resnet", "timm_test_resnet_best"
 TINY = (
-    "--model resnet18 --weights none --image-size 32 --embedding-size 16 --hgnn-hidden 16 --batch-size 8 "
+    f"--model {MODEL} --weights none --image-size 32 --embedding-size 16 --hgnn-hidden 16 --batch-size 8 "
     "--epochs 2 --lr 1e-3 --workers 0 --gpu-id -1"
 ).split()
 
@@ -49,20 +52,14 @@ def trained(tmp_path_factory):
     base = tmp_path_factory.mktemp("trained")
     make_classes(base / "mine")
     words = [*TINY, "--dataset", "folder", "--data-root", base / "mine", "--log-dir", base / "logs", "--epochs", 1]
-    command = [sys.executable, ROOT / "code" / "train.py", *words, "--warm", 0]
-    subprocess.run([str(word) for word in command], check=True, capture_output=True, timeout=300)
+    done = apart.Apart(apart.run_script, "train.py", *words, "--warm", 0).end()
+    assert done.code == 0, done.err
     return base / "mine", base / "logs" / "folder" / "run_1"
 
 
 def options(cub, logs, *more):
     """Flags of train.py for a tiny run on it."""
     return [*TINY, "--dataset", "cub", "--data-root", cub, "--log-dir", logs, *more]
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture

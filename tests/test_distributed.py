@@ -4,11 +4,10 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import time
 
+import apart
 import distributed
 import metrics
 import numpy as np
@@ -21,10 +20,18 @@ from trees import make_cub
 GENTLE = ["--lr", "1e-5", "--lr-ds", "1e-3"]  # at large steps rounding grows into other numbers within an epoch
 
 
-def torchrun(count, *words, **options):
+def ended(processes):
+    return [process.end() for process in processes]
+
+
+def torchrun(count, *words):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *words]
-    options = {"capture_output": True, "text": True, "timeout": 200} | options
-    return subprocess.run([str(word) for word in command], **options)
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# What is computed -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +42,8 @@ def steps(tmp_path_factory):
     def run(mode, count, loss="hist"):
         if (mode, count, loss) not in known:
             path = folder / f"{mode}_{count}_{loss}.pth"
-            done = torchrun(count, ROOT / "tests" / "distributed_steps.py", mode, loss, path)
-            assert done.returncode == 0, done.stderr
+            for process in ended(apart.group(count, apart.twenty_steps, mode, loss, path)):
+                assert process.code == 0, process.err
             known[mode, count, loss] = torch.load(path, weights_only=True)
         return known[mode, count, loss]
 
@@ -74,32 +81,25 @@ def test_the_ways_that_change_the_method_are_told_apart(steps, mode):
     assert losses > 1e-3 and parameters > 1e-3
 
 
-SEARCH = """
-import sys, torch
-sys.path.insert(0, {code!r})
-import distributed, metrics
-distributed.start(-1)
-data = torch.load(sys.argv[1], weights_only=True)
-found = metrics.retrieval(*data, ks=(1, 3), precision=True, memory_gib=float(sys.argv[3]))
-torch.save(found.figures(), f"{{sys.argv[2]}}.{{distributed.processes().rank}}")
-distributed.stop()
-"""
-
-
 @pytest.mark.parametrize("query_and_gallery", [False, True])
 def test_search_is_shared_and_gives_the_same_figures(tmp_path, query_and_gallery):
     torch.manual_seed(0)
     sets = [torch.randn(150, 4), torch.randint(20, (150,))]
     if query_and_gallery:
         sets += [torch.randn(90, 4), torch.randint(20, (90,))]
-    torch.save(sets, tmp_path / "sets.pth")
-    (tmp_path / "search.py").write_text(SEARCH.format(code=str(ROOT / "code")))
-    done = torchrun(3, tmp_path / "search.py", tmp_path / "sets.pth", tmp_path / "out", 1e-5)
-    assert done.returncode == 0, done.stderr
+    assert [process.code for process in ended(apart.group(3, apart.search, sets, tmp_path / "out"))] == [0, 0, 0]
     expected = metrics.retrieval(*sets, ks=(1, 3), precision=True).figures()
     for rank in range(3):
         found = torch.load(tmp_path / f"out.{rank}", weights_only=True)
         assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_fewer_images_than_processes_and_statistics_of_the_first():
+    for process in ended(apart.group(3, apart.embed_two_images)):
+        assert process.code == 0, process.err
+
+
+# The scripts ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -109,24 +109,22 @@ def cub(tmp_path_factory):
     return root
 
 
+def words(cub, logs, *more):
+    return [*TINY, "--dataset", "cub", "--data-root", cub, "--log-dir", logs, "--batch-size", 12, *GENTLE, *more]
+
+
 @pytest.fixture(scope="module")
 def alone(cub, tmp_path_factory):
     logs = tmp_path_factory.mktemp("alone")
-    words = [*TINY, "--dataset", "cub", "--data-root", cub, "--log-dir", logs, "--batch-size", 12, *GENTLE]
-    done = subprocess.run(
-        [sys.executable, ROOT / "code" / "train.py", *map(str, words)], capture_output=True, timeout=200
-    )
-    assert done.returncode == 0
+    assert apart.Apart(apart.run_script, "train.py", *words(cub, logs)).end().code == 0
     return logs / "cub" / "run_1"
 
 
-def test_train_script_gives_the_same_run_and_resumes_with_another_number(cub, alone, tmp_path, call):
-    words = [*TINY, "--dataset", "cub", "--data-root", cub, "--log-dir", tmp_path, "--batch-size", 12, *GENTLE]
-    done = torchrun(3, ROOT / "code" / "train.py", *words, "--epochs", 1)
-    assert done.returncode == 0, done.stderr
+def test_torchrun_gives_the_same_run_and_resumes_with_another_number(cub, alone, tmp_path, call):
+    out = torchrun(3, ROOT / "code" / "train.py", *words(cub, tmp_path, "--epochs", 1))
     run = tmp_path / "cub" / "run_1"
     assert sorted(path.name for path in (tmp_path / "cub").iterdir()) == ["run_1"]
-    assert done.stdout.count("epoch 1/1") == 1 and "3 processes" in done.stdout  # process 0 alone speaks
+    assert out.count("epoch 1/1") == 1 and "3 processes" in out  # process 0 alone speaks
     assert torch.load(run / "last.pth", weights_only=True)["model_state_dict"].keys() == (
         torch.load(alone / "last.pth", weights_only=True)["model_state_dict"].keys()
     )
@@ -137,45 +135,16 @@ def test_train_script_gives_the_same_run_and_resumes_with_another_number(cub, al
     pd.testing.assert_series_equal(rows["R@1"], expected["R@1"], atol=1 / 28 + 1e-9)
 
 
-def test_two_machines_give_the_same_run(cub, alone, tmp_path):
-    """As on two machines that share storage: two launchers that meet at an address, one process each."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    words = [*TINY, "--dataset", "cub", "--data-root", cub, "--log-dir", tmp_path, "--batch-size", 12, *GENTLE]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
-    command += ["--master-addr=127.0.0.1", f"--master-port={port}"]
-    machines = [
-        subprocess.Popen(
-            [*command, f"--node-rank={rank}", ROOT / "code" / "train.py", *map(str, words), "--epochs", "1"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [machine.communicate(timeout=200) for machine in machines]
-    assert [machine.returncode for machine in machines] == [0, 0], said
-    assert "2 processes" in said[0][0] and said[1][0] == ""
-    rows, expected = (pd.read_csv(logs / "results.csv") for logs in (tmp_path / "cub" / "run_1", alone))
-    pd.testing.assert_series_equal(rows["loss"], expected["loss"][: len(rows)], rtol=1e-4)
-
-
-def test_more_processes_than_images_and_uneven_batches_are_handled(tmp_path):
-    make_cub(tmp_path, classes=4, images=1)  # two test images of two classes: nothing to find, said in one line
-    words = [*TINY, "--dataset", "cub", "--data-root", tmp_path, "--log-dir", tmp_path, "--epochs", 1]
-    done = torchrun(3, ROOT / "code" / "train.py", *words, "--batch-size", 2)
-    assert done.returncode != 0 and "cannot be dealt out to 3 processes" in done.stderr
-
-
-def test_evaluate_script_gives_the_same_figures_and_writes_once(cub, alone, tmp_path):
-    words = ["--data-root", cub, "--model-path", alone, "--gpu-id", -1, "--workers", 0, "--metrics", "all"]
+def test_torchrun_gives_the_same_figures_and_writes_once(cub, alone, tmp_path, call):
+    scoring = ["--data-root", cub, "--model-path", alone, "--gpu-id", -1, "--workers", 0, "--metrics", "all"]
     figures, said = {}, {}
     for count in (1, 3):
         files = ["--json", tmp_path / f"{count}.json", "--save-embeddings", tmp_path / f"{count}.npz"]
-        done = torchrun(count, ROOT / "code" / "evaluate.py", *words, *files)
-        assert done.returncode == 0, done.stderr
-        figures[count], said[count] = json.loads((tmp_path / f"{count}.json").read_text()), done.stdout
+        if count == 1:
+            said[count] = call("evaluate.py", *scoring, *files).out
+        else:
+            said[count] = torchrun(count, ROOT / "code" / "evaluate.py", *scoring, *files)
+        figures[count] = json.loads((tmp_path / f"{count}.json").read_text())
     assert [figures[count]["scored_by"]["processes"] for count in (1, 3)] == ["1", "3"]
     assert figures[1]["figures"].keys() == figures[3]["figures"].keys() >= {"R@1", "RP", "MAP@R", "NMI"}
     assert figures[1]["figures"] == pytest.approx(figures[3]["figures"], abs=1e-6)
@@ -185,96 +154,75 @@ def test_evaluate_script_gives_the_same_figures_and_writes_once(cub, alone, tmp_
         np.testing.assert_allclose(one["embeddings"], three["embeddings"], atol=1e-5)
 
 
-EMBED = """
-import sys, torch
-sys.path.insert(0, {code!r})
-import distributed, inference
-distributed.start(-1)
-class Network(torch.nn.Flatten):
-    embedding_size = 2
-    normalise = staticmethod(lambda images: images)
-data = torch.utils.data.TensorDataset(torch.arange(4.0).view(2, 2, 1, 1), torch.tensor([7, 8]))
-rank, count = distributed.processes()
-loader = torch.utils.data.DataLoader(data, sampler=range(rank, 2, count), batch_size=1)
-found = inference.embed(Network(), loader, "cpu")
-assert found.embeddings.tolist() == [[0.0, 1.0], [2.0, 3.0]] and found.labels.tolist() == [7, 8], found
-statistics = torch.nn.BatchNorm1d(2)
-statistics.running_mean += rank
-distributed.share_buffers(statistics)
-assert statistics.running_mean.tolist() == [0.0, 0.0], rank
-distributed.stop()
-"""
+# Ends and mistakes ----------------------------------------------------------------------------------------------------
 
 
-def test_fewer_images_than_processes_and_statistics_of_the_first(tmp_path):
-    (tmp_path / "embed.py").write_text(EMBED.format(code=str(ROOT / "code")))
-    done = torchrun(3, tmp_path / "embed.py")
-    assert done.returncode == 0, done.stderr
+def start_long_run(cub, tmp_path, until="epoch 2/500"):
+    processes = apart.group(2, apart.run_script, "train.py", *words(cub, tmp_path, "--epochs", 500))
+    processes[0].wait_for(until)
+    return processes
 
 
-def children(pid):
-    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True).stdout
-    return [int(line.split()[0]) for line in listed.splitlines() if "train.py" in line]
-
-
-def start_long_run(cub, tmp_path):
-    words = [*TINY, "--dataset", "cub", "--data-root", cub, "--log-dir", tmp_path, "--batch-size", 12, "--epochs", 500]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = subprocess.Popen(
-        [*command, "code/train.py", *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
-    for line in process.stdout:
-        if "epoch 2/500" in line:
-            return process
-    raise AssertionError(process.stderr.read())
-
-
-def test_one_process_killed_ends_the_others_and_the_run_resumes(cub, tmp_path, call):
-    process = start_long_run(cub, tmp_path)
-    workers = children(process.pid)
-    assert len(workers) == 2
-    os.kill(workers[1], signal.SIGKILL)
-    killed = time.monotonic()
-    process.communicate(timeout=60)
-    assert time.monotonic() - killed < 30 and process.returncode != 0
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in workers)
+def test_one_process_killed_ends_the_other_in_one_line_and_the_run_resumes(cub, tmp_path, call):
+    processes = start_long_run(cub, tmp_path)
+    os.kill(processes[1].process.pid, signal.SIGKILL)
+    code, _, err = processes[0].end(timeout=30)
+    lines = [line for line in err.splitlines() if not line.startswith(("warning", "[W", "[rank"))]
+    assert code == 1 and len(lines) == 1, err
+    assert lines[0].startswith("train.py: error: the other processes were lost")
+    assert processes[1].end().code == -signal.SIGKILL
     last = tmp_path / "cub" / "run_1" / "last.pth"
     epoch = torch.load(last, weights_only=True)["epoch"]
-    done = torchrun(2, ROOT / "code" / "train.py", "--resume", last, "--epochs", epoch + 1)
-    assert done.returncode == 0 and f"resumed after epoch {epoch}" in done.stdout
+    done = call("train.py", "--resume", last, "--epochs", epoch + 1)
+    assert done.code == 0 and f"resumed after epoch {epoch}" in done.out
 
 
-def test_sigterm_to_one_process_stops_all_after_the_same_step(cub, tmp_path):
-    process = start_long_run(cub, tmp_path)
-    os.kill(children(process.pid)[1], signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert re.search(r"SIGTERM: stopped\. Kept: train epoch \d+", err), err
-    assert 'Traceback (most recent call last):\n  File "' + str(ROOT / "code") not in err
+def test_a_slip_of_ours_is_no_lost_process(monkeypatch):
+    """Whatever words its message has."""
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    slip = RuntimeError("Duplicate GPU detected: NCCL peer gloo")
+    assert not distributed.lost_another_process(slip)
+    with pytest.raises(distributed.Lost), distributed.together():
+        raise slip
+    for kind in (torch.OutOfMemoryError, NotImplementedError):  # kinds of RuntimeError
+        with pytest.raises(kind), distributed.together():
+            raise kind("gloo")
+    assert distributed.lost_another_process(distributed.dist.DistBackendError("timeout"))
 
 
-def test_a_mistake_is_said_once(cub, tmp_path):
-    words = [*TINY, "--dataset", "cub", "--log-dir", tmp_path, "--batch-size", 12]
-    for more, what in (
-        (["--lr", "fast"], "train.py: error: argument --lr: must be a number"),  # before the processes have met
-        (["--data-root", tmp_path / "nowhere"], "train.py: error: .*nowhere"),  # after that
-    ):
-        done = torchrun(3, ROOT / "code" / "train.py", *words, *more)
-        assert done.returncode != 0 and len(re.findall(what, done.stderr)) == 1, done.stderr
-        assert f'File "{ROOT / "code"}' not in done.stderr, done.stderr
+def test_sigterm_to_one_process_stops_all_after_the_same_batch(cub, tmp_path):
+    processes = start_long_run(cub, tmp_path)
+    os.kill(processes[1].process.pid, signal.SIGTERM)
+    said = ended(processes)
+    assert [process.code for process in said] == [143, 143]
+    assert re.search(r"SIGTERM: stopped\. Kept: train epoch \d+", said[0].err), said[0].err
+    assert said[1].err == "" and "Traceback" not in said[0].err
 
 
-def test_a_mistake_that_only_one_process_sees_is_said(cub, tmp_path):
+MISTAKES = [
+    (["--lr", "fast"], "argument --lr: must be a number"),  # before the processes have met
+    (["--data-root", "/nowhere"], ".*nowhere"),  # after that
+    (["--batch-size", 16], "--batch-size 16 .*cannot be dealt out to 3 processes"),
+]
+
+
+@pytest.mark.parametrize("more, what", MISTAKES)
+def test_a_mistake_is_said_once(cub, tmp_path, more, what):
+    said = ended(apart.group(3, apart.run_script, "train.py", *words(cub, tmp_path, *more)))
+    assert all(process.code != 0 and "Traceback" not in process.err for process in said)
+    errors = [line for process in said for line in process.err.splitlines() if "error: " in line]
+    assert len(errors) == 1 and re.match(f"train.py: error: {what}", errors[0]), errors
+
+
+def test_a_mistake_that_only_one_process_sees_is_said(tmp_path):
     """The images that the last of three processes decodes cannot be read."""
     make_cub(tmp_path, images=7)
     images = sorted((tmp_path / "CUB_200_2011" / "images").glob("00[5-8]*/[!.]*.jpg"))
     images[2].write_bytes(b"no picture")
-    words = [*TINY, "--dataset", "cub", "--data-root", tmp_path, "--log-dir", tmp_path / "logs", "--batch-size", 12]
-    done = torchrun(3, ROOT / "code" / "train.py", *words)
-    assert done.returncode != 0
-    assert len(re.findall(f"train.py: error: {images[2]}: cannot be decoded", done.stderr)) == 1, done.stderr
-    assert done.stderr.count("train.py: error: ") == 1, done.stderr
+    said = ended(apart.group(3, apart.run_script, "train.py", *words(tmp_path, tmp_path / "logs")))
+    assert all(process.code != 0 and "Traceback" not in process.err for process in said)
+    errors = [line for process in said for line in process.err.splitlines() if "error: " in line]
+    assert len(errors) == 1 and errors[0].startswith(f"train.py: error: {images[2]}: cannot be decoded"), errors
 
 
 def test_more_processes_than_gpus_are_refused_by_all_of_them(monkeypatch):
@@ -287,6 +235,7 @@ def test_more_processes_than_gpus_are_refused_by_all_of_them(monkeypatch):
         distributed.start(0)
 
 
+@pytest.mark.parametrize("name", ["train.py", "evaluate.py"])
 @pytest.mark.parametrize(
     "environment, match",
     [
@@ -295,12 +244,10 @@ def test_more_processes_than_gpus_are_refused_by_all_of_them(monkeypatch):
         ({"WORLD_SIZE": "many"}, "WORLD_SIZE is 'many'"),
     ],
 )
-@pytest.mark.parametrize("name", ["train.py", "evaluate.py"])
 def test_an_environment_that_is_not_torchruns_is_one_line(refused, cub, monkeypatch, environment, match, name):
     for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(variable, raising=False)
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
-    refused(name, "--dataset", "cub", "--data-root", cub, "--model-path", cub, match=match) if name != "train.py" else (
-        refused(name, *TINY, "--dataset", "cub", "--data-root", cub, match=match)
-    )
+    more = TINY if name == "train.py" else ["--model-path", cub]
+    refused(name, "--dataset", "cub", "--data-root", cub, *more, match=match)

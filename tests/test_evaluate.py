@@ -7,14 +7,14 @@ import net
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import BEST, MODEL, TINY
 from trees import make_cub, save
 
 
 @pytest.fixture
 def trained(trained):
     """The pictures and the best checkpoint of the run on them."""
-    return trained[0], trained[1] / "folder_resnet18_best.pth"
+    return trained[0], trained[1] / f"folder_{BEST}.pth"
 
 
 @pytest.fixture
@@ -26,8 +26,8 @@ def pictures(trained, tmp_path):
 @pytest.fixture
 def published(tmp_path):
     """A checkpoint of nothing but weights."""
-    path = tmp_path / "cub_resnet18_best.pth"
-    torch.save({"model_state_dict": net.build("resnet18", 16, "none").state_dict()}, path)
+    path = tmp_path / f"cub_{BEST}.pth"
+    torch.save({"model_state_dict": net.build(MODEL, 16, "none").state_dict()}, path)
     return path
 
 
@@ -94,7 +94,7 @@ def test_a_benchmark_cannot_come_back_as_a_folder(call, refused, tmp_path):
     words = [*TINY, "--dataset", "cub", "--data-root", tmp_path, "--log-dir", tmp_path / "logs", "--warm", 0]
     assert call("train.py", *words, "--epochs", 1).code == 0
     images = tmp_path / "CUB_200_2011" / "images"
-    run = tmp_path / "logs" / "cub" / "run_1" / "cub_resnet18_best.pth"
+    run = tmp_path / "logs" / "cub" / "run_1" / f"cub_{BEST}.pth"
     refused(
         *score(run, "--dataset", "folder", "--data-root", images, "--train-classes", 0.25),
         match=r"trained on 2 of the 6 classes .*'003.Bird_3'.*--dataset folder",
@@ -111,12 +111,12 @@ def test_pictures_that_are_gone_are_asked_for(call, refused, trained, tmp_path):
 
 
 def test_own_pictures_need_a_place(refused, published):
-    words = ["--model", "resnet18", "--embedding-size", 16, "--dataset", "folder"]
+    words = ["--model", MODEL, "--embedding-size", 16, "--dataset", "folder"]
     refused(*score(published, *words), match="--dataset folder needs --data-root")
 
 
 def test_a_checkpoint_that_says_nothing_needs_a_dataset(refused, call, published, tmp_path):
-    words = ["--model", "resnet18", "--embedding-size", 16, "--image-size", 32]
+    words = ["--model", MODEL, "--embedding-size", 16, "--image-size", 32]
     refused(*score(published, *words), match="does not say what it was trained on: --dataset is needed")
     make_cub(tmp_path)
     assert call(*score(published, *words, "--dataset", "cub", "--data-root", tmp_path)).code == 0

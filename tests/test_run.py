@@ -1,18 +1,22 @@
 """What a run knows of itself (code/run.py): its data, its lock, its files after a kill, its resumptions."""
 
 import json
+import os
+import shlex
 import shutil
 import signal
-import subprocess
-import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import apart
 import checkpoint
 import pytest
 import report
 import run
+import summary
 import torch
 import train
-from conftest import ROOT, TINY
+from conftest import BEST, TINY
 from trees import make_classes, make_cub, picture, save
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -40,7 +44,7 @@ def test_a_run_says_what_it_was_trained_on(trained):
     assert {split: (part["images"], part["classes"]) for split, part in said.items()} == {
         "train": (24, 4), "query": (24, 4),
     }  # fmt: skip
-    for name in ("last.pth", "folder_resnet18_best.pth"):
+    for name in ("last.pth", f"folder_{BEST}.pth"):
         data = checkpoint.load(folder / name)["data"]
         assert data["train"]["classes"] == [f"class {c}" for c in range(4)]
         assert data["query"]["digest"] == said["query"]["digest"] != data["train"]["digest"]
@@ -62,15 +66,13 @@ def rename_class(pictures):
 
 
 def remove_class(pictures):
-    for path in (pictures / "class 1").iterdir():
-        path.unlink()
-    (pictures / "class 1").rmdir()
+    shutil.rmtree(pictures / "class 1")
 
 
-def swap_classes(pictures):
-    (pictures / "class 1").rename(pictures / "x")
-    (pictures / "class 2").rename(pictures / "class 1")
-    (pictures / "x").rename(pictures / "class 2")
+def swap_images(pictures):
+    for c, other in ((1, 2), (2, 1)):
+        for path in list((pictures / f"class {c}").glob("?.png")):
+            path.rename(pictures / f"class {other}" / f"{c}-{path.name}")
 
 
 def add_image(pictures):
@@ -91,26 +93,23 @@ def replace_image(pictures):
         (add_class_before, r"train: 1 class removed \('class 3'\); 1 class added \('Class 0'\)", False),
         (rename_class, r"train: 1 class renamed \('class 1' to 'class 1b'\)", False),
         (remove_class, r"'class 1'", False),
+        (swap_images, r"train: images added, removed or replaced in 2 classes", True),
         (add_image, r"train: images added, .* in 1 class \('class 1': 6 images before, 7 now\)", True),
         (remove_image, r"query: images added, .* in 1 class \('class 6': 6 images before, 5 now\)", True),
         (replace_image, r"query: .* replaced in 1 class \('class 6': same number, other names or sizes\)", True),
     ],
 )
-@pytest.mark.parametrize("elsewhere", [False, True])
-def test_resuming_on_other_data_is_refused(call, refused, run_folder, change, match, only_images, elsewhere):
+def test_resuming_on_other_data_is_refused(refused, run_folder, change, match, only_images):
     pictures, folder = run_folder
     change(pictures)
     before = snapshot(folder)
-    where = ["--data-root", pictures]
-    if elsewhere:
-        where = ["--data-root", pictures.rename(pictures.with_name("moved"))]
-    refused(*resume(folder, *where), match=match)
-    assert snapshot(folder) == before
+    line = refused(*resume(folder, "--data-root", pictures), match=match)
+    assert ("--allow-changed-images resumes anyway" in line) == only_images
+    moved = ["--data-root", pictures.rename(pictures.with_name("moved"))]
+    refused(*resume(folder, *moved), match=match)
     if not only_images:
-        refused(*resume(folder, *where, "--allow-changed-images"), match=match)
-        return
-    done = call(*resume(folder, *where, "--allow-changed-images"))
-    assert done.code == 0 and "warning: the data changed since the run began" in done.err
+        refused(*resume(folder, *moved, "--allow-changed-images"), match=match)
+    assert snapshot(folder) == before
 
 
 @pytest.mark.drawn
@@ -121,9 +120,10 @@ def test_the_best_epoch_is_chosen_among_those_scored_on_the_same_images(call, ru
     last["best"]["R@1"] = 1.0  # nothing could be better
     checkpoint.save(last, folder / "last.pth")
     remove_image(pictures)
-    assert call(*resume(folder, "--data-root", pictures, "--allow-changed-images")).code == 0
-    assert "Best epoch: 2" in (folder / "folder_resnet18_best_results.txt").read_text()
-    assert stars[0] == 0 and stars[-1] == 2
+    done = call(*resume(folder, "--data-root", pictures, "--allow-changed-images"))
+    assert done.code == 0 and "warning: the data changed since the run began" in done.err
+    assert "Best epoch: 2" in (folder / f"folder_{BEST}_results.txt").read_text()
+    assert stars == [2]
     said = json.loads((folder / "args.json").read_text())
     assert said["data"]["query"]["images"] == 23
     assert said["resumptions"][0]["after_epoch"] == 1
@@ -160,7 +160,7 @@ def test_an_abandoned_extension_of_a_finished_run_leaves_no_mark(call, run_folde
 def test_the_best_checkpoint_is_made_again_from_the_last_one(call, run_folder, spoil):
     """What is left by a kill, or a full disk, after last.pth was written."""
     pictures, folder = run_folder
-    best = folder / "folder_resnet18_best.pth"
+    best = folder / f"folder_{BEST}.pth"
     before = checkpoint.load(best)
     if spoil == "missing":
         best.unlink()
@@ -177,7 +177,7 @@ def test_the_best_checkpoint_is_made_again_from_the_last_one(call, run_folder, s
 
 def test_a_best_checkpoint_that_cannot_be_made_again_is_missed(call, run_folder):
     pictures, folder = run_folder
-    (folder / "folder_resnet18_best.pth").unlink()
+    (folder / f"folder_{BEST}.pth").unlink()
     last = checkpoint.load(folder / "last.pth")
     checkpoint.save(last | {"best": last["best"] | {"epoch": 0, "R@1": 2.0}}, folder / "last.pth")
     done = call(*resume(folder, "--data-root", pictures))
@@ -185,25 +185,25 @@ def test_a_best_checkpoint_that_cannot_be_made_again_is_missed(call, run_folder)
 
 
 @pytest.mark.parametrize("more", [[], ["--batch-size", 4, "--val-classes", 0.5]])
-def test_images_that_cannot_be_decoded_are_left_out_and_counted(call, trained, tmp_path, more):
+def test_images_that_cannot_be_decoded_are_left_out_and_counted(call, refused, trained, tmp_path, more):
     pictures = shutil.copytree(trained[0], tmp_path / "mine")
     for c in (1, 5, 6):
         (pictures / f"class {c}" / "0.png").write_bytes(b"no picture")
     words = ["--dataset", "folder", "--data-root", pictures, "--log-dir", tmp_path, "--warm", 0, "--epochs", 1, *more]
+    if not more:
+        refused("train.py", *TINY, *words, match=r"/0.png: cannot be decoded .*--skip-bad-images")
+        shutil.rmtree(tmp_path / "folder")
     done = call("train.py", *TINY, *words, "--skip-bad-images")
     assert done.code == 0, done.err
     assert f"left out: 3 images that could not be decoded: {pictures}/class 1/0.png: cannot be decoded (" in done.out
     assert "test 22 images of 4 classes" in done.out
     origin = json.loads((tmp_path / "folder" / "run_1" / "args.json").read_text())
     assert sum(split["images"] for split in origin["data"].values()) == 45
-
-
-def test_images_that_swapped_classes_are_noticed(call, refused, run_folder):
-    pictures, folder = run_folder
-    for c in (1, 2):
-        for path in list((pictures / f"class {c}").iterdir()):
-            path.rename(path.with_name(f"{c}-{path.name}"))
-    refused(*resume(folder, "--data-root", pictures), match="added, removed or replaced in 2 classes")
+    if not more:  # the line that scores again, as it is printed
+        line = next(line for line in done.out.splitlines() if line.startswith("score"))
+        assert line.endswith("--skip-bad-images")
+        scored = call("evaluate.py", *shlex.split(line)[3:], "--gpu-id", -1, "--workers", 0)
+        assert scored.code == 0 and "left out: 2 images that could not be decoded" in scored.out, scored.err
 
 
 def test_listed_classes_are_compared_too(call, refused, tmp_path):
@@ -230,9 +230,11 @@ def test_held_out_classes_are_part_of_the_data(call, tmp_path):
 
 
 def test_a_run_of_before_resumes_with_a_warning(call, run_folder):
+    """As an earlier version left it: without some flags, without fingerprints and the shares of waiting."""
     pictures, folder = run_folder
     state = checkpoint.load(folder / "last.pth")
-    del state["data"]
+    for content, name in ((state, "data"), (state["flags"], "cuda_graphs"), (state["history"][1], "data_time")):
+        del content[name]
     checkpoint.save(state, folder / "last.pth")
     done = call(*resume(folder, "--data-root", pictures))
     assert done.code == 0 and "does not say what it was trained on: not compared" in done.err
@@ -253,9 +255,9 @@ def test_resuming_a_finished_run_changes_nothing(call, run_folder, words):
 def test_table_and_text_are_written_anew_from_the_checkpoint(call, run_folder):
     """Killed after last.pth was written, a finished run lacked its last row, and was 'not finished' for ever."""
     pictures, folder = run_folder
-    whole = {name: (folder / name).read_text() for name in ("results.csv", "folder_resnet18_best_results.txt")}
+    whole = {name: (folder / name).read_text() for name in ("results.csv", f"folder_{BEST}_results.txt")}
     (folder / "results.csv").write_text("".join(whole["results.csv"].splitlines(True)[:-1]))
-    (folder / "folder_resnet18_best_results.txt").unlink()
+    (folder / f"folder_{BEST}_results.txt").unlink()
     (folder / "curves.png").unlink()
     assert call("train.py", "--resume", folder, "--data-root", pictures).code == 0
     assert {name: (folder / name).read_text() for name in whole} == whole
@@ -291,26 +293,14 @@ def test_resume_takes_a_run_folder_and_names_runs_in_another(call, refused, run_
 
 # Lock and leftovers ---------------------------------------------------------------------------------------------------
 
-HOLDER = """
-import sys, time
-sys.path.insert(0, {code!r})
-import run
-from pathlib import Path
-held = run.lock(Path(sys.argv[1]))
-print("held", flush=True)
-time.sleep(60)
-"""
-
 
 @pytest.fixture
 def holder(run_folder):
     """Another process at work in the run's folder."""
-    command = [sys.executable, "-c", HOLDER.format(code=str(ROOT / "code")), str(run_folder[1])]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.wait()
+    process = apart.Apart(apart.hold_lock, run_folder[1])
+    process.wait_for("held")
+    yield process.process
+    process.process.kill()
 
 
 def test_a_run_is_locked_before_it_is_read(call, run_folder, monkeypatch):
@@ -336,8 +326,8 @@ def test_two_processes_cannot_work_in_one_run(call, refused, run_folder, holder)
     refused("train.py", *overwrite, "--overwrite", match="another process .* is using this run")
     assert snapshot(logs / "run_1").keys() == {logs / "run_1" / path.name for path in before}
     # a crash leaves no lock
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
     assert call("train.py", "--resume", logs / "run_1", "--data-root", pictures, "--epochs", 2).code == 0
 
 
@@ -371,3 +361,19 @@ def test_a_network_that_went_astray_is_said_to_have_diverged(call, refused, trai
         "train.py", *words, "--epochs", 1,
         match=r"training diverged in epoch 1/1: 24 of 24 embeddings hold NaN or Inf.*lr 0.001, .*lr_ds 0.1.*--lr-ds",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("share, percent, advised", [(0.05, "", False), (0.2, "20 %", False), (0.5, "50 %", True)])
+def test_waiting_for_images_is_said(trained, share, percent, advised):
+    row = {"phase": "train", "epoch": 1, "loss": 1.0, "R@1": 0.5, "lr": 1e-3, "images_per_s": 100, "seconds": 2.0}
+    waiting = row | {"data_time": share}
+    line = summary.console_line(waiting, 2)
+    assert ("waiting for images" in line) == bool(percent) and percent in line
+    log = SimpleNamespace(args=SimpleNamespace(val_classes=0, dataset="cub"), folder=trained[1], best=None, doubt="")
+    log.history, log.chance = [row, waiting], lambda: None
+    assert ("50 % of the time: give it more --workers" in summary.summary(log, Path())) == advised
+
+
+def test_a_row_says_how_long_it_waited(trained):
+    untrained, row = checkpoint.load(trained[1] / "last.pth")["history"]
+    assert "data_time" not in untrained and 0 < row["data_time"] < 1

@@ -3,9 +3,11 @@
 import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
+import apart
 import dataset
 import net
 import numpy as np
@@ -14,7 +16,7 @@ import pytest
 import torch
 import train
 import trees
-from conftest import TINY
+from conftest import BEST, MODEL, TINY
 from PIL import Image
 from trees import make_classes, make_cub
 
@@ -25,18 +27,18 @@ def load(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def test_train_then_evaluate_agree_to_the_last_digit(script, cub, tmp_path):
+def test_train_then_evaluate_agree_to_the_last_digit(script, call, cub, tmp_path):
     trained = script("train.py", *TINY, "--dataset", "cub", "--data-root", cub, "--log-dir", tmp_path, "--workers", 2)
     assert trained.code == 0, trained.err
     run = tmp_path / "cub" / "run_1"
-    best = load(run / "cub_resnet18_best.pth")
+    best = load(run / f"cub_{BEST}.pth")
     figures = tmp_path / "figures.json"
     # The line that the summary prints is the one that is run.
     line = next(line for line in trained.out.splitlines() if line.startswith("score"))
     words = shlex.split(line)[2:]
     assert words[0].endswith("evaluate.py")
-    words[words.index("--model-path") + 1] = str(run / "cub_resnet18_best.pth")
-    scored = script("evaluate.py", *words[1:], "--gpu-id", -1, "--json", figures)
+    words[words.index("--model-path") + 1] = str(run / f"cub_{BEST}.pth")
+    scored = call("evaluate.py", *words[1:], "--gpu-id", -1, "--json", figures)
     assert scored.code == 0, scored.err
     rows = pd.read_csv(run / "results.csv")
     row = rows[(rows["phase"] == "train") & (rows["epoch"] == best["epoch"])].iloc[0]
@@ -46,7 +48,7 @@ def test_train_then_evaluate_agree_to_the_last_digit(script, cub, tmp_path):
     # what the user is told
     assert "the paper's protocol" in trained.out
     assert re.search(r"best +epoch \d", trained.out) and re.search(r"last +epoch 2", trained.out)
-    text = (run / "cub_resnet18_best_results.txt").read_text()
+    text = (run / f"cub_{BEST}_results.txt").read_text()
     assert f"R@1: {100 * again['R@1']:.4f}" in text
     # what made it
     made_by = json.loads((run / "args.json").read_text())["made_by"]
@@ -85,10 +87,10 @@ def test_published_checkpoint_scores_from_file_and_folder(call, cub, published):
 
 
 def test_our_checkpoint_has_the_published_keys(call, cub, tmp_path):
-    options = [*TINY, "--model", "resnet50", "--embedding-size", 512, "--epochs", 1, "--warm", 0]
+    options = [*TINY, "--model", "resnet50", "--embedding-size", 512, "--epochs", 0, "--warm", 0]
     assert call("train.py", *options, "--dataset", "cub", "--data-root", cub, "--log-dir", tmp_path).code == 0
     keys = json.loads((Path(__file__).parent / "golden" / "resnet50_state_dict_keys.json").read_text())
-    state = load(tmp_path / "cub" / "run_1" / "cub_resnet50_best.pth")["model_state_dict"]
+    state = load(tmp_path / "cub" / "run_1" / "last.pth")["model_state_dict"]
     assert {name: list(value.shape) for name, value in state.items()} == keys
 
 
@@ -101,7 +103,8 @@ def test_our_checkpoint_has_the_published_keys(call, cub, tmp_path):
     ],
 )
 def test_batchnorm_behaviour(call, cub, tmp_path, flags_given, affine_moves, statistics_move):
-    outcome = call("train.py", *TINY, *flags_given, "--dataset", "cub", "--data-root", cub, "--log-dir", tmp_path)
+    options = [*TINY, "--model", "resnet18", "--epochs", 1, *flags_given, "--dataset", "cub", "--data-root", cub]
+    outcome = call("train.py", *options, "--log-dir", tmp_path)
     assert outcome.code == 0, outcome.err
     state = load(tmp_path / "cub" / "run_1" / "last.pth")["model_state_dict"]
     norms = [name.removesuffix(".running_mean") for name in state if name.endswith("running_mean")]
@@ -117,7 +120,7 @@ def test_warm_up_freezes_the_backbone_alone(call, cub, tmp_path):
     options = [*TINY, "--dataset", "cub", "--data-root", cub, "--log-dir", tmp_path, "--warm", 2, "--epochs", 0]
     assert call("train.py", *options).code == 0
     torch.manual_seed(1)
-    untrained = net.build("resnet18", 16, "none").state_dict()
+    untrained = net.build(MODEL, 16, "none").state_dict()
     content = load(tmp_path / "cub" / "run_1" / "last.pth")
     moved = {n for n, value in content["model_state_dict"].items() if not torch.equal(value, untrained[n])}
     assert moved == {"model.embedding.weight", "model.embedding.bias"}
@@ -177,16 +180,14 @@ def test_balanced_batches_and_other_flags_train(call, cub, tmp_path):
     assert scored.code == 0 and f"R@1     {100 * rows['R@1'].iloc[-1]:.4f}" in scored.out
 
 
-def test_architecture_on_the_command_line_must_not_contradict_the_checkpoint(call, refused, cub, tmp_path):
-    assert (
-        call("train.py", *TINY, "--epochs", 1, "--dataset", "cub", "--data-root", cub, "--log-dir", tmp_path).code == 0
+def test_architecture_on_the_command_line_must_not_contradict_the_checkpoint(call, refused, trained):
+    options = ["--model-path", trained[1], "--gpu-id", -1, "--workers", 0]
+    refused(
+        "evaluate.py", *options, "--model", "resnet50", "--dataset", "folder", match="trained with --model timm:test_"
     )
-    path = tmp_path / "cub" / "run_1" / "cub_resnet18_best.pth"
-    options = ["--model-path", path, "--data-root", cub, "--gpu-id", -1, "--workers", 0]
-    refused("evaluate.py", *options, "--model", "resnet50", match="trained with --model resnet18, .* resnet50")
     refused("evaluate.py", *options, "--embedding-size", 512, match="trained with --embedding-size 16, .* 512")
     refused("evaluate.py", *options, "--layer-norm", 0, match="trained with --layer-norm 1, .* 0")
-    assert call("evaluate.py", *options, "--model", "resnet18", "--dataset", "cub", "--image-size", 40).code == 0
+    assert call("evaluate.py", *options, "--model", MODEL, "--image-size", 40).code == 0
 
 
 def test_embeddings_saved_and_scored_without_a_network(call, cub, published, tmp_path):
@@ -206,42 +207,12 @@ def test_embeddings_saved_and_scored_without_a_network(call, cub, published, tmp
     assert "MAP@R" in shown and "RP " not in shown
 
 
-def test_skip_bad_images_goes_on_and_counts(call, refused, cub, tmp_path):
-    make_cub(tmp_path / "data")
-    images = tmp_path / "data" / "CUB_200_2011" / "images"
-    classes = sorted(path for path in images.iterdir() if path.is_dir())
-    for folder in (classes[1], classes[-1]):  # one of each split
-        victim = sorted(folder.glob("[!.]*.jpg"))[0]
-        victim.write_bytes(victim.read_bytes()[:300])
-    options = [
-        *TINY,
-        "--epochs",
-        1,
-        "--dataset",
-        "cub",
-        "--data-root",
-        tmp_path / "data",
-        "--log-dir",
-        tmp_path / "logs",
-    ]
-    refused("train.py", *options, match=r"\.jpg: cannot be decoded")
-    outcome = call("train.py", *options, "--skip-bad-images")
-    assert outcome.code == 0 and "could not be decoded" in outcome.out
-    line = next(line for line in outcome.out.splitlines() if line.startswith("score"))
-    words = shlex.split(line)[3:]
-    assert words[-1] == "--skip-bad-images"
-    outcome = call("evaluate.py", *words, "--gpu-id", -1, "--workers", 0)
-    assert outcome.code == 0 and "left out: 1 images that could not be decoded" in outcome.out
-
-
-def test_undecodable_image_in_a_worker_process_is_one_line(script, tmp_path):
+def test_undecodable_image_in_a_worker_process_is_one_line(tmp_path):
     make_cub(tmp_path)
-    for folder in (tmp_path / "CUB_200_2011" / "images").iterdir():
-        for victim in folder.glob("[!.]*.jpg"):
-            victim.write_bytes(victim.read_bytes()[:200])
-    outcome = script(
-        "train.py", *TINY, "--workers", 2, "--dataset", "cub", "--data-root", tmp_path, "--log-dir", tmp_path
-    )
+    for victim in (tmp_path / "CUB_200_2011" / "images").glob("0*/[!.]*.jpg"):
+        victim.write_bytes(victim.read_bytes()[:200])
+    options = [*TINY, "--workers", 2, "--dataset", "cub", "--data-root", tmp_path, "--log-dir", tmp_path]
+    outcome = apart.Apart(apart.run_script, "train.py", *options).end()
     assert outcome.code == 1
     assert len(outcome.err.splitlines()) == 2, outcome.err
     warning, error = outcome.err.splitlines()
@@ -309,19 +280,15 @@ def test_export_without_its_packages_says_what_to_install(refused, tmp_path, mon
     refused("evaluate.py", *words, "--export", tmp_path / "net.onnx", match="pip install onnx onnxscript")
 
 
-def test_own_pictures_are_found_again_where_they_were(call, tmp_path):
-    make_classes(tmp_path / "mine", 8)
-    words = [*TINY, "--dataset", "folder", "--data-root", tmp_path / "mine", "--log-dir", tmp_path / "logs"]
-    trained = call("train.py", *words, "--epochs", 1)
-    assert trained.code == 0 and f"--gallery {tmp_path / 'mine'} --query" in trained.out
-    run = ["--model-path", tmp_path / "logs" / "folder" / "run_1", "--gpu-id", -1, "--workers", 0]
-    assert call("evaluate.py", *run).code == 0
-    (tmp_path / "mine").rename(tmp_path / "moved")
-    assert call("evaluate.py", *run, "--data-root", tmp_path / "moved").code == 0
-
-    done = call("train.py", "--resume", tmp_path / "logs" / "folder" / "run_1" / "last.pth", "--data-root",
-                tmp_path / "moved")  # fmt: skip
+def test_own_pictures_are_found_again_where_they_were(call, trained, tmp_path):
+    pictures, folder = trained
+    run = ["--model-path", folder, "--gpu-id", -1, "--workers", 0]
+    assert f"data: folder in {pictures}" in call("evaluate.py", *run).out
+    moved = shutil.copytree(pictures, tmp_path / "moved")
+    assert f"data: folder in {moved}" in call("evaluate.py", *run, "--data-root", moved).out
+    done = call("train.py", "--resume", shutil.copytree(folder, tmp_path / "run_1"), "--data-root", moved)
     assert done.code == 0 and "nothing left to do, 1 of 1 epochs are done" in done.out
+    assert f"--gallery {moved} --query" in done.out
 
 
 def test_own_pictures_given_by_a_relative_path_are_found_from_elsewhere(call, tmp_path, monkeypatch):
@@ -337,15 +304,12 @@ def test_own_pictures_given_by_a_relative_path_are_found_from_elsewhere(call, tm
     assert call("train.py", "--resume", run / "last.pth", "--epochs", 2).code == 0
 
 
-def test_another_data_set_is_not_looked_for_among_own_pictures(call, cub, tmp_path):
-    make_classes(tmp_path / "mine", 8)
-    words = [*TINY, "--dataset", "folder", "--data-root", tmp_path / "mine", "--log-dir", tmp_path / "logs"]
-    assert call("train.py", *words, "--train-classes", 0.25, "--epochs", 1).code == 0
-    checkpoint = next((tmp_path / "logs").glob("folder/run_1/*_best.pth"))
-    scored = call("evaluate.py", "--model-path", checkpoint, "--dataset", "cub", "--data-root", cub, "--gpu-id", -1)
+def test_another_data_set_is_not_looked_for_among_own_pictures(call, cub, trained):
+    scoring = ["--model-path", trained[1], "--dataset", "cub", "--model", MODEL, "--gpu-id", -1]
+    scored = call("evaluate.py", *scoring, "--data-root", cub)
     assert scored.code == 0, scored.err
-    lost = call("evaluate.py", "--model-path", checkpoint, "--dataset", "cub", "--gpu-id", -1)
-    assert str(tmp_path / "mine") not in lost.err
+    lost = call("evaluate.py", *scoring)
+    assert lost.code == 1 and str(trained[0]) not in lost.err
 
 
 def test_networks_of_timm_get_images_of_their_own_size(call, cub, tmp_path):

@@ -1,16 +1,16 @@
 """wandb: off unless asked for, never in the way, and all there when read back from its own file."""
 
-import argparse
 import builtins
 import json
 import os
 import struct
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import tracking
-from conftest import options
+from conftest import BEST, options
 from run import environment
 
 wandb = pytest.importorskip("wandb")
@@ -72,7 +72,7 @@ def test_offline_run_read_back(call, cub, tmp_path, monkeypatch):
     found = records_of(run, runs=1)
     (started,) = [record.run for record in found if record.HasField("run")][:1]
     assert (started.project, started.display_name) == ("hist_cub", "run_1")
-    assert {"cub", "resnet18", "two", "words", "x" * 64} <= set(started.tags)  # wandb takes no longer ones
+    assert {"cub", "timm:test_resnet", "two", "words", "x" * 64} <= set(started.tags)  # wandb takes no longer ones
     config = items(started.config.update)
     assert config["sz_batch"] == 8 and config["nb_epochs"] == 2 and config["lr"] == 1e-3 and config["IPC"] == 0
     assert config["commit"] == environment(torch.device("cpu"))["commit"] and "train.py" in config["command"]
@@ -91,8 +91,9 @@ def test_offline_run_read_back(call, cub, tmp_path, monkeypatch):
     for record in found:
         if record.HasField("summary"):
             summary |= items(record.summary.update)
-    best = torch.load(run / "cub_resnet18_best.pth", weights_only=True)
+    best = torch.load(run / f"cub_{BEST}.pth", weights_only=True)
     assert summary["best epoch"] == best["epoch"] and summary["best R@1"] == best["figures"]["R@1"]
+    assert "best val R@1" not in summary
 
     # a resumed run goes on under the same id
     assert call("train.py", "--resume", run / "last.pth", "--epochs", 3).code == 0
@@ -125,7 +126,7 @@ def test_mode(monkeypatch, tmp_path, capsys, flag, environment, expected):
             assert (name, step_metric) == ("*", "epoch")
 
     monkeypatch.setattr(wandb, "init", lambda **options: started.append(options) or Run())
-    args = argparse.Namespace(wandb=flag, dataset="cub", model="resnet18", seed=1, remark="")
+    args = SimpleNamespace(wandb=flag, dataset="cub", model="resnet18", seed=1, remark="")
     run = tracking.start(args, tmp_path / "run_3", {"lr": 1}, None)
     assert (run is not None) == (expected is not None)
     assert [options["mode"] for options in started] == ([expected] if expected else [])
@@ -146,3 +147,10 @@ def test_not_installed_matters_only_when_asked_for(call, refused, cub, tmp_path,
     assert call("train.py", *quick).code == 0
     refused("train.py", *quick, "--wandb", "offline", match="wandb is not installed .pip install wandb")
     assert "WANDB_MODE" not in os.environ
+
+
+def test_the_summary_names_what_chose_the_best_epoch():
+    run = SimpleNamespace(log=lambda row: None, summary={})
+    best = {"phase": "train", "epoch": 3, "val R@1": 0.75, "val R@2": 0.875, "R@1": 0.5, "R@2": 0.625, "loss": 1.0}
+    tracking.log(run, best, best)
+    assert run.summary == {"best epoch": 3, "best val R@1": 0.75, "best R@1": 0.5, "best R@2": 0.625}
