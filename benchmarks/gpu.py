@@ -12,6 +12,7 @@ hold; `goal` is a figure to reach and fails nothing.
 import argparse
 import gc
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -120,6 +121,7 @@ def main() -> None:
     args = parse_flags()
     checkpoint.require_folder(args.output, "--output")
     args.output.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch looks at it once; part graph needs it
     device = distributed.choose_device(0 if args.device == "cuda" else -1)
     report = {
         "command": " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),

@@ -215,19 +215,18 @@ def main() -> None:
     print(f"{os.cpu_count()} cores, Python {sys.version.split()[0]}")
     with tempfile.TemporaryDirectory() as scratch:
         bench_set_up(Path(scratch) / "sop", args.files, args.repeats)
-        photos = Path(scratch) / "photos"
         import torch  # none at the top: each process that measures the set-up imports this file, too
-        from layouts.glyphs import write_glyphs
+        from layouts.glyphs import ensure_glyphs
         from photographs import make_photographs
 
         half = max(1, args.images // 50)
-        make_photographs(photos, args.images, test=half, classes=2 * half)
+        photos = make_photographs(Path(scratch) / "photos", args.images, test=half, classes=2 * half)
         print(f"\n{args.images:,} JPEGs of about 500×375 for the loaders")
 
         torch.set_num_threads(1)  # matters with 0 workers only: workers have one thread each anyway
-        write_glyphs(Path(scratch) / "glyphs", args.images // 20, 20, 64, seed=0, progress=False)
+        letters = ensure_glyphs(Path(scratch), args.images // 20, progress=False)
         bench_worker(photos / "CUB_200_2011" / "images", 224, args.repeats)
-        bench_worker(Path(scratch) / "glyphs" / "images", 64, args.repeats)
+        bench_worker(letters / "images", 64, args.repeats)
         bench_loading(photos, args.repeats)
 
 

@@ -6,12 +6,14 @@ import sys
 
 import dataset
 import flags
+import pytest
 import torch
 import yaml
 from conftest import ROOT
 from PIL import Image
 
 sys.path.append(str(ROOT / "benchmarks"))
+import loader  # noqa: E402
 import loss  # noqa: E402
 import photographs  # noqa: E402
 import retrieval  # noqa: E402
@@ -27,6 +29,18 @@ def test_photographs_have_cubs_layout_and_the_same_bytes_each_time(tmp_path):
     assert [(len(split), split.num_classes) for split in (listed.train, listed.query)] == [(7, 2), (5, 2)]
     sizes = [Image.open(path).size for path in root.rglob("*.jpg")]
     assert {width for width, _ in sizes} == {500} and all(300 <= height <= 450 for _, height in sizes)
+
+
+@pytest.mark.slow
+def test_the_loader_is_compared_with_image_folder(monkeypatch, capsys):
+    monkeypatch.setattr(loader, "bench_set_up", lambda *_: None)  # it starts processes
+    monkeypatch.setattr(dataset, "available_cores", lambda: 1)
+    monkeypatch.setattr(sys, "argv", ["loader.py", "--quick"])
+    loader.main()
+    lines = capsys.readouterr().out.splitlines()
+    for name, count in (("this project: bytes", 2), ("ImageFolder: floats", 2), ("ImageFolder loader", 2)):
+        rows = [line.removeprefix(name).split() for line in lines if line.startswith(name)]
+        assert len(rows) == count and all(float(figure) >= 0 for row in rows for figure in row)
 
 
 def test_searches_that_are_compared_find_the_same():

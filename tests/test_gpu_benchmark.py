@@ -41,7 +41,7 @@ def test_every_part_reports(main, capsys):
     assert text == gpu.markdown(report)
     assert all(gpu.part_markdown(part) in out for part in report["parts"])
     rows = {part["part"]: part["rows"] for part in report["parts"]}
-    assert [row["tensors"] > 100 and row["found"] for row in rows["determinism"]] == [0, 0]
+    assert [row["tensors"] > 100 and row["found"] for row in rows["determinism"]] == [0]
     assert {row["options"] for row in rows["step"]} == {
         "network alone, all of them",
         *(name for name in gpu_speed.OPTIONS if "recorded" not in name),
@@ -128,7 +128,7 @@ def test_the_loss_takes_few_operations():
     criterion, X, T = loss.problem(32, 100, 512, "cpu")
     with measure.Operations() as operations:
         criterion(X, T).backward()
-    assert operations.count <= 130
+    assert operations.count <= 124
 
 
 def test_operations_counts_no_views():
