@@ -117,10 +117,7 @@ def load_benchmark(args, given, loaded) -> dataset.Benchmark:
         skip_bad=args.skip_bad_images,
         workers=args.nb_workers,
     )
-    for warning in benchmark.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    if bad := benchmark.unreadable:
-        print(f"left out: {len(bad):,} images that could not be decoded: {shorten(bad)}")
+    inference.announce(benchmark)
     compare_with_training(args, given, loaded, benchmark)
     return benchmark
 

@@ -1,5 +1,6 @@
 """From a checkpoint to a network that is ready to embed, from images to embeddings, and from those to scores."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import net
 import numpy as np
 import pictures
 import torch
+from folders import shorten
 from refused import Refused
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -71,6 +73,14 @@ def memory_format(channels_last: bool) -> torch.memory_format:
 
 
 # ---------------------------------------------------------------- from images to embeddings
+
+
+def announce(benchmark: dataset.Benchmark) -> None:
+    """Say what is odd about the data, and which images were left out of it."""
+    for warning in benchmark.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if bad := benchmark.unreadable:
+        print(f"left out: {len(bad):,} images that could not be decoded: {shorten(bad)}")
 
 
 def make_loader(

@@ -32,11 +32,20 @@ def way(device: torch.device) -> str:
     return f"eager, --cuda-graphs has no effect: {why}" if why else f"recorded after the first {EAGER_STEPS} of a phase"
 
 
-def record(forward: Callable, criterion: nn.Module) -> Callable:
-    """forward as it will be recorded; HIST's computation is replaced in the criterion itself, its checks stay.
+def wrap(network: nn.Module, criterion: nn.Module, device: torch.device, compiled: bool, cuda_graphs: bool) -> tuple:
+    """(forward, loss): network and criterion as a phase computes them; by several processes, compiled, recorded.
 
-    To be called at the beginning of each phase: what requires a gradient is part of the recording.
+    To be called at the beginning of each phase: what requires a gradient is part of all three.
     """
+    forward, loss = distributed.wrap(network, device), distributed.wrap(criterion, device)
+    forward = torch.compile(forward) if compiled else forward
+    if cuda_graphs and refusal(device) is None:
+        forward = record(forward, criterion)
+    return forward, loss
+
+
+def record(forward: Callable, criterion: nn.Module) -> Callable:
+    """forward as it will be recorded; HIST's computation is replaced in the criterion itself, its checks stay."""
     if isinstance(criterion, HISTLoss):  # others choose pairs and triplets, and wait for their number
         criterion.compute = Recorded(criterion, type(criterion).compute.__get__(criterion), "the loss")
     return Recorded(forward, forward, "the network")

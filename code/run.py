@@ -16,9 +16,7 @@ import json
 import math
 import os
 import platform
-import shlex
 import shutil
-import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -32,24 +30,16 @@ import dataset
 import distributed
 import flags
 import net
-import numpy
 import pictures
 import summary
 import torch
-import torchvision
 import tracking
 from refused import Refused
+from summary import command, environment
 from tqdm import tqdm
 
 # What last.pth holds beside what every checkpoint does.
-PROGRESS = {
-    "criterion_state_dict",
-    "optimizer_state_dict",
-    "scheduler_state_dict",
-    "random_states",
-    "history",
-    "best",
-}
+PROGRESS = {"criterion_state_dict", "optimizer_state_dict", "scheduler_state_dict", "random_states", "history", "best"}
 LOCK = ".lock"  # file in a run's folder that its process holds
 OF_THE_CALL = {"resume", "overwrite", "run_num", "allow_changed_images"}  # flags that a resumption does not change
 
@@ -225,35 +215,6 @@ def unlock(file: TextIO) -> None:
     file.close()
 
 
-def command() -> str:
-    """The command line that makes a run, for its files."""
-    return shlex.join(sys.argv)
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    """Commit, versions and device that make a run or a score, for its files."""
-    return {
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),  # a class of its own, which weights_only refuses
-        "torchvision": torchvision.__version__,
-        "numpy": numpy.__version__,
-        "device": distributed.describe(device),
-        "processes": str(distributed.processes().count),
-    }
-
-
-def _commit() -> str:
-    """Commit of the code, '+changes' where the tree differs from it; 'unknown' outside git."""
-    try:
-        git = ["git", "-C", str(flags.CODE)]
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changes = subprocess.run([*git, "status", "--porcelain", "--", "."], capture_output=True, text=True, check=True)
-        return commit + ("+changes" if changes.stdout.strip() else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 class Run:
     """A run's folder and state. The state is what last.pth holds; of several processes only process 0 writes it.
 
@@ -264,16 +225,9 @@ class Run:
     """
 
     def __init__(
-        self,
-        args: Namespace,
-        image_size: int,
-        device: torch.device,
-        parts: dict,
-        data: dict,
-        state: dict | None,
-        locks: ExitStack,
+        self, args: Namespace, image_size: int, device: torch.device, parts: dict, data: dict, state: dict | None, locks
     ):
-        """state: last.pth of the run to go on with, whose folder is locked; None for a new run."""
+        """state: last.pth of the run to go on with, whose folder is locked; None for a new run. locks: an ExitStack."""
         self.args, self.device, self.parts = args, device, parts
         self.wandb, self.drawing_seconds, self.started = None, 0.0, time.monotonic()
         self.doubt = ""  # why the last scores say little
@@ -451,9 +405,8 @@ class Run:
 
     def chance(self) -> float | None:
         """ln C, the HGNN's cross-entropy while it only guesses; None without an HGNN."""
-        if self.args.loss != "hist" or not self.args.ls:
-            return None
-        return math.log(len(self.data["train"]["classes"]))
+        hgnn = self.args.loss == "hist" and self.args.ls
+        return math.log(len(self.data["train"]["classes"])) if hgnn else None
 
 
 def write_if_new(text: str, path: Path) -> bool:

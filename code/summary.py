@@ -1,4 +1,4 @@
-"""A run in words: the line of an epoch, the table, the results beside the best checkpoint, the last lines.
+"""A run in words: what makes it, the line of an epoch, the table, the best epoch's results, the last lines.
 
 run is a run.Run; rows are those of its history.
 """
@@ -6,8 +6,45 @@ run is a run.Run; rows are those of its history.
 import csv
 import io
 import os
+import platform
 import shlex
+import subprocess
+import sys
 from pathlib import Path
+
+import distributed
+import numpy
+import torch
+import torchvision
+
+
+def command() -> str:
+    """The command line that makes a run, for its files."""
+    return shlex.join(sys.argv)
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Commit, versions and device that make a run or a score, for its files."""
+    return {
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # a class of its own, which weights_only refuses
+        "torchvision": torchvision.__version__,
+        "numpy": numpy.__version__,
+        "device": distributed.describe(device),
+        "processes": str(distributed.processes().count),
+    }
+
+
+def _commit() -> str:
+    """Commit of the code, '+changes' where the tree differs from it; 'unknown' outside git."""
+    git, options = ["git", "-C", str(Path(__file__).parent)], dict(capture_output=True, text=True, check=True)
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], **options).stdout.strip()
+        changes = subprocess.run([*git, "status", "--porcelain", "--", "."], **options).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + "+changes" * bool(changes)
 
 
 def csv_text(rows: list[dict]) -> str:
@@ -29,6 +66,20 @@ def percent(scores: dict[str, float]) -> str:
 def recalls(row: dict) -> dict[str, float]:
     """The R@K of a row."""
     return {name: value for name, value in row.items() if name.startswith("R@")}
+
+
+def describe_data(name: str, images: dict) -> str:
+    """images: {split: dataset.ImageList}."""
+    test = {} if "gallery" in images else {"query": "test"}
+    return f"data: {name}, " + ", ".join(
+        f"{test.get(split, split)} {len(listed):,} images of {listed.num_classes:,} classes"
+        for split, listed in images.items()
+    )
+
+
+def nothing_left(run) -> str:
+    wanted = max(run.epoch, run.args.nb_epochs)
+    return f"nothing left to do, {run.epoch} of {wanted} epochs are done; a larger --epochs trains longer"
 
 
 def epoch_title(row: dict, num_epochs: int) -> str:

@@ -19,7 +19,6 @@ from argparse import Namespace
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
 
 import dataset
 import distributed
@@ -34,7 +33,6 @@ import summary
 import torch
 import tracking
 from distributed import Interrupted, StopSignals
-from folders import shorten
 from hist import HISTLoss
 from refused import Refused
 from torch import nn
@@ -42,6 +40,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 RATES = ("lr", "lr_embedding", "lr_ds", "lr_hgnn")  # columns of results.csv, one per parameter group
+OPTIMIZERS = {  # fused: one pass over the parameters instead of one per arithmetic operation
+    "adam": (torch.optim.Adam, dict(fused=True)),
+    "adamw": (torch.optim.AdamW, dict(fused=True)),
+    "sgd": (torch.optim.SGD, dict(fused=True, momentum=0.9, nesterov=True)),
+    "rmsprop": (torch.optim.RMSprop, dict(alpha=0.9, momentum=0.9)),
+}
 PAIR_LOSSES = ("multi_similarity", "triplet", "contrastive")  # learn from images of one class in a batch
 
 
@@ -63,12 +67,13 @@ def train(args: Namespace, state: dict | None, locks: ExitStack) -> None:
 
     # Data
     benchmark, train_images, validation_images = load_data(args)
-    images = {"train": train_images, "validation": validation_images, "query": benchmark.query}
-    images |= {"gallery": benchmark.gallery}
-    data = {split: dataset.fingerprint(listed) for split, listed in images.items() if listed is not None}
+    images = {"train": train_images, "validation": validation_images}
+    images |= {"query": benchmark.query, "gallery": benchmark.gallery}
+    images = {split: listed for split, listed in images.items() if listed is not None}
+    data = {split: dataset.fingerprint(listed) for split, listed in images.items()}
     if state:
         run.refuse_other_data(state, data, args)
-    print(describe_data(benchmark.name, images))
+    print(summary.describe_data(benchmark.name, images))
 
     # Network, loss, optimiser
     network, image_size = make_network(args, "none" if state else args.weights, device)
@@ -79,16 +84,15 @@ def train(args: Namespace, state: dict | None, locks: ExitStack) -> None:
     print(f"network: {args.model}, {millions[0]:.1f} M parameters; loss: {args.loss}, {millions[1]:.1f} M")
 
     # Loaders
-    loaders = make_loaders(args, image_size, benchmark, train_images, validation_images, device)
-    warn_without_positives(loaders.train.batch_sampler, args)
+    loaders = train_loader, _ = make_loaders(args, image_size, benchmark, train_images, validation_images, device)
+    warn_without_positives(train_loader.batch_sampler, args)
 
     # The run's folder, or the run to go on with
     parts = dict(network=network, criterion=criterion, optimizer=optimizer, scheduler=scheduler)
     log = run.Run(args, image_size, device, parts, data, state, locks)
     print(f"run: {log.folder}" + (f", resumed after epoch {log.epoch}" if state else ""))
     if state and log.done:
-        wanted = max(log.epoch, args.nb_epochs)
-        print(f"nothing left to do, {log.epoch} of {wanted} epochs are done; a larger --epochs trains longer")
+        print(summary.nothing_left(log))
 
     # Epochs: warm-up epochs count up to 0, training epochs from 1
     stop = StopSignals()
@@ -101,13 +105,13 @@ def train(args: Namespace, state: dict | None, locks: ExitStack) -> None:
                 continue
             if args.warm > 0:
                 network.set_backbone_trainable(phase == "train")
-            forward, loss = wrap(network, criterion, device, args)
+            forward, loss = recorded.wrap(network, criterion, device, args.compile, args.cuda_graphs)
             for epoch in epochs:
                 row, started = {"phase": phase, "epoch": epoch}, time.monotonic()
                 title = summary.epoch_title(row, args.nb_epochs)
-                loaders.train.batch_sampler.set_epoch(epoch + args.warm)
+                train_loader.batch_sampler.set_epoch(epoch + args.warm)
                 row |= train_epoch(
-                    network, forward, criterion, loss, loaders.train, optimizer, device, args, title, stop
+                    network, forward, criterion, loss, train_loader, optimizer, device, args, title, stop
                 )
                 if phase == "train":
                     scheduler.step()
@@ -149,22 +153,10 @@ def load_data(args: Namespace) -> tuple[dataset.Benchmark, dataset.ImageList, da
     benchmark = dataset.load_benchmark(
         args.dataset, args.data_root, args.train_classes, skip_bad=args.skip_bad_images, workers=args.nb_workers
     )
-    for warning in benchmark.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    if bad := benchmark.unreadable:
-        print(f"left out: {len(bad):,} images that could not be decoded: {shorten(bad)}")
+    inference.announce(benchmark)
     if args.val_classes > 0:
         return benchmark, *dataset.split_validation(benchmark.train, args.val_classes, args.seed)
     return benchmark, benchmark.train, None
-
-
-def describe_data(name: str, images: dict[str, dataset.ImageList | None]) -> str:
-    test = {"query": "test"} if images["gallery"] is None else {}
-    return f"data: {name}, " + ", ".join(
-        f"{test.get(split, split)} {len(listed):,} images of {listed.num_classes:,} classes"
-        for split, listed in images.items()
-        if listed is not None
-    )
 
 
 def make_network(args: Namespace, weights: str, device: torch.device) -> tuple[net.EmbeddingNet, int]:
@@ -203,48 +195,22 @@ def make_optimizer(network: net.EmbeddingNet, criterion: nn.Module, args: Namesp
         ]
     elif proxies := list(criterion.parameters()):
         groups += [{"params": proxies, "lr": args.lr_ds}]
-    options = dict(lr=args.lr, weight_decay=args.weight_decay)
-    # fused: one pass over the parameters instead of one per arithmetic operation
-    if args.optimizer == "adam":
-        return torch.optim.Adam(groups, fused=True, **options)
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, fused=True, **options)
-    if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=True, **options)
-    return torch.optim.RMSprop(groups, alpha=0.9, momentum=0.9, **options)
+    kind, options = OPTIMIZERS[args.optimizer]
+    return kind(groups, lr=args.lr, weight_decay=args.weight_decay, **options)
 
 
-class Loaders(NamedTuple):
-    train: DataLoader
-    evaluation: list[tuple[str, DataLoader, DataLoader | None]]  # prefix of the scores' names, queries, gallery
-
-
-def make_loaders(
-    args: Namespace,
-    image_size: int,
-    benchmark: dataset.Benchmark,
-    train_images: dataset.ImageList,
-    validation_images: dataset.ImageList | None,
-    device: torch.device,
-) -> Loaders:
+def make_loaders(args, image_size, benchmark, train_images, validation_images, device) -> tuple[DataLoader, list]:
+    """(loader to train from, [(prefix of the scores' names, loader of queries, of the gallery or None), …])."""
+    options = dict(workers=args.nb_workers, pin_memory=device.type == "cuda", shard=distributed.processes())
     train_loader = dataset.make_train_loader(
-        train_images,
-        dataset.train_transform(image_size),
-        args.sz_batch,
-        args.seed,
-        args.IPC,
-        workers=args.nb_workers,
-        pin_memory=device.type == "cuda",
-        shard=distributed.processes(),
+        train_images, dataset.train_transform(image_size), args.sz_batch, args.seed, args.IPC, **options
     )
-
     options = (image_size, flags.EVALUATION_BATCH, args.nb_workers, device)
     query, gallery, validation = (
         inference.make_loader(images, *options) for images in (benchmark.query, benchmark.gallery, validation_images)
     )
     evaluation = [("val ", validation, None)] if validation is not None else []
-    evaluation.append(("", query, gallery))  # last: its neighbours are drawn
-    return Loaders(train_loader, evaluation)
+    return train_loader, [*evaluation, ("", query, gallery)]  # the last: its neighbours are drawn
 
 
 def warn_without_positives(batches: dataset.RandomBatches, args: Namespace) -> None:
@@ -255,23 +221,11 @@ def warn_without_positives(batches: dataset.RandomBatches, args: Namespace) -> N
     share = float((sizes * (sizes - 1)).sum() / max(batches.num_images * (batches.num_images - 1), 1))
     others = share * (batches.batch_size - 1)
     if others < 1:
-        print(
-            f"warning: --loss {args.loss} compares images of one class, of which a batch of {batches.batch_size} has "
-            f"{others:.2g} beside each image on average; give --IPC 4",
-            file=sys.stderr,
-        )
+        print(f"warning: --loss {args.loss} compares images of one class, of which a batch of {batches.batch_size} has "
+              f"{others:.2g} beside each image on average; give --IPC 4", file=sys.stderr)  # fmt: skip
 
 
 # ---------------------------------------------------------------- one epoch
-
-
-def wrap(network: net.EmbeddingNet, criterion: nn.Module, device: torch.device, args: Namespace) -> tuple:
-    """(forward, loss): network and criterion as a phase computes them; by several processes, compiled, recorded."""
-    forward, loss = distributed.wrap(network, device), distributed.wrap(criterion, device)
-    forward = torch.compile(forward) if args.compile else forward
-    if args.cuda_graphs and recorded.refusal(device) is None:
-        forward = recorded.record(forward, criterion)
-    return forward, loss
 
 
 def train_epoch(
@@ -350,60 +304,51 @@ def diverged_in_step(terms: dict, rates: dict, title: str, step: int, loader: Da
     """The error about a loss that is NaN or infinite: where, at which rates, from which images."""
     paths = [loader.dataset.images.paths[index] for index, _ in list(loader.batch_sampler.whole())[step - 1]]
     said = [f"{name.removesuffix('_loss')} {value:.4g}" for name, value in terms.items() if name != "loss"]
+    where = f": the loss is {terms['loss']:.4g} in {title}, step {step} of {len(loader)}"
+    error = diverged(where, said, rates, "stopped before the optimiser's step, ")
+    return Refused(f"{error}. Images of the batch: {', '.join(paths)}")
+
+
+def diverged(where: str, said: list[str], rates: dict, stopped: str = "") -> Refused:
+    said = ", ".join([*said, *(f"{name} {rate:.3g}" for name, rate in rates.items())])
     return Refused(
-        f"training diverged: the loss is {terms['loss']:.4g} in {title}, step {step} of {len(loader)} "
-        f"({', '.join([*said, named(rates)])}); stopped before the optimiser's step, last.pth holds the epoch before. "
-        f"Smaller learning rates may help (--lr, --lr-ds, --lr-hgnn-factor). Images of the batch: {', '.join(paths)}"
+        f"training diverged{where} ({said}); {stopped}last.pth holds the epoch before. Smaller learning rates may help "
+        "(--lr, --lr-ds, --lr-hgnn-factor)"
     )
 
 
-def named(rates: dict[str, float]) -> str:
-    return ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items())
-
-
-def finish_epoch(
-    row: dict, started: float, log: run.Run, loaders: Loaders, benchmark: dataset.Benchmark, stop: StopSignals
-) -> None:
+def finish_epoch(row: dict, started: float, log: run.Run, loaders: tuple, benchmark, stop: StopSignals) -> None:
     """Score the network, save what was reached, draw it."""
-    network, criterion = log.parts["network"], log.parts["criterion"]
+    args, network, criterion = log.args, log.parts["network"], log.parts["criterion"]
+    train_loader, evaluation = loaders
     try:
-        scores, (found, query, gallery) = evaluate(network, loaders, benchmark.recall_at, log.device, log.args, stop)
+        scores, (found, query, gallery) = evaluate(network, evaluation, benchmark.recall_at, log.device, args, stop)
     except inference.NotFinite as error:
-        raise Refused(
-            f"training diverged in {summary.epoch_title(row, log.args.nb_epochs)}: {error} "
-            f"({named(rates_of(log.parts['optimizer']))}); last.pth holds the epoch before. Smaller learning rates may "
-            "help (--lr, --lr-ds, --lr-hgnn-factor)"
-        ) from None
+        where = f" in {summary.epoch_title(row, args.nb_epochs)}: {error}"
+        raise diverged(where, [], rates_of(log.parts["optimizer"])) from None
     row |= scores | {"seconds": time.monotonic() - started}
-    if distributed.processes().rank != 0:
+    if not distributed.is_first():
         return
     log.add(row)
     log.doubt = metrics.ONE_POINT if metrics.almost_one_point(query.embeddings) else ""
-    at_once = log.args.sz_batch // distributed.processes().count  # as in training: that much fits the memory
+    at_once = args.sz_batch // distributed.processes().count  # as in training: that much fits the memory
 
     def draw(folder: Path, points: int) -> None:
         inference.draw_search(folder, found, query, benchmark.query, gallery, benchmark.gallery, points)
-        if log.args.loss == "hist":
-            inference.draw_hypergraph(folder, network, criterion, loaders.train, at_once, log.device)
+        if args.loss == "hist":
+            inference.draw_hypergraph(folder, network, criterion, train_loader, at_once, log.device)
 
     log.draw(draw)
 
 
-def evaluate(
-    network: net.EmbeddingNet,
-    loaders: Loaders,
-    ks: tuple[int, ...],
-    device: torch.device,
-    args: Namespace,
-    stop: StopSignals,
-) -> tuple[dict[str, float], tuple]:
+def evaluate(network, evaluation: list, ks: tuple[int, ...], device, args: Namespace, stop: StopSignals) -> tuple:
     """Score the test split, and before it the held-out classes if there are any.
 
     Returns ({'R@1': …, 'R@2': …, 'val R@1': …}, (Retrieval, query, gallery or None) of the test split).
     """
     scores, searched = {}, None
     options = dict(amp=args.amp == "bf16", channels_last=args.channels_last, after_batch=stop.check)
-    for prefix, query_loader, gallery_loader in loaders.evaluation:
+    for prefix, query_loader, gallery_loader in evaluation:
         query, gallery = inference.embed_split(network, query_loader, gallery_loader, device, **options)
         found = inference.score(query, gallery, ks, device, args.search_memory)
         scores |= {prefix + name: value for name, value in found.figures().items()}
