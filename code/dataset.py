@@ -113,14 +113,14 @@ def load_benchmark(
         )
     test = [split for split in listing.splits if split != "train"]
     unreadable = drop_unreadable(listing, listing.splits if training else test, workers) if skip_bad else []
-    if problems := layouts.split_problems(listing, training):
+    found = layouts.examine(name, listing, training)
+    if found.obstacles:
         dropped = f"; {len(unreadable):,} images were left out, the first: {unreadable[0]}" if unreadable else ""
-        raise Refused(problems[0] + dropped)
+        raise Refused(found.obstacles[0] + dropped)
     lists = make_image_list(listing, test) | make_image_list(listing, listing.splits.keys() & {"train"})
     query, gallery = lists.get("query", lists.get("test")), lists.get("gallery")
-    notes, problems = layouts.look_at_test_split(listing)
-    lines = (*listing.notes, *layouts.compare_counts(name, listing), *notes, *problems)
-    return Benchmark(name, lists.get("train"), query, gallery, recall_at(name), lines, tuple(unreadable))
+    warnings = (*found.notes, *found.doubts)
+    return Benchmark(name, lists.get("train"), query, gallery, recall_at(name), warnings, tuple(unreadable))
 
 
 def drop_unreadable(listing: layouts.Listing, splits: Iterable[str], workers: int) -> list[str]:

@@ -11,12 +11,9 @@ from pathlib import Path
 
 from PIL import Image
 
-# Why files and folders give no image
-NO_IMAGE, UNREADABLE, READ_ALREADY = (
-    "not an image",
-    "folder that cannot be read",
-    "link to a folder that is read already",
-)
+# Why a folder gives no image
+UNREADABLE = "folder that cannot be read"
+READ_ALREADY = "link to a folder that is read already"
 
 
 @functools.cache
@@ -95,7 +92,7 @@ def find_images(folder: Path, prefix: str, above: tuple[Path, ...] = ()) -> tupl
             elif kind == "file" and has_image_suffix(entry.name):
                 found.append(name)
             else:
-                skipped[NO_IMAGE if kind == "file" else kind] += 1
+                skipped["not an image" if kind == "file" else kind] += 1
     return sorted(found, key=lambda name: name.split("/")), skipped
 
 
@@ -104,25 +101,19 @@ def class_folders(folder: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def scratch_folder(parent: Path):
-    """A hidden folder in `parent`, removed at the end of the block. Those that kills left there a day ago go, too."""
-    for left in parent.glob(".hist-unfinished-*"):
-        with contextlib.suppress(FileNotFoundError):  # its process is done with it
-            if time.time() - left.stat().st_mtime > 24 * 3600:
-                shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=".hist-unfinished-", dir=parent) as scratch:
-        yield Path(scratch)
-
-
-@contextlib.contextmanager
 def written_whole(target: Path):
     """A folder to write into, which becomes `target` at the end of the block, or is removed if the block fails.
 
-    Nobody ever sees half of it. If another process was faster, its folder stays: it holds the same.
+    Nobody ever sees half of it. If another process was faster, its folder stays: it holds the same. What is written
+    beside the folder is removed, and so is what a kill left there a day ago.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_folder(target.parent) as scratch:
-        half_written = scratch / target.name
+    for left in target.parent.glob(".hist-unfinished-*"):
+        with contextlib.suppress(FileNotFoundError):  # its process is done with it
+            if time.time() - left.stat().st_mtime > 24 * 3600:
+                shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=".hist-unfinished-", dir=target.parent) as scratch:
+        half_written = Path(scratch, target.name)
         half_written.mkdir()
         yield half_written
         try:

@@ -5,6 +5,7 @@ python code/prepare.py download cub                # fetch it (cub, SOP), or say
 python code/prepare.py show cub --output cub.png   # look at it before training
 """
 
+import functools
 import http.client
 import os
 import ssl
@@ -20,7 +21,7 @@ import dataset
 import layouts
 import numpy as np
 from flags import DATA, Parser, one_line, real, run_script
-from folders import scratch_folder
+from folders import written_whole
 from refused import Refused
 from torchvision.datasets.utils import calculate_md5
 from tqdm import tqdm
@@ -46,10 +47,10 @@ def check(name: str, data_root: Path, decode: bool = False, train_classes: float
         published = layouts.get(name).published.get(split, ("-", "-"))
         cells = [f"{n:,}" if isinstance(n, int) else n for n in (*layouts.count(pairs), *published)]
         print(f"{split:<10}{cells[0]:>10}{cells[1]:>10}{cells[2]:>20}{cells[3]:>10}")
-    notes, problems = layouts.look_at_test_split(listing)
-    for note in listing.notes + notes:
+    found = layouts.examine(name, listing)
+    for note in found.notes:
         print(f"note: {note}")
-    problems = layouts.compare_counts(name, listing) + layouts.split_problems(listing) + problems
+    problems = found.doubts + found.obstacles
     missing = layouts.missing_files(listing)
     problems += [f"{listing.root / path}: the file is not there" for path in missing[:5]]
     if len(missing) > 5:
@@ -133,19 +134,19 @@ def extract(archive: Path, home: Path) -> None:
     Raises Refused if the archive is broken, lacks that folder, or holds what leads out of it.
     """
     print(f"unpacking {archive}")
-    with scratch_folder(home.parent) as scratch:
+    bar = functools.partial(tqdm, desc="unpack", unit="file", disable=None)
+    with written_whole(home) as folder:
         try:
             if archive.suffix == ".zip":
-                with zipfile.ZipFile(archive) as zipped:
-                    zipped.extractall(scratch)  # leaves out what would lead out of the folder
+                with zipfile.ZipFile(archive) as zipped:  # leaves out what would lead out of the folder
+                    zipped.extractall(folder.parent, bar(zipped.namelist()))
             else:
                 with tarfile.open(archive) as tar:
-                    tar.extractall(scratch, filter="data")
+                    tar.extractall(folder.parent, bar(tar), filter="data")
         except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise Refused(f"{archive}: broken archive ({one_line(error)}); nothing was unpacked") from None
-        if not (scratch / home.name).is_dir():
+        if not any(folder.iterdir()):
             raise Refused(f"{archive}: there is no {home.name} in it")
-        os.rename(scratch / home.name, home)
 
 
 def download(name: str, data_root: Path, url: str | None = None) -> None:

@@ -351,7 +351,7 @@ def test_what_kills_left_unfinished_goes_after_a_day(tmp_path):
         folder.mkdir()
         (folder / "0.png").touch()
     os.utime(old, (0, 0))
-    with folders.scratch_folder(tmp_path) as scratch:
-        (scratch / "1.png").touch()
-        assert set(tmp_path.iterdir()) == {new, scratch}
-    assert list(tmp_path.iterdir()) == [new]
+    with folders.written_whole(tmp_path / "whole") as folder:
+        (folder / "1.png").touch()
+        assert set(tmp_path.iterdir()) == {new, folder.parent}
+    assert sorted(tmp_path.iterdir()) == [new, tmp_path / "whole"]

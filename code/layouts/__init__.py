@@ -10,6 +10,7 @@ import os
 import posixpath
 import unicodedata
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 from folders import class_folders, file_id
@@ -30,7 +31,8 @@ DATASETS = tuple(MODULES)
 
 
 def get(name: str) -> Layout:
-    return importlib.import_module(f"layouts.{MODULES[name]}").LAYOUT
+    """What is known about a data set. Raises Refused as dataset_name does."""
+    return importlib.import_module(f"layouts.{MODULES[dataset_name(name)]}").LAYOUT
 
 
 def dataset_name(text: str) -> str:
@@ -114,29 +116,18 @@ def split_by_class(listing: Listing, train_classes: float, last_train_class: int
 # ---------------------------------------------------------------- what is wrong with it
 
 
+@dataclass
+class Findings:
+    """Lines about what is odd about a listing."""
+
+    notes: list[str]  # good to know
+    doubts: list[str]  # why the figures may say nothing, or something else than they seem to
+    obstacles: list[str]  # why the splits are useless
+
+
 def count(pairs: list[tuple[str, int | str]]) -> tuple[int, int]:
     """(images, classes)"""
     return len(pairs), len({class_id for _, class_id in pairs})
-
-
-def compare_counts(name: str, listing: Listing) -> list[str]:
-    """Lines about counts that differ from the published ones, none if they agree."""
-    found = {split: count(pairs) for split, pairs in listing.splits.items()}
-    published = get(name).published
-    if not published or found == published:
-        return []
-    parts = [
-        f"{split} {found[split][0]:,} images of {found[split][1]:,} classes "
-        f"(published {published[split][0]:,} of {published[split][1]:,})"
-        for split in found
-    ]
-    lines = [f"{name}: the counts differ from the published ones: {', '.join(parts)}"]
-    if name == "cub" and sum(images for images, _ in found.values()) == 6033:
-        lines.append(
-            "cub: 6,033 images are the 2010 edition, CUB-200, on which R@1 is lower; "
-            "the benchmark is CUB-200-2011 with 11,788"
-        )
-    return lines
 
 
 def missing_files(listing: Listing) -> list[str]:
@@ -158,11 +149,64 @@ def missing_files(listing: Listing) -> list[str]:
     ]
 
 
-def similar_names(listing: Listing) -> list[str]:
+def examine(name: str, listing: Listing, training: bool = True) -> Findings:
+    """What is odd about a data set, to train on or else only to score; missing_files looks whether its files exist."""
+    where, splits = listing.where, listing.splits
+    classes = {split: {class_id for _, class_id in pairs} for split, pairs in splits.items()}
+    found = Findings(listing.notes + similar_names(where, classes), compare_counts(name, listing), [])
+    if training and "train" not in splits:
+        found.obstacles.append(
+            f"{where}: there is no split 'train', so it can be scored (evaluate.py) but not trained on; "
+            "add the training classes as train"
+        )
+    needed = [split for split in splits if training or split != "train"]
+    found.obstacles += [f"{where}: no image in the split {split!r}" for split in needed if not splits[split]]
+    for split in splits:
+        if split != "train" and (shared := classes.get("train", set()) & classes[split]):
+            found.obstacles.append(
+                f"{where}: train and {split} share {len(shared):,} classes, as {min(shared)!r}; "
+                "retrieval is tested on unseen classes: put each class into one of the two"
+            )
+    found.obstacles += repeated_files(listing)
+    queries = splits.get("query", splits.get("test", []))
+    searched = Counter(class_id for _, class_id in splits.get("gallery", queries))
+    at_least, place = (1, " in the gallery") if "gallery" in splits else (2, "")
+    lonely = sum(searched[class_id] < at_least for _, class_id in queries)
+    if len(searched.keys() | {class_id for _, class_id in queries}) == 1:
+        found.doubts.append(f"{where}: only one class to test on, figures say nothing; is it the right folder?")
+    if lonely and lonely == len(queries):
+        found.doubts.append(f"{where}: none of the {lonely:,} queries has another image of its class{place}")
+    elif lonely:
+        found.notes.append(
+            f"{where}: {lonely:,} of {len(queries):,} queries have no other image of their class{place}; "
+            "they are left out of the figures"
+        )
+    return found
+
+
+def compare_counts(name: str, listing: Listing) -> list[str]:
+    """Lines about counts that differ from the published ones, none if they agree."""
+    found, published = {split: count(pairs) for split, pairs in listing.splits.items()}, get(name).published
+    if not published or found == published:
+        return []
+    parts = [
+        f"{split} {images:,} images of {classes:,} classes (published {{:,}} of {{:,}})".format(*published[split])
+        for split, (images, classes) in found.items()
+    ]
+    lines = [f"{name}: the counts differ from the published ones: {', '.join(parts)}"]
+    if name == "cub" and sum(images for images, _ in found.values()) == 6033:
+        lines.append(
+            "cub: 6,033 images are the 2010 edition, CUB-200, on which R@1 is lower; "
+            "the benchmark is CUB-200-2011 with 11,788"
+        )
+    return lines
+
+
+def similar_names(where: str, classes: dict[str, set]) -> list[str]:
     """A line if class names differ in letter case, in blanks around them or in how Unicode writes them, and only so."""
     alike: dict[str, dict[str, str]] = {}
-    for split, pairs in listing.splits.items():
-        for name in {class_id for _, class_id in pairs if isinstance(class_id, str)}:
+    for split, names in classes.items():
+        for name in (name for name in names if isinstance(name, str)):
             alike.setdefault(unicodedata.normalize("NFC", name).strip().casefold(), {}).setdefault(name, split)
     found = [names for names in alike.values() if len(names) > 1]
     if not found:
@@ -170,30 +214,9 @@ def similar_names(listing: Listing) -> list[str]:
     one, other = (f"{name!a} ({split})" for name, split in sorted(found[0].items())[:2])
     more = f" (and {len(found) - 1:,} more such names)" if len(found) > 1 else ""
     return [
-        f"{listing.where}: {one} and {other} are taken as two classes{more}; if they are one, give both the same name: "
+        f"{where}: {one} and {other} are taken as two classes{more}; if they are one, give both the same name: "
         "classes to test on must not be trained on"
     ]
-
-
-def split_problems(listing: Listing, training: bool = True) -> list[str]:
-    """Lines about what makes the splits useless for training, or else for scoring; none if all is well."""
-    problems = []
-    if training and "train" not in listing.splits:
-        problems.append(
-            f"{listing.where}: there is no split 'train', so it can be scored (evaluate.py) but not trained on; "
-            "add the training classes as train"
-        )
-    needed = [split for split in listing.splits if training or split != "train"]
-    problems += [f"{listing.where}: no image in the split {split!r}" for split in needed if not listing.splits[split]]
-    train = {class_id for _, class_id in listing.splits.get("train", ())}
-    for split, pairs in listing.splits.items():
-        shared = train & {class_id for _, class_id in pairs} if split != "train" else set()
-        if shared:
-            problems.append(
-                f"{listing.where}: train and {split} share {len(shared):,} classes, as {min(shared)!r}; "
-                "retrieval is tested on unseen classes: put each class into one of the two"
-            )
-    return problems + repeated_files(listing)
 
 
 def repeated_files(listing: Listing) -> list[str]:
@@ -218,22 +241,3 @@ def repeated_files(listing: Listing) -> list[str]:
     what = f"{path} is listed twice" if path == other else f"{path} and {other} are the same file, listed twice"
     more = f" (and {len(repeats) - 1:,} more)" if len(repeats) > 1 else ""
     return [f"{listing.where}: {what}, {where}{more}; keep one of the two"]
-
-
-def look_at_test_split(listing: Listing) -> tuple[list[str], list[str]]:
-    """(notes, problems): lines about images that cannot count in the figures, and about figures that say nothing."""
-    queries = listing.splits.get("query", listing.splits.get("test", []))
-    searched = Counter(class_id for _, class_id in listing.splits.get("gallery", queries))
-    at_least, where = (1, " in the gallery") if "gallery" in listing.splits else (2, "")
-    lonely = sum(searched[class_id] < at_least for _, class_id in queries)
-    notes, problems = similar_names(listing), []
-    if len(searched.keys() | {class_id for _, class_id in queries}) == 1:
-        problems.append(f"{listing.root}: only one class to test on, figures say nothing; is it the right folder?")
-    if lonely and lonely == len(queries):
-        problems.append(f"{listing.root}: none of the {lonely:,} queries has another image of its class{where}")
-    elif lonely:
-        notes.append(
-            f"{listing.root}: {lonely:,} of {len(queries):,} queries have no other image of their class{where}; "
-            "they are left out of the figures"
-        )
-    return notes, problems
