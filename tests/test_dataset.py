@@ -317,11 +317,9 @@ def test_sizes_that_do_not_fit(options, words):
         batches(**options)
 
 
-@pytest.fixture(scope="module")
-def cub(tmp_path_factory):
-    root = tmp_path_factory.mktemp("cub")
-    trees.make_cub(root, classes=8, images=6)
-    return dataset.load_benchmark("cub", root)
+@pytest.fixture(scope="session")
+def birds(cub):
+    return dataset.load_benchmark("cub", cub)  # 8 classes of 6 images
 
 
 def epochs(images, numbers, workers=0, **options):
@@ -338,50 +336,50 @@ def same(one, other):
     return all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(one, other, strict=True))
 
 
-def test_epochs_are_the_same_bits_for_any_number_of_workers_and_when_resumed(cub):
-    alone = epochs(cub.train, [1, 2, 3])
+def test_epochs_are_the_same_bits_for_any_number_of_workers_and_when_resumed(birds):
+    alone = epochs(birds.train, [1, 2, 3])
     assert not same(alone[1], alone[2])
     for workers in (1, 2):
         torch.rand(workers)  # what else draws does not matter
-        together = epochs(cub.train, [1, 2, 3], workers)
+        together = epochs(birds.train, [1, 2, 3], workers)
         assert all(same(one, other) for one, other in zip(alone, together, strict=True))
-    assert same(epochs(cub.train, [3])[0], alone[2])
-    balanced = epochs(cub.train, [3], images_per_class=4)[0]
+    assert same(epochs(birds.train, [3])[0], alone[2])
+    balanced = epochs(birds.train, [3], images_per_class=4)[0]
     assert not same(balanced, alone[2])
-    shares = [epochs(cub.train, [3], 2, images_per_class=4, shard=(rank, 2))[0] for rank in (0, 1)]
+    shares = [epochs(birds.train, [3], 2, images_per_class=4, shard=(rank, 2))[0] for rank in (0, 1)]
     joined = [[torch.cat(parts) for parts in zip(*batch, strict=True)] for batch in zip(*shares, strict=True)]
     assert same(joined, balanced)
 
 
-def test_loaders_leave_the_global_random_state_alone(cub):
+def test_loaders_leave_the_global_random_state_alone(birds):
     before = torch.get_rng_state()
-    epochs(cub.train, [1])
-    epochs(cub.train, [1], workers=1)
-    list(dataset.make_eval_loader(cub.query, SMALL_EVAL, 8))
+    epochs(birds.train, [1])
+    epochs(birds.train, [1], workers=1)
+    list(dataset.make_eval_loader(birds.query, SMALL_EVAL, 8))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("count, workers", [(1, 0), (1, 2), (2, 1), (5, 0), (25, 0)])  # 24 images
-def test_processes_share_the_evaluation_without_gap_or_overlap(cub, count, workers):
+def test_processes_share_the_evaluation_without_gap_or_overlap(birds, count, workers):
     found = torch.full((24,), -1)
     for rank in range(count):
-        loader = dataset.make_eval_loader(cub.query, SMALL_EVAL, 3, workers, shard=(rank, count))
+        loader = dataset.make_eval_loader(birds.query, SMALL_EVAL, 3, workers, shard=(rank, count))
         labels = [y for _, y in loader]
         assert len(loader.dataset) == 24 and len(labels) == len(loader) == -(-len(range(rank, 24, count)) // 3)
         found[rank::count] = torch.cat([torch.empty(0, dtype=torch.long), *labels])
-    assert found.tolist() == cub.query.labels.tolist()
+    assert found.tolist() == birds.query.labels.tolist()
 
 
 def worker_threads(_):
     return torch.tensor(torch.get_num_threads())
 
 
-def test_workers_run_one_thread_each_and_are_no_more_than_the_cores(cub):
-    loader = dataset.make_eval_loader(cub.query, worker_threads, 8, workers=1)
+def test_workers_run_one_thread_each_and_are_no_more_than_the_cores(birds):
+    loader = dataset.make_eval_loader(birds.query, worker_threads, 8, workers=1)
     assert {int(n) for x, _ in loader for n in x} == {1}
     with warnings.catch_warnings():  # with more of them torch would warn, and none would make anything faster
         warnings.simplefilter("error")
-        assert dataset.make_eval_loader(cub.query, SMALL_EVAL, 8, 1000).num_workers == dataset.available_cores()
+        assert dataset.make_eval_loader(birds.query, SMALL_EVAL, 8, 1000).num_workers == dataset.available_cores()
 
 
 def signals_are_the_workers_own(_):
@@ -389,9 +387,9 @@ def signals_are_the_workers_own(_):
     return torch.tensor(signal.getsignal(signal.SIGINT) == signal.SIG_IGN and signal.SIGTERM in blocked)
 
 
-def test_workers_outlive_signals_to_the_group_and_leave_quietly_when_the_trainer_tells_them_to(cub):
+def test_workers_outlive_signals_to_the_group_and_leave_quietly_when_the_trainer_tells_them_to(birds):
     others = multiprocessing.active_children()
-    loader = dataset.make_eval_loader(cub.query, signals_are_the_workers_own, 8, workers=1)
+    loader = dataset.make_eval_loader(birds.query, signals_are_the_workers_own, 8, workers=1)
     assert all(x.all() for x, _ in loader)
     (worker,) = (process for process in multiprocessing.active_children() if process not in others)
     for _ in range(2):

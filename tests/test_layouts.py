@@ -410,37 +410,6 @@ def test_spellings_are_compared_in_published_lists_too_and_no_file_is_looked_at(
     assert "bicycle_final/111000000001_0.JPG and ./bicycle" in message and "in train and test" in message
 
 
-# ---------------------------------------------------------------- tests that say little
-
-
-def test_one_class_to_test_on_and_queries_without_positive(tree):
-    root = tree("classes")
-    for name in ("thing_5", "thing_6"):
-        shutil.rmtree(root / name)
-    for i in (1, 2, 3):
-        (root / "thing_3" / f"{i}.png").unlink()
-    assert load(root).warnings == (
-        f"{root}: 1 of 5 queries have no other image of their class; they are left out of the figures",
-    )
-    only = f"{root}: only one class to test on, figures say nothing; is it the right folder?"
-    assert load(root, train_classes=0.75).warnings == (only,)
-    for i in (1, 2, 3):
-        (root / "thing_4" / f"{i}.png").unlink()
-    assert load(root).warnings == (f"{root}: none of the 2 queries has another image of its class",)
-
-
-def test_queries_without_an_image_of_their_class_in_the_gallery(tree):
-    root = tree("train+query+gallery")
-    shutil.rmtree(root / "gallery" / "thing_4")
-    assert load(root, training=False).warnings == (
-        f"{root}: 2 of 6 queries have no other image of their class in the gallery; they are left out of the figures",
-    )
-    for name in ("thing_5", "thing_6"):
-        (root / "gallery" / name).rename(root / "gallery" / f"other {name}")
-    words = f"{root}: none of the 6 queries has another image of its class in the gallery"
-    assert load(root).warnings == (words,)
-
-
 # ---------------------------------------------------------------- lists of own pictures
 
 LABELS = ("007", "7", "NA", "null", "1e3", 'nan, "a"; b')  # each is text, and a class of its own
@@ -691,6 +660,26 @@ def test_what_is_wrong_is_said_in_one_line(tree, capsys, row):
         assert message in capsys.readouterr().out or "not there" in message
     except Refused as error:
         assert str(error) == message
+
+
+TWO_LESS = ["thing_5", "thing_6", *(f"thing_3/{i}.png" for i in (1, 2, 3))]
+LEFT_OUT = "queries have no other image of their class{}; they are left out of the figures"
+SAYS_LITTLE = [
+    ("classes", remove(*TWO_LESS), None, "1 of 5 " + LEFT_OUT.format("")),
+    ("classes", remove(*TWO_LESS), 0.75, "only one class to test on, figures say nothing; is it the right folder?"),
+    ("classes", remove(*TWO_LESS, *(f"thing_4/{i}.png" for i in (1, 2, 3))), None,
+     "none of the 2 queries has another image of its class"),
+    ("train+query+gallery", remove("gallery/thing_4"), None, "2 of 6 " + LEFT_OUT.format(" in the gallery")),
+    ("train+query+gallery", lambda home: [path.rename(f"{path} other") for path in (home / "gallery").iterdir()],
+     None, "none of the 6 queries has another image of its class in the gallery"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, change, share, words", SAYS_LITTLE)
+def test_tests_that_say_little_are_pointed_out(tree, kind, change, share, words):
+    root = tree(kind)
+    change(root)
+    assert load(root, train_classes=share).warnings == (f"{root}: {words}",)
 
 
 # scipy can crash on damage to an uncompressed .mat; trees.py writes compressed ones, as MATLAB does.

@@ -186,11 +186,13 @@ def examine(name: str, listing: Listing, training: bool = True) -> Findings:
 
 def compare_counts(name: str, listing: Listing) -> list[str]:
     """Lines about counts that differ from the published ones, none if they agree."""
-    found, published = {split: count(pairs) for split, pairs in listing.splits.items()}, get(name).published
+    found = {split: count(pairs) for split, pairs in listing.splits.items()}
+    published = get(name).published
     if not published or found == published:
         return []
     parts = [
-        f"{split} {images:,} images of {classes:,} classes (published {{:,}} of {{:,}})".format(*published[split])
+        f"{split} {images:,} images of {classes:,} classes "
+        f"(published {published[split][0]:,} of {published[split][1]:,})"
         for split, (images, classes) in found.items()
     ]
     lines = [f"{name}: the counts differ from the published ones: {', '.join(parts)}"]
