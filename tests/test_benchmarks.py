@@ -73,7 +73,7 @@ def ends(parameter: dict) -> list:
 
 def test_the_sweep_gives_command_lines_of_train_py():
     sweep = yaml.safe_load((ROOT / "sweep.yaml").read_text())
-    assert (ROOT / sweep["program"]).is_file() and sweep["metric"] == {"name": "val R@1", "goal": "maximize"}
+    assert (ROOT / sweep["program"]).is_file() and sweep["metric"] == {"name": "best val R@1", "goal": "maximize"}
     assert set(sweep["parameters"]) == {"tau", "alpha", "ls", "lr-ds"}
     before = sweep["command"][: sweep["command"].index("${program}")]
     assert before == ["${env}", "${interpreter}"] and sweep["command"][-1] == "${args}"
