@@ -71,6 +71,9 @@ def parse_flags(locks: ExitStack) -> tuple[Namespace, dict | None]:
     state = checkpoint.load(path)
     if missing := (PROGRESS | {"flags", "epoch"}) - state.keys():
         raise Refused(f"{path}: cannot be resumed from, it lacks {', '.join(sorted(missing))}; give a run's last.pth")
+    logs = path.resolve().parent.parent.parent
+    if "log_dir" in given and logs != args.log_dir.resolve():
+        raise Refused(f"--log-dir {args.log_dir}: the run goes on where it lies, in {logs}: leave --log-dir out")
     stored = checkpoint.stored_flags(state)
     changed = [
         f"{name} {getattr(args, name)} instead of {stored[name]}"
@@ -95,14 +98,8 @@ def last_checkpoint(args: Namespace, given: set[str]) -> Path:
         there = f"it holds the runs {runs}: give one of them" if runs else "give a run's folder or its last.pth"
         raise Refused(f"--resume {path}: there is no last.pth in it; {there}")
     path = path / "last.pth" if path.is_dir() else path
-    folder = path.absolute().parent
-    if "run_num" in given and folder.name != f"run_{args.run_num}":
+    if "run_num" in given and path.absolute().parent.name != f"run_{args.run_num}":
         raise Refused(f"--resume {args.resume} names another run than --run-num {args.run_num}: leave one of them out")
-    if "log_dir" in given and folder.resolve().parent.parent != args.log_dir.resolve():
-        raise Refused(
-            f"--log-dir {args.log_dir}: the run to resume goes on where it lies, in {folder.parent.parent}: leave one "
-            "of --resume and --log-dir out"
-        )
     return path
 
 

@@ -253,7 +253,9 @@ def test_resume_takes_the_newest_run_and_refuses_other_flags(call, refused, cub,
     refused("train.py", "--resume", best, match="cannot be resumed from, it lacks best, criterion_state_dict")
     # a run goes on where it lies
     one = ["--resume", tmp_path / "cub" / "run_2", "--log-dir"]
-    refused("train.py", *one, tmp_path / "x", match=f"--log-dir .*x: the run to resume goes on where .* {tmp_path}: le")
+    refused(
+        "train.py", *one, tmp_path / "x", match=f"--log-dir .*x: the run goes on where it lies, in {tmp_path}: leave"
+    )
     assert call("train.py", *one, tmp_path).code == 0
 
 
