@@ -71,6 +71,11 @@ def read_splits(name: str, data_root: Path, train_classes: float | None = None, 
             f"{error.filename} is not there; `python code/prepare.py download {name}` fetches it or says where to get "
             f"it, and --data-root names the folder that holds {layout.home}"
         ) from None
+    last = sum(classes for _, classes in layout.published.values())
+    for class_id in {class_id for pairs in listing.splits.values() for _, class_id in pairs}:
+        if isinstance(class_id, int) and not 1 <= class_id <= last:
+            named = f"{listing.names[class_id]}: " if class_id in listing.names else ""
+            raise Refused(f"{listing.where}: {named}class {class_id}, they go from 1 to {last}; take it out")
     if name != "folder" or "all" not in listing.splits:
         if share_given and train_classes not in (None, 0.5):
             raise Refused(f"--train-classes {train_classes}: {listing.root} has a split of its own; leave the flag out")
