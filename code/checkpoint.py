@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
+from folders import shorten
 from refused import Refused
 
 TEMPORARY = ".hist-tmp"  # suffix of files that are being written
@@ -66,29 +67,22 @@ def remove_leftovers(folder: Path, beginning: str = "") -> None:
             path.unlink()
 
 
-def require_writable(path: Path | None, option: str) -> None:
-    """Find out before the work, not after it, that a file named by an option cannot be written; None is no file."""
-    if path is not None:
-        if path.is_dir():
-            raise Refused(f"{option} {path}: this is a folder, name a file")
-        _try_writing(path.parent, f"{option} {path}")
+def require_writable(path: Path | None, option: str, folder: bool = False) -> None:
+    """Find out before the work, not after it, that a file, or a folder, named by an option cannot be written.
 
-
-def require_folder(path: Path | None, option: str) -> None:
-    """Find out before the work that files cannot be written to a folder named by an option. It is not made yet."""
-    if path is not None:
-        if path.exists() and not path.is_dir():
-            raise Refused(f"{option} {path}: this is a file, name a folder")
-        existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-        _try_writing(existing, f"{option} {path}")
-
-
-def _try_writing(folder: Path, what: str) -> None:
+    None is no file. The folder is not made yet, nor need the ones above it be there.
+    """
+    if path is None:
+        return
+    if path.exists() and path.is_dir() != folder:
+        raise Refused(f"{option} {path}: this is a {'file, name a folder' if folder else 'folder, name a file'}")
+    above = path.absolute().parents
+    existing = next(place for place in (path, *above) if place.exists()) if folder else path.parent
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=TEMPORARY):
+        with tempfile.NamedTemporaryFile(dir=existing, prefix=".", suffix=TEMPORARY):
             pass
     except OSError as error:
-        raise Refused(f"{what}: cannot be written ({folder}: {error.strerror})") from error
+        raise Refused(f"{option} {path}: cannot be written ({existing}: {error.strerror})") from error
 
 
 # ---------------------------------------------------------------- checkpoints and weights
@@ -115,13 +109,11 @@ def find(model_path: str, name: str, only: bool) -> Path:
     candidates = sorted(path.glob("*_best.pth"))
     if len(candidates) == 1 and (not only or (path / "last.pth").exists()):
         return candidates[0]
+    there = "there is no *_best.pth at all"
     if candidates:
         there = f"there are {', '.join(c.name for c in candidates)}"
-    elif below := sorted({found.parent for found in (*path.glob("*/*_best.pth"), *path.glob("*/*/*_best.pth"))}):
-        more = f" and {len(below) - 10:,} more" if len(below) > 10 else ""
-        there = f"it holds the runs {', '.join(map(str, below[:10]))}{more}: give one of them"
-    else:
-        there = "there is no *_best.pth at all"
+    elif below := sorted({str(found.parent) for depth in ("*", "*/*") for found in path.glob(f"{depth}/*_best.pth")}):
+        there = f"it holds the runs {shorten(below)}: give one of them"
     wanted = path / (name if only else "*_best.pth")
     raise Refused(f"{wanted}: there is no such checkpoint ({there}); give --model-path a file")
 

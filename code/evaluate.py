@@ -93,7 +93,7 @@ def check_flags(args, given):
         raise Refused(f"--export scores nothing: leave out --{others[0].replace('_', '-')}")
     for option in ("json", "save_embeddings", "export"):
         checkpoint.require_writable(getattr(args, option), f"--{option.replace('_', '-')}")
-    checkpoint.require_folder(args.pictures, "--pictures")
+    checkpoint.require_writable(args.pictures, "--pictures", folder=True)
     if args.export and distributed.several():
         raise Refused("--export is done by one process: start it without torchrun")
 

@@ -8,6 +8,7 @@ Later flags override earlier ones.
 import argparse
 import difflib
 import errno
+import functools
 import math
 import re
 import shlex
@@ -216,13 +217,13 @@ def dataset_name(name: str) -> str:
 
 def binary(text: str) -> int:
     """A 0/1 flag; true and false are understood too."""
-    values = {"0": 0, "false": 0, "1": 1, "true": 1}
-    if text.lower() not in values:
-        raise argparse.ArgumentTypeError(f"must be 0 or 1, got {text!r}")
-    return values[text.lower()]
+    try:
+        return {"0": 0, "false": 0, "1": 1, "true": 1}[text.lower()]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"must be 0 or 1, got {text!r}") from None
 
 
-def number(kind: type, at_least: float, below: float = math.inf, positive: bool = False):
+def number(kind: type, at_least: float = 0, below: float = math.inf, positive: bool = False):
     """A flag type: numbers of that kind in [at_least, below), without zero if positive."""
 
     def convert(text: str):
@@ -240,12 +241,7 @@ def number(kind: type, at_least: float, below: float = math.inf, positive: bool 
     return convert
 
 
-def whole(at_least: int):
-    return number(int, at_least)
-
-
-def real(at_least: float = 0.0, below: float = math.inf, positive: bool = False):
-    return number(float, at_least, below, positive)
+whole, real = functools.partial(number, int), functools.partial(number, float)
 
 
 # ---------------------------------------------------------------- the flags

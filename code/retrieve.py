@@ -56,7 +56,7 @@ def main():
     for searched in (args.gallery, args.query):
         if searched.is_dir() and args.output.resolve().is_relative_to(searched.resolve()):
             raise Refused(f"--output {args.output} lies in {searched} and would be searched next time: name another")
-    checkpoint.require_folder(args.output, "--output")
+    checkpoint.require_writable(args.output, "--output", folder=True)
     device = distributed.choose_device(args.gpu_id)
     print(f"device: {distributed.describe(device)}")
     loaded = inference.load_network(parser, args, given, checkpoint.best_name("DATASET", "MODEL"), False, device)

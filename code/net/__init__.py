@@ -48,19 +48,19 @@ def build(
         nearest, choices = difflib.get_close_matches(name, MODELS, 1, cutoff=0)[0], ", ".join(MODELS)
         raise Refused(f"unknown model '{name}', did you mean '{nearest}'? The choices are {choices} and timm:NAME")
     # The weights first: what is wrong with them should not take a network to find out.
-    state = None
+    content = None
     if weights == "imagenet" and name in MODELS:
-        state = download_imagenet(name)
+        content = download_imagenet(name)
     elif weights not in ("imagenet", "none"):
-        state = read_weights(weights)
+        content = read_weights(Path(weights).expanduser())
 
     options = dict(embedding_size=embedding_size, add_gmp=add_gmp, layer_norm=layer_norm, bn_freeze=bn_freeze)
     if name in MODELS:
         network = MODELS[name](name, **options)
     else:
         network = TimmModel(name, pretrained=weights == "imagenet", **options)
-    if state is not None:
-        load_backbone(network, state, weights)
+    if content is not None:
+        load_network_state(network, checkpoint.network_state(content, weights), weights, beginning=True)
     return network
 
 
@@ -86,43 +86,37 @@ def download_imagenet(name: str) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """The state dict in a backbone's file or a checkpoint, by the backbone's names, without 'model.'."""
-    path = Path(path).expanduser()
+def read_weights(path: Path) -> dict:
+    """The content of a backbone's file or of a checkpoint."""
     if not path.is_file():
         raise Refused(
             f"no weights file '{path}': --weights takes imagenet, none or a file "
             "(`python code/prepare.py download efficientnet_lite0` fetches one)"
         )
-    state = checkpoint.network_state(checkpoint.load(path), path)
-    return {key.removeprefix("model."): value for key, value in state.items()}
+    return checkpoint.load(path)
 
 
-def load_backbone(network: EmbeddingNet, state: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Loads a backbone's state dict (names without 'model.') into the network; Refused if it does not fit.
+def load_network_state(
+    network: EmbeddingNet, state: dict[str, torch.Tensor], path: str | Path, beginning: bool = False
+) -> None:
+    """Loads a state dict ('model.…', as checkpoint.network_state gives it), strictly.
 
-    Classifier, auxiliary heads and embedding layer are taken where they fit and may be missing; so may
-    num_batches_tracked, which old files lack. Some old files hold BatchNorm's vectors as (1, C).
-    """
-    own = network.model.state_dict()
-    fitting = {}
-    for key, value in state.items():
-        if key in own and own[key].ndim == 1 and value.shape == (1, *own[key].shape):
-            value = value[0]
-        if not key.startswith(network.optional) or (key in own and own[key].shape == value.shape):
-            fitting[key] = value
-    require_fitting(network, own, fitting, (*network.optional, *counters(own)), path)
-    network.model.load_state_dict(fitting, strict=False)
-
-
-def load_network_state(network: EmbeddingNet, state_dict: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Loads the state dict of a whole network ('model.…', as in a checkpoint), strictly.
-
-    Only GoogLeNet's auxiliary heads may be missing: forward does not use them.
+    Only GoogLeNet's auxiliary heads, which forward does not use, and num_batches_tracked, which old files lack, may
+    be missing. As the beginning of a training, classifier, auxiliary heads and embedding layer are taken where they
+    fit and may be missing, and BatchNorm's vectors may be (1, C), as some old files hold them.
     Raises Refused with one line that names `path`, what does not fit, and the flags that would.
     """
-    require_fitting(network, network.state_dict(), state_dict, ("model.aux1.", "model.aux2."), path)
-    network.load_state_dict(state_dict, strict=False)
+    own, optional = network.state_dict(), ("model.aux1.", "model.aux2.")
+    if beginning:
+        optional = tuple(f"model.{prefix}" for prefix in network.optional)
+        given, state = state, {}
+        for key, value in given.items():
+            if key in own and value.shape == (1, *own[key].shape):
+                value = value[0]
+            if not key.startswith(optional) or (key in own and own[key].shape == value.shape):
+                state[key] = value
+    require_fitting(network, own, state, optional, path)
+    network.load_state_dict(state, strict=False)
 
 
 def require_image_size(network: EmbeddingNet, image_size: int) -> None:
@@ -144,20 +138,17 @@ def require_image_size(network: EmbeddingNet, image_size: int) -> None:
         network.train(training)
 
 
-def counters(own: dict) -> tuple[str, ...]:
-    return tuple(key for key in own if key.endswith("num_batches_tracked"))
-
-
 def compare(own: dict, state: dict, optional: tuple[str, ...]) -> tuple[list[str], list[str], list[str]]:
-    """The names that `state` lacks (`optional` prefixes aside), has too many, and has in another shape."""
-    missing = [key for key in own if key not in state and not key.startswith(optional)]
+    """The names that `state` lacks, of those that it may not lack, has too many, and has in another shape."""
+    needed = (key for key in own if not key.startswith(optional) and not key.endswith("num_batches_tracked"))
+    missing = [key for key in needed if key not in state]
     unexpected = [key for key in state if key not in own]
     reshaped = [key for key in state if key in own and state[key].shape != own[key].shape]
     return missing, unexpected, reshaped
 
 
 def require_fitting(network: EmbeddingNet, own: dict, state: dict, optional: tuple[str, ...], path: str | Path) -> None:
-    """Refused unless `state` fits `own`, the state dict of the network or its backbone."""
+    """Refused unless `state` fits `own`, the state dict of the network."""
     missing, unexpected, reshaped = compare(own, state, optional)
     if not (missing or unexpected or reshaped):
         return
@@ -171,7 +162,7 @@ def require_fitting(network: EmbeddingNet, own: dict, state: dict, optional: tup
     )
 
     flags = []
-    looks_like = find_model({key.removeprefix("model."): value for key, value in state.items()})
+    looks_like = find_model(state)
     if looks_like not in (None, network.name):
         message += f"; it looks like {looks_like}"
         flags.append(f"--model {looks_like}")
@@ -182,13 +173,13 @@ def require_fitting(network: EmbeddingNet, own: dict, state: dict, optional: tup
     raise Refused(message + (f": give {' '.join(flags)}" if flags else ""))
 
 
-def find_model(backbone: dict[str, torch.Tensor]) -> str | None:
+def find_model(state: dict[str, torch.Tensor]) -> str | None:
     """The name in MODELS whose backbone has these names and shapes, or None."""
     for name in MODELS:
         with torch.device("meta"):  # names and shapes only: no memory, no random numbers drawn
             network = MODELS[name](name)
-        own = network.model.state_dict()
-        relevant = {key: value for key, value in backbone.items() if not key.startswith(network.optional)}
-        if not any(compare(own, relevant, network.optional + counters(own))):
+        optional = tuple(f"model.{prefix}" for prefix in network.optional)
+        backbone = {key: value for key, value in state.items() if not key.startswith(optional)}
+        if not any(compare(network.state_dict(), backbone, optional)):
             return name
     return None

@@ -78,9 +78,8 @@ def create_model(name: str, pretrained: bool) -> torch.nn.Module:
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0)
     except Exception as error:  # timm passes on whatever its downloader raises, of many libraries
-        if not pretrained:
-            raise Refused(f"timm cannot build '{name}': {' '.join(str(error).split())}") from error
-        raise Refused(
-            f"no pretrained weights for timm's '{name}' ({type(error).__name__}: {' '.join(str(error).split())}); "
-            "give --weights FILE or --weights none"
-        ) from error
+        what, way_out = (
+            ("pretrained weights", "; give --weights FILE or --weights none") if pretrained else ("model", "")
+        )
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise Refused(f"timm gives no {what} for '{name}' ({reason}){way_out}") from error
