@@ -107,15 +107,12 @@ def assert_equals_twin(query, query_labels, gallery=None, gallery_labels=None, k
     for name, values in expected.items():
         np.testing.assert_allclose(found.per_query[name], values, rtol=0, atol=1e-9, err_msg=name)
     means = {name: np.nanmean(values) for name, values in expected.items()}
-    assert found.recall == pytest.approx({k: means[f"R@{k}"] for k in ks}, abs=1e-9)
-    assert found.r_precision == pytest.approx(means["RP"], abs=1e-9)
-    assert found.map_at_r == pytest.approx(means["MAP@R"], abs=1e-9)
+    assert found.figures() == pytest.approx(means, abs=1e-9)
     assert found.num_queries == len(query)
     assert found.num_without_positive == np.isnan(expected["RP"]).sum()
 
     without = metrics.retrieval(query, query_labels, gallery, gallery_labels, ks, False, memory_gib)
-    assert without.recall == found.recall
-    assert without.r_precision is None and without.map_at_r is None
+    assert without.figures() == {f"R@{k}": value for k, value in found.recall.items()}
     assert set(without.per_query) == {f"R@{k}" for k in ks}
 
 
@@ -145,63 +142,58 @@ def test_golden(memory_gib):
 # Known by eye -----------------------------------------------------------------------------------------------------
 
 
-def test_one_hot_is_perfect():
-    T = torch.arange(5).repeat_interleave(4)
-    found = metrics.retrieval(torch.eye(5)[T], T, ks=(1, 2, 1000), precision=True)  # K may be above the gallery's size
-    assert found.figures() == {"R@1": 1.0, "R@2": 1.0, "R@1000": 1.0, "RP": 1.0, "MAP@R": 1.0}
-    assert found.num_queries == 20 and found.num_without_positive == 0
-
-
 def directions(*degrees):
     angles = torch.tensor(degrees).deg2rad()
     return torch.stack([angles.cos(), angles.sin()], dim=1)
 
 
-def test_one_mistake():
-    """a a b | b: only the first b errs, it sees both a first."""
-    found = metrics.retrieval(directions(0.0, 1.0, 2.5, 20.0), torch.tensor([0, 0, 1, 1]), ks=(1, 2, 3), precision=True)
-    assert found.per_query["R@1"].tolist() == found.per_query["R@2"].tolist() == [1, 1, 0, 1]
-    assert found.recall == {1: 0.75, 2: 0.75, 3: 1.0}
-    assert found.r_precision == 0.75 and found.map_at_r == 0.75
+FOUR_OF_EACH = torch.arange(5).repeat_interleave(4)
+MIXED, OF_TEN = torch.tensor([3, 0, 3, 2, 0, 2, 9, 2]), torch.eye(10)
+TWO_LABELS = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [1.0, 0.1, 0.0], [0.0, 0.1, 1.0]])
+NONE = math.nan
+BY_EYE = {  # queries, labels and perhaps a gallery; the figures of each query in the order of the caller
+    "one-hot vectors are perfect, K may be above the gallery's size": (
+        [torch.eye(5)[FOUR_OF_EACH], FOUR_OF_EACH],
+        {name: [1] * 20 for name in ("R@1", "R@2", "R@1000", "RP", "MAP@R")},
+    ),
+    "a a b | b: only the first b errs, it sees both a first": (
+        [directions(0.0, 1.0, 2.5, 20.0), torch.tensor([0, 0, 1, 1])],
+        {"R@1": [1, 1, 0, 1], "R@2": [1, 1, 0, 1], "R@3": [1, 1, 1, 1], "RP": [1, 1, 0, 1], "MAP@R": [1, 1, 0, 1]},
+    ),
+    "a query with R = 3 that sees positive, negative, positive, positive": (
+        [directions(0.0), torch.tensor([7]), directions(1.0, 2.0, 3.0, 4.0), torch.tensor([7, 1, 7, 7])],
+        {"R@1": [1], "R@50": [1], "RP": [2 / 3], "MAP@R": [(1 / 1 + 2 / 3) / 3]},
+    ),
+    "a class of one image, and a 2 among the 0s": (
+        [OF_TEN[[3, 0, 3, 2, 0, 0, 9, 2]] + 0.1 * OF_TEN[MIXED], MIXED],
+        {"R@1": [1, 1, 1, 1, 1, 0, NONE, 1]},
+    ),
+    "classes that the gallery lacks": (
+        [OF_TEN[:3], torch.tensor([0, 1, 2]), OF_TEN[[1, 0]], torch.tensor([1, 3])],
+        {name: [NONE, 1, NONE] for name in ("R@1", "RP", "MAP@R")},
+    ),
+    "a copy of the same class counts, the query itself does not: without the copy there is nothing to find": (
+        [torch.eye(4)[[0, 0, 1, 2]], torch.tensor([0, 0, 1, 1])],
+        {"R@1": [1, 1, 1 / 3, 1 / 3]},
+    ),
+    # The copy stands first, and dropping the first neighbour would hide that; the third sees both copies as near.
+    "an image that exists under two labels does not flatter": (
+        [TWO_LABELS, torch.tensor([0, 1, 0, 1])],
+        {"R@1": [0, 0, 0.5, 0], "R@2": [1, 0, 1, 0.5]},
+    ),
+}
 
 
-def test_precision_by_hand():
-    """A query with R = 3 that sees: positive, negative, positive, positive."""
-    gallery, labels = directions(1.0, 2.0, 3.0, 4.0), torch.tensor([7, 1, 7, 7])
-    found = metrics.retrieval(directions(0.0), torch.tensor([7]), gallery, labels, (1, 50), precision=True)
-    assert found.recall == {1: 1.0, 50: 1.0}
-    assert found.r_precision == pytest.approx(2 / 3, abs=1e-12)
-    assert found.map_at_r == pytest.approx((1 / 1 + 2 / 3) / 3, abs=1e-12)
-
-
-def test_queries_without_a_positive_are_left_out_and_counted():
-    """A class of one image; a class that the gallery lacks. Also: the figures come in the order of the caller."""
-    X, T = torch.eye(10), torch.tensor([3, 0, 3, 2, 0, 2, 9, 2])
-    found = metrics.retrieval(X[[3, 0, 3, 2, 0, 0, 9, 2]] + 0.1 * X[T], T, ks=(1,), precision=True)
-    assert found.num_queries == 8 and found.num_without_positive == 1
-    np.testing.assert_array_equal(found.per_query["R@1"], [1, 1, 1, 1, 1, 0, math.nan, 1])  # a 2 among the 0s
-    assert all(np.isnan(values).tolist() == [False] * 6 + [True, False] for values in found.per_query.values())
-
-    found = metrics.retrieval(X[:3], torch.tensor([0, 1, 2]), X[[1, 0]], torch.tensor([1, 3]), (1,), precision=True)
-    assert found.num_without_positive == 2 and found.figures() == {"R@1": 1, "RP": 1, "MAP@R": 1}
-    np.testing.assert_array_equal(found.per_query["R@1"], [math.nan, 1, math.nan])
-
-
-def test_duplicate_of_the_same_class_is_found():
-    """The copy counts, the query itself does not: without the copy these queries find nothing."""
-    X, T = torch.eye(4)[[0, 0, 1, 2]], torch.tensor([0, 0, 1, 1])
-    found = metrics.retrieval(X, T, ks=(1,))
-    assert found.per_query["R@1"].tolist() == pytest.approx([1, 1, 1 / 3, 1 / 3])
-
-
-def test_duplicate_of_another_class_does_not_flatter():
-    """An image that exists under two labels: its copy stands first. Dropping the first neighbour would hide that."""
-    near = torch.tensor([[1.0, 0.1, 0.0], [0.0, 0.1, 1.0]])
-    found = metrics.retrieval(torch.cat([torch.eye(3)[[0, 0]], near]), torch.tensor([0, 1, 0, 1]), ks=(1, 2))
-    assert found.per_query["R@1"][:2].tolist() == [0, 0]
-    # The near one of class 0 has both copies at the same distance, one of either class.
-    assert found.per_query["R@1"][2] == pytest.approx(0.5)
-    assert found.per_query["R@2"][2] == 1.0
+@pytest.mark.parametrize("sets, expected", BY_EYE.values(), ids=BY_EYE)
+def test_known_by_eye(sets, expected):
+    ks = [int(name.removeprefix("R@")) for name in expected if name.startswith("R@")]
+    found = metrics.retrieval(*sets, ks=ks, precision=True)
+    for name, values in expected.items():
+        np.testing.assert_allclose(found.per_query[name], values, rtol=0, atol=1e-12, err_msg=name)
+        assert found.figures()[name] == pytest.approx(np.nanmean(values), abs=1e-12)
+    left_out = np.isnan(expected["R@1"])
+    assert all(np.array_equal(np.isnan(values), left_out) for values in found.per_query.values())
+    assert (found.num_queries, found.num_without_positive) == (len(sets[0]), left_out.sum())
 
 
 @pytest.mark.parametrize("memory_gib", BUDGETS)
@@ -344,28 +336,10 @@ def test_twin_of_several_full_blocks():
     assert_equals_twin(tied(T, seed=3), T, ks=(1, 10, 1000))
 
 
-@pytest.mark.parametrize("memory_gib", [1e-6, 1.0])
-def test_more_positives_than_a_block_holds(memory_gib):
-    """R = 40 and blocks of 16: the nearest rivals fill two blocks, and none of the second may be lost."""
-    degrees = [torch.linspace(10, 11, 16), torch.linspace(20, 21, 16), torch.linspace(30, 31, 40)]
-    gallery = directions(*torch.cat(degrees).tolist())
-    gallery_labels = torch.tensor([0] * 16 + [1] * 16 + [2] * 40)
-    query, query_labels = torch.tensor([[1.0, 0.0]]), torch.tensor([2])
-    assert_equals_twin(query, query_labels, gallery, gallery_labels, (1, 32, 33), memory_gib)
-    found = metrics.retrieval(query, query_labels, gallery, gallery_labels, (32, 33), True, memory_gib)
-    assert found.recall == {32: 0.0, 33: 1.0}
-    assert found.r_precision == pytest.approx(8 / 40)
-
-
 def test_a_group_of_queries_without_any_positive():
     """The budget splits the queries right behind those whose class is missing in the gallery."""
-    query_labels = torch.tensor([0] * 20 + [1])
-    gallery, gallery_labels = randn(100, 8), torch.ones(100, dtype=torch.long)
-    found = metrics.retrieval(
-        randn(21, 8), query_labels, gallery, gallery_labels, (1,), precision=True, memory_gib=1e-6
-    )
-    assert found.num_without_positive == 20
-    assert found.recall == {1: 1.0} and found.r_precision == 1.0
+    sets = randn(21, 8), torch.tensor([0] * 20 + [1]), randn(100, 8), torch.ones(100, dtype=torch.long)
+    assert_equals_twin(*sets, memory_gib=1e-6)
 
 
 MEMORY = """
@@ -436,12 +410,11 @@ def test_nan_and_inf_are_counted(bad):
 
 
 @pytest.mark.parametrize("labels", [torch.arange(10) / 4, torch.full((10,), math.nan), torch.full((10,), math.inf)])
-def test_labels_that_are_not_whole_numbers(labels):
-    """A mistake of the program, not of a file: no Refused."""
+def test_labels_that_are_not_whole_numbers_are_a_mistake_of_the_program(labels):
     X, T = randn(10, 4), torch.arange(10) % 2
-    for call in (lambda: metrics.retrieval(X, labels), lambda: metrics.retrieval(X, T, X, labels)):
+    for sets in ((X, labels), (X, T, X, labels)):
         with pytest.raises(ValueError, match=f"whole numbers expected as labels, got {labels.dtype}") as raised:
-            call()
+            metrics.retrieval(*sets)
         assert not isinstance(raised.value, Refused)
 
 
