@@ -177,17 +177,17 @@ def _start_of_rivals(positives: Tensor, R: Tensor) -> Tensor:
 
 
 def _keep_closest(rivals: Tensor, block: Tensor) -> None:
-    """Updates the closest rivals (r, W), in no order, with a block of similarities (r, c)."""
-    rows = (block.amax(dim=1) > rivals.amin(dim=1)).nonzero()[:, 0]
+    """Updates the closest rivals (r, W), the farthest of them first, with a block of similarities (r, c)."""
+    rows = (block.amax(dim=1) > rivals[:, 0]).nonzero()[:, 0]
     W = rivals.shape[1]
     closest = _largest(block[rows], min(W, block.shape[1]))
     rivals[rows] = _largest(torch.cat([rivals[rows], closest], dim=1), W)
 
 
 def _largest(x: Tensor, k: int) -> Tensor:
-    """The k largest of each row (r, c), in no order."""
+    """The k largest of each row (r, c), the least of them first, the others in no order."""
     if x.device.type != "cpu" or 64 * k <= x.shape[1]:
-        return x.topk(k, dim=1, sorted=False).values
+        return x.topk(k, dim=1).values.flip(1)
     # Of so many topk sorts the places, too; numpy takes a fifth of its time.
     return torch.from_numpy(np.partition(x.numpy(), -k, axis=1)[:, -k:])
 
