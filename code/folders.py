@@ -11,7 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
-# Why a folder gives no image
+# What gives no image
+NO_FILE = "broken link, pipe, socket or device"
 UNREADABLE = "folder that cannot be read"
 READ_ALREADY = "link to a folder that is read already"
 
@@ -45,15 +46,11 @@ def scan(folder: str | Path) -> list[os.DirEntry]:
 
 
 def kind_of(entry: os.DirEntry) -> str:
-    """folder or file, whatever links lead there, or else why it is passed over. Opens nothing."""
+    """folder or file, whatever links lead there, or else NO_FILE. Opens nothing."""
     try:
-        if entry.is_dir():
-            return "folder"
-        if entry.is_file():
-            return "file"
-        return "pipe, socket or device" if os.path.exists(entry.path) else "broken link"
+        return "folder" if entry.is_dir() else "file" if entry.is_file() else NO_FILE
     except OSError:  # a link to itself
-        return "broken link"
+        return NO_FILE
 
 
 def file_id(path: str | Path) -> tuple[int, int] | None:

@@ -108,7 +108,7 @@ def read_class_folders(root: Path, inside: str, notes: list[str]) -> list[tuple[
     """The images of root/inside/<class>/ with the folder's name as the class id (inside may be '')."""
     top, pairs, nested = root / inside, [], []
     entries = [(entry.name, kind_of(entry)) for entry in scan(top)]
-    skipped = Counter(kind for _, kind in entries if kind not in ("file", "folder"))
+    skipped = Counter(kind for _, kind in entries if kind == folders.NO_FILE)
     loose = [name for name, kind in entries if kind == "file" and has_image_suffix(name)]
     if loose:
         notes.append(
