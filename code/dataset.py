@@ -412,11 +412,6 @@ def digest_of_classes(*parts: dict) -> str:
     return _digest(sorted(f"{name} {digest}" for name, digest in classes))
 
 
-def _by_class(found: dict) -> dict[str, tuple[int, str]]:
-    """{class: (images, digest)} of a fingerprint."""
-    return dict(zip(found["classes"], zip(found["sizes"], found["class_digests"], strict=True), strict=True))
-
-
 def _digest(lines: Iterable[str]) -> str:
     text = "\0".join(lines).encode("utf-8", "surrogateescape")  # file names may hold bytes that are not text
     return hashlib.sha256(text).hexdigest()[:16]
@@ -426,10 +421,14 @@ def changes(then: dict, now: dict) -> str:
     """What differs between two fingerprints of one split, in words for one line; '' if nothing does."""
     if then["digest"] == now["digest"]:
         return ""
-    old, new = _by_class(then), _by_class(now)
+    old, new = (  # {class: (images, digest)}
+        {name: kept for name, *kept in zip(part["classes"], part["sizes"], part["class_digests"], strict=True)}
+        for part in (then, now)
+    )
     gone, added = [name for name in old if name not in new], [name for name in new if name not in old]
-    places = [[list(names).index(name) for name in some] for names, some in ((old, gone), (new, added))]
-    if gone and places[0] == places[1] and [old[name][0] for name in gone] == [new[name][0] for name in added]:
+    renamed = dict(zip(gone, added, strict=False))
+    same_places = [renamed.get(name, name) for name in old] == list(new)
+    if gone and same_places and all(old[name][0] == new[later][0] for name, later in renamed.items()):
         parts = [f"{_classes(gone)} renamed ({_names(gone)} to {_names(added)})"]
     else:
         lost_and_new = (gone, "removed"), (added, "added")
