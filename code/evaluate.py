@@ -223,20 +223,19 @@ def read_embeddings(args, given):
     """
     path = args.embeddings
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file if not name.endswith("paths")}
-        query, gallery = embedded(path, arrays["embeddings"], arrays["labels"]), None
-        if "gallery_embeddings" in arrays:
-            gallery = embedded(path, arrays["gallery_embeddings"], arrays["gallery_labels"])
-        name = arrays["dataset"].item() if "dataset" in arrays else None
+        with np.load(path, allow_pickle=False) as file:  # reads an array when it is asked for
+            parts = {"query": embedded(path, file["embeddings"], file["labels"])}
+            if "gallery_embeddings" in file:
+                parts["gallery"] = embedded(path, file["gallery_embeddings"], file["gallery_labels"])
+            elif "gallery_labels" in file:
+                raise Refused(f"{path}: gallery_labels without gallery_embeddings")
+            ks = file["ks"] if "ks" in file else np.array(dataset.recall_at("folder"))
+            name = file["dataset"].item() if "dataset" in file else None
     except (OSError, Refused):
         raise
     except Exception as error:  # a damaged archive fails in many ways
         reason = f"{type(error).__name__}: {error}"
         raise Refused(f"{path}: no embeddings that --save-embeddings wrote ({reason})") from error
-    if "gallery_labels" in arrays and gallery is None:
-        raise Refused(f"{path}: gallery_labels without gallery_embeddings")
-    ks = arrays.get("ks", np.array(dataset.recall_at("folder")))
     if ks.dtype.kind not in "iu" or ks.ndim != 1:
         raise Refused(f"{path}: ks must be whole numbers, one for each R@K")
     ks = tuple(ks.tolist())
@@ -245,13 +244,9 @@ def read_embeddings(args, given):
             print(f"warning: {path} says that its embeddings are of {name}; --dataset {args.dataset} only sets K",
                   file=sys.stderr)  # fmt: skip
         name, ks = name or args.dataset, dataset.recall_at(args.dataset)
-    splits = {
-        split: {"images": len(part.labels), "classes": len(part.labels.unique())}
-        for split, part in (("query", query), ("gallery", gallery))
-        if part is not None
-    }
+    splits = {split: {"images": len(of), "classes": len(of.unique())} for split, (_, of) in parts.items()}
     measured = dict(checkpoint=str(path), dataset=name, data_root=str(path), splits=splits, image_size=None)
-    return query, gallery, ks, measured
+    return parts["query"], parts.get("gallery"), ks, measured
 
 
 def embedded(path: Path, embeddings: np.ndarray, labels: np.ndarray) -> inference.Embedded:

@@ -170,6 +170,11 @@ def test_embeddings_are_scored_at_the_k_of_their_data_set(call, tmp_path):
     assert "R@1000" in call("evaluate.py", "--embeddings", with_ks, "--dataset", "sop", "--gpu-id", -1).out
 
 
+def test_other_arrays_of_the_file_are_not_read(call, tmp_path):
+    path = write_embeddings(tmp_path / "e.npz", names=np.array(["one", None], dtype=object))
+    assert "R@1 " in call("evaluate.py", "--embeddings", path, "--gpu-id", -1).out
+
+
 def test_a_file_of_another_data_set_is_said_to_be_one(call, tmp_path):
     path = write_embeddings(tmp_path / "e.npz", dataset=np.array("cub"))
     done = call("evaluate.py", "--embeddings", path, "--dataset", "SOP", "--gpu-id", -1)
