@@ -238,6 +238,7 @@ class StopSignals:
         if dist.is_initialized():
             self.number = int(max(all_gather(torch.tensor([self.number]), _control)))
         if self.number:
+            self.since = self.since or time.monotonic()  # this process's own signal may be yet to come
             raise Interrupted
 
 

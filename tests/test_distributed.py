@@ -199,6 +199,18 @@ def test_sigterm_to_one_process_stops_all_after_the_same_batch(cub, tmp_path):
     assert said[1].err == "" and "Traceback" not in said[0].err
 
 
+def test_a_signal_that_another_process_had_first_is_no_second_one(monkeypatch):
+    """Ctrl-C reaches all of them, each at another moment; the work of none is cut off."""
+    monkeypatch.setattr(distributed.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "all_gather", lambda *_: [torch.tensor([0]), torch.tensor([signal.SIGINT])])
+    monkeypatch.setattr(distributed.os, "_exit", lambda code: pytest.fail("ended at once"))
+    stop = distributed.StopSignals()
+    with pytest.raises(distributed.Interrupted):
+        stop.check()
+    stop._note(signal.SIGINT, None)
+
+
 MISTAKES = [
     (["--lr", "fast"], "argument --lr: must be a number"),  # before the processes have met
     (["--data-root", "/nowhere"], ".*nowhere"),  # after that
