@@ -4,7 +4,6 @@ import csv
 import html.parser
 import json
 import re
-import shutil
 import subprocess
 import sys
 
@@ -12,9 +11,9 @@ import pandas as pd
 import pytest
 import report
 import run
+from browser import in_browser, needs_chromium, watched
 from trees import picture
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 COUNTS = {
     "cub": ((5864, 100), (5924, 100)),
     "cars": ((8054, 98), (8131, 98)),
@@ -559,41 +558,20 @@ def test_page_loads_nothing_and_shows_all(written):
     assert "not finished, 1 of 40 epochs" in page.text
 
 
-def in_browser(source, folder):
-    """What the probe in a page put into the element #said, as JSON."""
-    page = folder / "page.html"
-    page.write_text(source)
-    options = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --dump-dom".split()
-    command = [CHROMIUM, *options, f"--user-data-dir={folder / 'profile'}", "--window-size=1400,1000", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    return json.loads(html.unescape(re.search(r'<pre id="said">(.*?)</pre>', done.stdout, re.DOTALL)[1]))
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@needs_chromium
 def test_page_in_a_browser(written, tmp_path):
     """Clicks sort, numbers as numbers and blanks last; nothing is requested and nothing breaks the page's policy."""
-    probe = """<script>
-      window.problems = [];
-      addEventListener("error", event => problems.push(event.message));
-      addEventListener("securitypolicyviolation", event => problems.push(event.blockedURI));
-      addEventListener("load", () => {
-        const table = [...document.querySelectorAll("table")].at(-1), seen = {};
-        const column = name => [...table.tHead.rows[0].cells].findIndex(cell => cell.textContent === name);
-        for (const [name, clicks] of [["run", 1], ["R@1", 1], ["R@1", 2], ["remark", 1]]) {
-          for (const th of table.tHead.rows[0].cells) th.removeAttribute("aria-sort");
-          for (let i = 0; i < clicks; i++) table.tHead.rows[0].cells[column(name)].firstChild.click();
-          seen[name + clicks] = [...table.tBodies[0].rows].map(row => row.cells[0].textContent);
-        }
-        const requests = performance.getEntriesByType("resource").map(entry => entry.name)
-          .filter(name => !name.startsWith("data:"));
-        const images = [...document.images].map(image => image.naturalWidth);
-        const said = JSON.stringify({seen, problems, images, requests});
-        document.body.replaceChildren(Object.assign(document.createElement("pre"), {id: "said", textContent: said}));
-      });
-    </script>"""
-    source = (written[0] / "report.html").read_text()
-    said = in_browser(source.replace("<style>", probe + "<style>", 1), tmp_path)
+    click = """
+      const table = [...document.querySelectorAll("table")].at(-1), seen = {};
+      const column = name => [...table.tHead.rows[0].cells].findIndex(cell => cell.textContent === name);
+      for (const [name, clicks] of [["run", 1], ["R@1", 1], ["R@1", 2], ["remark", 1]]) {
+        for (const th of table.tHead.rows[0].cells) th.removeAttribute("aria-sort");
+        for (let i = 0; i < clicks; i++) table.tHead.rows[0].cells[column(name)].firstChild.click();
+        seen[name + clicks] = [...table.tBodies[0].rows].map(row => row.cells[0].textContent);
+      }
+      return seen;"""
+    said = watched((written[0] / "report.html").read_text(), tmp_path, click)
     assert said["problems"] == [] and said["requests"] == []
     assert said["seen"]["run1"] == ["run_1", "run_2", "run_3", "run_4", "run_10"]
     assert said["seen"]["R@11"] == ["run_4", "run_3", "run_1", "run_2", "run_10"]
@@ -603,7 +581,7 @@ def test_page_in_a_browser(written, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@needs_chromium
 @pytest.mark.parametrize("width", [360, 1280])
 @pytest.mark.parametrize("which", ["written", "hostile"])
 def test_page_never_scrolls_sideways(request, tmp_path, which, width):

@@ -5,19 +5,16 @@ import html
 import html.parser
 import json
 import os
-import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import retrieve
 import torch
+from browser import needs_chromium, watched
 from refused import Refused
 from trees import picture
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture
@@ -261,39 +258,19 @@ def test_page_shows_queries_neighbours_and_similarities_and_loads_nothing(find, 
     assert (tmp_path / "out" / "neighbours.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@needs_chromium
 def test_page_in_a_browser(find, gallery, tmp_path):
     """All pictures are drawn, nothing is requested, nothing breaks the page's policy, a bad query says so."""
     queries = tmp_path / "queries"
     shutil.copytree(gallery / "class 6", queries)
     (queries / "bad.jpg").write_bytes(b"no picture")
     find(gallery, queries, "--top-k", 4)
-    probe = """<script>
-      window.problems = [];
-      addEventListener("error", event => problems.push(event.message));
-      addEventListener("securitypolicyviolation", event => problems.push(event.blockedURI));
-      addEventListener("load", () => {
-        const said = JSON.stringify({
-          problems,
-          images: [...document.images].map(image => image.naturalWidth),
-          requests: performance.getEntriesByType("resource").map(entry => entry.name)
-            .filter(name => !name.startsWith("data:")),
-          sections: [...document.querySelectorAll("section")].map(section => section.innerText),
-        });
-        document.body.replaceChildren(Object.assign(document.createElement("pre"), {id: "said", textContent: said}));
-      });
-    </script>"""
     source = (tmp_path / "out" / "neighbours.html").read_text()
-    page = tmp_path / "page.html"
     # the probe is the one script that is let in
-    page.write_text(source.replace("default-src 'none';", "default-src 'none'; script-src 'unsafe-inline';", 1)
-                    .replace("<style>", probe + "<style>", 1))  # fmt: skip
-    options = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --dump-dom".split()
-    command = [CHROMIUM, *options, f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    said = json.loads(html.unescape(re.search(r'<pre id="said">(.*?)</pre>', done.stdout, re.DOTALL)[1]))
+    source = source.replace("default-src 'none';", "default-src 'none'; script-src 'unsafe-inline';", 1)
+    said = watched(source, tmp_path, "return [...document.querySelectorAll('section')].map(part => part.innerText)")
     assert said["problems"] == [] and said["requests"] == []
     assert len(said["images"]) == 6 * 5 and min(said["images"]) > 0
-    assert len(said["sections"]) == 7
-    assert all("similarity" in text for text in said["sections"][:6])
-    assert "cannot be decoded" in said["sections"][6]
+    assert len(said["seen"]) == 7
+    assert all("similarity" in text for text in said["seen"][:6])
+    assert "cannot be decoded" in said["seen"][6]
