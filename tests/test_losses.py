@@ -32,21 +32,6 @@ def made_by_script(words):
     return train.make_criterion(C, args)
 
 
-def test_proxy_anchor_is_the_papers_equation(batch):
-    """Log-sums over the samples of each proxy, positive proxies averaged."""
-    X, T = batch
-    torch.manual_seed(0)
-    proxies = torch.nn.functional.normalize(library.ProxyAnchorLoss(C, D).proxies, dim=1)
-    S = torch.nn.functional.normalize(X, dim=1) @ proxies.T
-    positive, total = T[:, None] == torch.arange(C), 0.0
-    present = positive.any(dim=0)
-    for c in range(C):
-        pulled = torch.exp(-32.0 * (S[positive[:, c], c] - 0.1)).sum()
-        pushed = torch.exp(32.0 * (S[~positive[:, c], c] + 0.1)).sum()
-        total = total + torch.log1p(pulled) / present.sum() * present[c] + torch.log1p(pushed) / C
-    torch.testing.assert_close(made_by_script(["--loss", "proxy_anchor"])(X, T), total)
-
-
 SQUARED = distances.LpDistance(power=2)
 MINERS = {
     "multi_similarity": lambda: miners.MultiSimilarityMiner(0.1),
