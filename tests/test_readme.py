@@ -94,11 +94,6 @@ def test_commands_are_found():
         assert any(f"code/{script}.py" in command for command in found)
 
 
-def test_a_wrong_command_is_noticed(parse, capsys):
-    with pytest.raises(SystemExit):
-        parse("code/report.py", ["--no-such-flag"])
-
-
 @pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "docs" or page.name == "README.md"],
                          ids=lambda page: page.name)  # fmt: skip
 def test_flags_in_the_text_exist(page):
@@ -117,8 +112,8 @@ def test_every_recipe_is_named():
 
 
 def test_ci_runs_the_tests_with_the_line_of_the_readme():
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (line,) = (line for block in blocks for line in block.splitlines() if line.endswith("-m pytest -q"))
+    lines = [line for block in blocks(ROOT / "README.md", "sh") for line in block.splitlines()]
+    (line,) = (line for line in lines if line.endswith("-m pytest -q"))
     tests_and_style = (ROOT / ".ci" / "run").read_text().splitlines()[-2:]
     assert tests_and_style[0] == line
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())
