@@ -18,7 +18,6 @@ import io
 import os
 import sys
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
@@ -199,8 +198,7 @@ def read_cache(cache: Path, images, states, embedding_size) -> tuple[np.ndarray,
         rows = np.array([place.get(path, -1) for path in images.paths])
         same = rows >= 0
         same[same] = (old_states[rows[same]] == states[same]).all(axis=1)
-        embeddings[same] = old[rows[same]]
-        known = same
+        embeddings[same], known = old[rows[same]], same
     except FileNotFoundError:
         pass
     except Exception as error:  # a damaged archive fails in many ways; all that is lost is time
@@ -245,19 +243,25 @@ def write(args, queries, galleries, neighbours, bad: dict[int, str], size: int) 
     args.output.mkdir(parents=True, exist_ok=True)
     files = [args.output / f"neighbours.{suffix}" for suffix in ("csv", "png", "html")]
     text = io.StringIO()
-    csv.writer(text).writerows(table(queries, galleries, neighbours))
+    table = csv.writer(text)
+    table.writerow(("query", "rank", "neighbour", "cosine_distance", "cosine_similarity"))
+    for row, found in neighbours.items():
+        for rank, (i, value) in enumerate(found, 1):
+            table.writerow((queries.file(row), rank, galleries.file(i), f"{max(0, 1 - value):.7f}", f"{value:.7f}"))
+        if not found:  # it could not be decoded
+            table.writerow((queries.file(row), "", "", "", ""))
     checkpoint.write(lambda file: file.write(text.getvalue().encode("utf-8", "surrogateescape")), files[0])
 
     drawn = [row for row in neighbours if row not in bad][:MOST_SHOWN]
     shown = {row: found[:MOST_NEIGHBOURS] for row, found in neighbours.items()}
     pictures.neighbours(
-        [queries.root / queries.paths[row] for row in drawn],
-        [[galleries.root / galleries.paths[i] for i, _ in shown[row]] for row in drawn],
+        [queries.file(row) for row in drawn],
+        [[galleries.file(i) for i, _ in shown[row]] for row in drawn],
         None,
         [[value for _, value in shown[row]] for row in drawn],
         [f"query: {queries.paths[row]}" for row in drawn],
         files[1],
-        captions=[[Path(galleries.paths[i]).name for i, _ in shown[row]] for row in drawn],
+        captions=[[os.path.basename(galleries.paths[i]) for i, _ in shown[row]] for row in drawn],
         own=True,
     )
     count = f"{len(queries) - len(bad):,}" + (f" and {len(bad):,} that cannot be decoded" if bad else "")
@@ -272,26 +276,15 @@ def write(args, queries, galleries, neighbours, bad: dict[int, str], size: int) 
     checkpoint.write(lambda file: file.write(html.encode("utf-8", "replace")), files[2])
 
     for row in drawn:
-        print(f"\n{queries.root / queries.paths[row]}")
+        print(f"\n{queries.file(row)}")
         for rank, (i, similarity) in enumerate(shown[row], 1):
-            print(f"{rank:>4}  {similarity:.4f}  {galleries.root / galleries.paths[i]}")
+            print(f"{rank:>4}  {similarity:.4f}  {galleries.file(i)}")
     if len(queries) - len(bad) > len(drawn):
         print(f"\n… and {len(queries) - len(bad) - len(drawn):,} more")
     for why in list(bad.values())[:MOST_SHOWN]:
         print(f"warning: {why}", file=sys.stderr)
     print(f"\nqueries: {count}; gallery: {size:,}; similarity: cosine")
     print("written: " + ", ".join(map(str, files)))
-
-
-def table(queries, galleries, neighbours) -> Iterator[tuple]:
-    """Rows of neighbours.csv, one per query and neighbour; a query that could not be decoded has one without any."""
-    yield "query", "rank", "neighbour", "cosine_distance", "cosine_similarity"
-    for row, found in neighbours.items():
-        query = queries.root / queries.paths[row]
-        for rank, (i, similarity) in enumerate(found, 1):
-            yield query, rank, galleries.root / galleries.paths[i], f"{max(0, 1 - similarity):.7f}", f"{similarity:.7f}"
-        if not found:
-            yield query, "", "", "", ""
 
 
 def thumbnail(path: Path) -> str:
