@@ -114,9 +114,12 @@ def read_runs(folder: Path) -> tuple[list[dict], list[str]]:
                     row["pictures"][file.stem] = base64.b64encode(file.read_bytes()).decode()
             runs.append(row)
         except BROKEN as error:
-            why = f"it lacks {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or str(error)
-            place = "" if isinstance(error, Refused) else f"{file.name}: "
-            reasons.append(one_line(f"{path}: left out, {place}{why[:300]}"))
+            why = f"{file.name}: {getattr(error, 'strerror', None) or f'it is damaged or not of train.py ({error})'}"
+            if isinstance(error, Refused):
+                why = str(error)
+            elif isinstance(error, FileNotFoundError) and file.name == "results.csv":
+                why = "it has no epoch yet"
+            reasons.append(one_line(f"{path}: left out, {why[:300]}"))
     return runs, reasons
 
 
@@ -126,15 +129,16 @@ def read_args(path: Path) -> tuple[dict, dict, str, dict, int | None]:
     # A flag that is younger than the run had its default.
     run_flags = train_flags()[0] | {plain(name): plain_value(value) for name, value in content["flags"].items()}
     resumed = content.get("resumptions") or []
-    wanted = [entry["flags"]["nb_epochs"] for entry in resumed if "nb_epochs" in entry.get("flags", {})]
-    run_flags["nb_epochs"] = int([run_flags["nb_epochs"], *wanted][-1])  # the last word
+    for entry in resumed:  # the last word on the number of epochs counts
+        run_flags["nb_epochs"] = entry.get("flags", {}).get("nb_epochs", run_flags["nb_epochs"])
+    if not isinstance(run_flags["nb_epochs"], int):
+        raise Refused(f"args.json: nb_epochs is {run_flags['nb_epochs']!r}, not a number")
     made_by = {plain(name): plain(value) for name, value in content.get("made_by", {}).items()}
     if resumed:
         after = ", ".join(plain(entry["after_epoch"]) for entry in resumed)
         made_by["resumed"] = f"{len(resumed)} ×, after epoch {after}"
     changed_after = [int(entry["after_epoch"]) for entry in resumed if entry.get("data_before")]
-    data, counts = read_data(content.get("data"))
-    return run_flags, made_by, data, counts, max(changed_after, default=None)
+    return run_flags, made_by, *read_data(content.get("data")), max(changed_after, default=None)
 
 
 def read_data(data) -> tuple[str, dict[str, tuple[int, int]]]:
@@ -158,32 +162,36 @@ def read_data(data) -> tuple[str, dict[str, tuple[int, int]]]:
 
 def read_epochs(path: Path, run_flags: dict, made_by: dict, data: str, counts: dict, changed_after: int | None) -> dict:
     """The row of a run, of results.csv and what read_args found; the latter says how to read the former."""
-    table = pd.read_csv(path, header=None, dtype=str)  # with a header, pandas would rename columns of the same name
+    # With a header, pandas would rename columns of the same name.
+    table = pd.read_csv(path, header=None, dtype=str, keep_default_na=False)
     table = table[1:].set_axis(table.iloc[0], axis="columns")
     if not table.columns.is_unique:
         raise Refused(f"results.csv: it has the column {table.columns[table.columns.duplicated()][0]} twice")
+    chosen_by = "val R@1" if run_flags["val_classes"] else "R@1"
     names = [name for name in table if re.fullmatch(r"(val )?R@[1-9][0-9]*", str(name))]
-    trained = table[table["phase"] == "train"].astype({"epoch": int} | dict.fromkeys(names, float))
+    figures = [name for name in names if name.startswith("R@")]
+    numbers = ["epoch", *names, "seconds", "undecoded"]
+    trained = table[table["phase"] == "train"].reindex(columns=[*numbers, *MADE_BY], fill_value="")
+    trained[numbers] = trained[numbers].apply(pd.to_numeric, errors="coerce")
     if len(trained) < max(run_flags["nb_epochs"], 1):
         raise Refused(f"not finished, {len(trained)} of {run_flags['nb_epochs']} epochs")
-    if not ((trained[names] >= 0) & (trained[names] <= 1)).all(axis=None):
-        raise Refused("results.csv: it lacks figures, or has some outside 0 to 1")
+    for name, most in ({"epoch": 1e9} | dict.fromkeys(["R@1", chosen_by, *names], 1)).items():
+        if name not in trained or not trained[name].between(0, most).all():
+            raise Refused(f"results.csv: the column {name} lacks numbers, or has some outside 0 to {most:g}, or text")
     since = trained[trained["epoch"] > (changed_after or 0)]
     if since.empty:
         raise Refused("its images changed and no epoch was trained since")
-    chosen_by = "val R@1" if run_flags["val_classes"] else "R@1"
     best, last = since.loc[since[chosen_by].idxmax()], trained.iloc[-1]
     if changed_after is not None:
         data, counts = f"{data}, other images until epoch {changed_after}", {}
-    if float(best.get("undecoded", 0)) > 0:  # of versions that left such images out of the scores alone
-        data, counts = f"{data}, {best['undecoded']} of them could not be decoded", {}
+    if best["undecoded"] > 0:  # of versions that left such images out of the scores alone
+        data, counts = f"{data}, {best['undecoded']:.0f} of them could not be decoded", {}
 
     made = {name: value for name, value in run_flags.items() if name not in flags.BOOKKEEPING | {"seed"}}
     if made["dataset"] == "folder" and data == "unknown":  # then its folder's name has to do
         made["data_root"] = Path(str(run_flags["data_root"])).name
     made |= {"nb_epochs": len(trained), "data": data}
     whole_method = made["loss"] == "hist" and made["ls"] != 0 and made["sz_embedding"] == PUBLISHED_SIZE
-    figures = [name for name in names if name.startswith("R@")]
     return {
         "experiment": [flag_name(name) for name in made],  # columns: what makes two runs the same but for their seed
         **{flag_name(name): value for name, value in made.items()},
@@ -194,8 +202,8 @@ def read_epochs(path: Path, run_flags: dict, made_by: dict, data: str, counts: d
         **{f"{name} (%)": round(100 * best[name], 6) for name in figures},
         **{f"last {name} (%)": round(100 * last[name], 6) for name in figures},
         "all figures": str(trained[names].to_numpy().tolist()),
-        "seconds": trained["seconds"].astype(float).dropna().tolist() if "seconds" in trained else [],
-        **{name: plain(best.get(name, "")) for name in MADE_BY},
+        "seconds": trained["seconds"].dropna().tolist(),
+        **{name: plain(best[name]) for name in MADE_BY},
         "made by": made_by,
         "of": f"{made['dataset']}, {made['model']}" if whole_method else "",
         "unlike": unlike_published(made, counts),
@@ -235,7 +243,7 @@ class Section:
 
     Attributes:
         runs: the rows of read_runs with 'dataset', 'group' and 'repeats', the run that it repeats or ''.
-        groups: those that count, by number of group.
+        counted: those that repeat no other.
         figures: the R@K that all runs have; differing: the flags in which the groups differ.
     """
 
@@ -250,9 +258,8 @@ class Section:
         first = runs.groupby(["group", "seed", "all figures"], sort=False)["run"].transform("first")
         runs["repeats"] = first.where(first != runs["run"], "")
         means = runs[runs["repeats"] == ""].groupby("group")["R@1 (%)"].agg(statistics.fmean)
-        best_first = means.sort_values(ascending=False, kind="stable").index
-        runs["group"] = runs["group"].map({group: number for number, group in enumerate(best_first, 1)})
-        self.groups = runs[runs["repeats"] == ""].groupby("group")
+        runs["group"] = runs["group"].map(means.rank(ascending=False, method="first").astype(int))
+        self.counted = runs[runs["repeats"] == ""]
         self.best = max(runs[runs["group"] == 1].to_dict("records"), key=lambda run: run["R@1 (%)"])["run"]
 
     def lines(self) -> list[str]:
@@ -263,16 +270,12 @@ class Section:
         lines = [f"All runs: {', '.join(shared)}."]
         for run, first in self.runs.query("repeats != ''")[["run", "repeats"]].itertuples(index=False):
             lines.append(f"{run} repeats {first} (same seed, same figures): counted once.")
-        reasons: dict[str, list[str]] = {}
-        for number, group in self.groups:
-            for _, again in group.groupby("seed", sort=False)["run"]:
-                if len(again) > 1:
-                    lines.append(f"{' and '.join(again)} have the same seed but different figures: each is counted.")
-            run = group.iloc[0]
-            if run["unlike"] and run["of"] in set(published()["of"]):
-                reasons.setdefault(run["unlike"], []).append(str(number))
-        for reason, numbers in reasons.items():
-            lines.append(f"No published figures beside group {', '.join(numbers)}: {reason}.")
+        for (_, _), again in self.counted.groupby(["group", "seed"], sort=False)["run"]:
+            if len(again) > 1:
+                lines.append(f"{' and '.join(again)} have the same seed but different figures: each is counted.")
+        told = self.counted[(self.counted["unlike"] != "") & self.counted["of"].isin(published()["of"])]
+        for reason, groups in told.sort_values("group").groupby("unlike", sort=False)["group"]:
+            lines.append(f"No published figures beside group {', '.join(map(str, groups.unique()))}: {reason}.")
         return [one_line(line) for line in lines]
 
     def runs_table(self) -> pd.DataFrame:
@@ -284,51 +287,43 @@ class Section:
     def figures_table(self) -> pd.DataFrame:
         """One row per group, figure and published figure beside it, in percent."""
         rows = []
-        for number, group in self.groups:
-            run = group.iloc[0]
-            common = self.describe(number, group) | {"of": "" if run["unlike"] else run["of"]}
+        for number, group in self.counted.groupby("group"):
+            run, seconds = group.iloc[0], group["seconds"].sum()  # of all its runs, in one list
+            common = {"dataset": self.name, "group": number, **run[self.differing], "runs": len(group)}
+            common |= {"seeds": ", ".join(map(str, group["seed"])), "chosen by": run["chosen by"]}
+            common["s/epoch"] = round(statistics.median(seconds), 2) if seconds else None
+            common["of"] = "" if run["unlike"] else run["of"]
             for name in self.figures:
-                mean, std = mean_and_std(group[f"{name} (%)"])
-                rows.append({"dataset": self.name} | common | {"figure": name, "mean (%)": mean, "std (%)": std})
+                values = group[f"{name} (%)"]
+                std = statistics.stdev(values) if len(values) > 1 else None
+                rows.append(common | {"figure": name, "mean (%)": statistics.fmean(values), "std (%)": std})
         table = pd.DataFrame(rows, dtype=object).merge(published(), "left", on=["of", "figure"]).drop(columns="of")
         table["difference"] = (table["mean (%)"] - table["published (%)"]).astype(float).round(6)
         compared = table[["mean (%)", "std (%)", "published (%)", "published ± (%)"]]
         return table.assign(verdict=[verdict(*figures) for figures in compared.itertuples(index=False)])
 
-    def describe(self, number: int, group: pd.DataFrame) -> dict:
-        """What a group is, without its figures."""
-        row = {"group": number, **group.iloc[0][self.differing], "runs": len(group)}
-        row |= {"seeds": ", ".join(map(str, group["seed"])), "chosen by": group["chosen by"].iloc[0]}
-        seconds = group["seconds"].sum()  # of all its runs, in one list
-        return row | {"s/epoch": round(statistics.median(seconds), 2) if seconds else None}
-
     def tables(self) -> dict[str, pd.DataFrame]:
         """{title: table of text}, for the eye; no comparison where there is none, of the last epoch only R@1."""
-        groups, comparison = [], []
-        for number, group in self.groups:
-            ours = {name: plus_minus(*mean_and_std(group[f"{name} (%)"]), 2) for name in self.figures}
-            groups.append(self.describe(number, group) | ours)
-        known = self.figures_table().dropna(subset="source")
-        for (number, source), rows in known.groupby(["group", "source"], sort=False):
-            comparison.append({"group": number, "beside": source})
-            for row in rows.to_dict("records"):
+        table = self.figures_table()
+        groups, beside = {}, {}
+        for row in table.to_dict("records"):
+            ours = groups.setdefault(row["group"], {name: row[name] for name in table.loc[:, "group":"s/epoch"]})
+            ours[row["figure"]] = plus_minus(row["mean (%)"], row["std (%)"], 2)
+            if pd.notna(row["source"]):
+                key = {"group": row["group"], "beside": row["source"]}
+                theirs = beside.setdefault(tuple(key.values()), key)
+                theirs[row["figure"]] = plus_minus(row["published (%)"], row["published ± (%)"], 1)
                 delta = f"{row['difference']:+.2f}".replace("-", "−")
-                comparison[-1][row["figure"]] = plus_minus(row["published (%)"], row["published ± (%)"], 1)
-                comparison[-1][f"Δ {row['figure']}"] = f"{delta} {row['verdict']}".strip()
+                theirs[f"Δ {row['figure']}"] = f"{delta} {row['verdict']}".strip()
         unwanted = ["dataset", *MADE_BY, *(f"last {name} (%)" for name in self.figures if name != "R@1")]
         runs = self.runs_table().drop(columns=unwanted)
-        found = {"Groups": groups, "Beside published figures": comparison, "Runs": runs}
+        found = {"Groups": groups.values(), "Beside published figures": beside.values(), "Runs": runs}
         return {title: shown(pd.DataFrame(rows, dtype=object)) for title, rows in found.items() if len(rows)}
 
 
 def flag_name(destination: str) -> str:
     """As on the command line; with its dashes where the report has a column of that name, or train.py no such flag."""
     return {**train_flags()[1], "dataset": "--dataset", "data": "data"}.get(destination, f"--{destination}")
-
-
-def mean_and_std(values) -> tuple[float, float | None]:
-    """Of a figure over runs; no deviation of a single one."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 @functools.cache

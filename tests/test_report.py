@@ -88,7 +88,8 @@ def logs(tmp_path_factory):
         recalls = {1: [0.8, 0.898], 2: [0.8, 0.94], 4: [0.8, 0.963]}
         make_run(root / "losses" / f"run_{number}", recalls, seconds=seconds, **({"dataset": "cars"} | changed))
 
-    (root / "cub" / "run_5").mkdir()
+    make_run(root / "cub" / "run_5", {1: [0.7]})
+    (root / "cub" / "run_5" / "results.csv").unlink()
     make_run(root / "cub" / "run_6", {1: [0.7], 2: [0.7], 4: [0.8]}, nb_epochs=40)
     return root
 
@@ -99,12 +100,7 @@ def section(folder):
 
 def grouped(made):
     """The names of the runs of each group that count."""
-    return [tuple(group["run"]) for _, group in made.groups]
-
-
-@pytest.fixture(scope="module")
-def cub(logs):
-    return section(logs / "cub")
+    return [tuple(group["run"]) for _, group in made.counted.groupby("group")]
 
 
 @pytest.fixture(scope="module")
@@ -117,39 +113,47 @@ def written(logs, tmp_path_factory):
     return output, done
 
 
-def test_runs_come_in_order_of_number_and_say_their_best_and_last(cub):
-    table = cub.runs_table().set_index("run")
+def test_csv_has_runs_in_order_of_number_with_their_best_and_last(written):
+    table = pd.read_csv(written[0] / "report.csv")
+    assert table.groupby("dataset").size().to_dict() == {"cars": 2, "cub": 5}
+    assert (table["commit"] == "made epoch " + table["best epoch"].astype(str)).all()
+    # of the flags only those that differ are columns
+    assert {"tau", "val-classes", "epochs", "data"} < set(table) and "alpha" not in table
+    table = table.query("dataset == 'cub'").set_index("run")
     assert list(table.index) == ["run_1", "run_2", "run_3", "run_4", "run_10"]
     assert table.loc["run_10", ["best epoch", "R@1 (%)", "R@2 (%)", "R@4 (%)"]].tolist() == [2, 71.9, 81.9, 88.1]
     assert table.loc["run_10", ["last R@1 (%)", "last R@2 (%)", "last R@4 (%)"]].tolist() == [70.0, 80.0, 88.0]
-    assert table["tau"].tolist() == [32, 32, 24, 32, 32]
-    assert table["seed"].tolist() == [1, 2, 1, 1, 10]
+    assert table["tau"].tolist() == [32, 32, 24, 32, 32] and table["seed"].tolist() == [1, 2, 1, 1, 10]
     assert table.loc["run_4", ["chosen by", "best epoch", "R@1 (%)"]].tolist() == ["held-out classes", 2, 70.0]
-    # of the flags only those that differ are columns
-    assert set(cub.runs_table().loc[:, "group":"seed"].columns[1:-1]) == {"tau", "val-classes", "epochs", "data"}
+    assert table.loc["run_3", "remark"] == NASTY
 
 
-def test_groups_are_runs_that_differ_in_their_seed_alone_best_first(cub):
-    assert grouped(cub) == [("run_1", "run_2", "run_10"), ("run_3",), ("run_4",)]
-    shown = cub.tables()["Groups"]
+def test_groups_are_runs_that_differ_in_their_seed_alone_best_first(logs):
+    made = section(logs / "cub")
+    assert grouped(made) == [("run_1", "run_2", "run_10"), ("run_3",), ("run_4",)]
+    shown = made.tables()["Groups"]
     assert shown.loc[0, ["runs", "seeds", "R@1", "R@2", "R@4"]].tolist() == [
         "3", "1, 2, 10", "71.50 ± 0.36", "81.50 ± 0.36", "88.10 ± 0.00"
     ]  # fmt: skip
     assert shown.loc[1, ["runs", "R@1"]].tolist() == ["1", "70.10"]
 
 
-def test_figures_and_their_difference_to_what_was_published(cub):
-    row = cub.figures_table().query("group == 1 and figure == 'R@1'").iloc[0]
-    assert row["mean (%)"] == pytest.approx(71.5, abs=1e-12)
+def test_csv_of_groups_has_figures_and_their_difference_to_what_was_published(written):
+    table = pd.read_csv(written[0] / "report_groups.csv", keep_default_na=False).query("dataset == 'cub'")
+    row = table.iloc[0]
+    assert row["figure"] == "R@1" and row["mean (%)"] == pytest.approx(71.5, abs=1e-12)
     # deviations −0.3, −0.1, 0.4: their squares sum to 0.26, over n − 1 = 2
-    assert row["std (%)"] == pytest.approx(0.13**0.5, abs=1e-12)
-    table = cub.figures_table().set_index(["group", "figure", "source"])[["difference", "verdict"]]
-    assert table.loc[(1, "R@1", "paper")].tolist() == [0.1, "within"]  # ± 0.2 of the paper
-    assert table.loc[(1, "R@2", "paper")].tolist() == [0.4, "above"]
-    assert table.loc[(1, "R@1", "replication, re-run")].tolist() == [1.4, "above"]  # ± 0.36 of our own
-    assert table.loc[(1, "R@2", "replication, tuned")].tolist() == [-0.3, "within"]
-    assert table.loc[(2, "R@1", "paper")].tolist() == [-1.3, "below"]
-    assert table.loc[(2, "R@1", "replication, re-run")].tolist() == [0.0, ""]  # one run beside a figure without ±
+    assert float(row["std (%)"]) == pytest.approx(0.13**0.5, abs=1e-12)
+    table = table.set_index(["group", "figure", "source"]).astype({"difference": str})
+    for group, figure, source, difference, verdict in (
+        (1, "R@1", "paper", "0.1", "within"),  # ± 0.2 of the paper
+        (1, "R@2", "paper", "0.4", "above"),
+        (1, "R@1", "replication, re-run", "1.4", "above"),  # ± 0.36 of our own
+        (1, "R@2", "replication, tuned", "-0.3", "within"),
+        (2, "R@1", "paper", "-1.3", "below"),
+        (2, "R@1", "replication, re-run", "0.0", ""),  # one run beside a figure without ±
+    ):
+        assert table.loc[(group, figure, source), ["difference", "verdict"]].tolist() == [difference, verdict]
 
 
 @pytest.mark.parametrize(
@@ -185,7 +189,7 @@ def test_the_console_shows_the_markdown_what_is_left_out_and_where_the_files_lie
     check_markdown(text, num_tables=6)
     for name in ("report.md", "report.tex", "report.csv", "report_groups.csv", "report.html"):
         assert str(output / name) in done.stdout.splitlines()[-1]
-    reasons = ["run_5: left out, args.json: No such file or directory", "run_6: left out, not finished, 1 of 40 epochs"]
+    reasons = ["run_5: left out, it has no epoch yet", "run_6: left out, not finished, 1 of 40 epochs"]
     assert done.stderr.splitlines() == [f"warning: {logs / 'cub'}/{reason}" for reason in reasons]
 
 
@@ -196,18 +200,6 @@ def check_markdown(text, num_tables):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
         assert len({len(line) for line in block.splitlines()}) == 1
     assert not re.search(r"(?<!\\)[<\[`*$]", text)
-
-
-def test_csv_is_read_back(written):
-    runs = pd.read_csv(written[0] / "report.csv")
-    assert runs.groupby("dataset").size().to_dict() == {"cars": 2, "cub": 5}
-    assert (runs["commit"] == "made epoch " + runs["best epoch"].astype(str)).all()
-    assert runs.set_index(["dataset", "run"]).loc[("cub", "run_3"), "remark"] == NASTY
-    assert runs.set_index(["dataset", "run"]).loc[("cars", "run_1"), "R@1 (%)"] == 89.8
-    groups = pd.read_csv(written[0] / "report_groups.csv")
-    cars = groups.query("dataset == 'cars' and figure == 'R@1' and source == 'paper'").iloc[0]
-    assert cars[["mean (%)", "published (%)", "published ± (%)", "difference"]].tolist() == [89.8, 89.6, 0.2, 0.2]
-    assert cars["verdict"] == "within"
 
 
 def test_latex_is_balanced_and_escaped(written):
@@ -341,7 +333,6 @@ def test_a_folder_may_hold_runs_of_several_data_sets(tmp_path):
         ("cub", "resnet18", {}, {}),
         ("glyphs", "resnet50", {}, {}),
         ("cub", "resnet50", {"sz_embedding": 64}, {}),
-        ("cub", "resnet50", {"ls": 0}, {}),
         ("cub", "resnet50", {"dataset": "nobody's"}, {}),
     ],
 )
@@ -366,26 +357,28 @@ def test_a_broken_run_is_left_out_with_its_reason_and_stops_nothing(tmp_path):
         ("args.json", '{"flags": [1]}', "args.json: "),
         ("args.json", TOO_DEEP, "args.json: "),
         ("args.json", '{"flags": {"nb_epochs": 1, "tau": NaN}}', "args.json: .*NaN"),
-        ("args.json", '{"flags": {"nb_epochs": 1e999}}', "args.json: .*infinity"),
+        ("args.json", '{"flags": {"nb_epochs": 1e999}}', "args.json: nb_epochs is inf, not a number"),
         ("args.json", f'{{"flags": {{"nb_epochs": {"9" * 400}}}}}', "not finished, 1 of 9"),
         ("args.json", f'{{{GOOD_FLAGS}, "data": {{"train": 5}}}}', "args.json: "),
         ("args.json", json.dumps({"flags": {}, "data": whole("cub", None)}), "args.json: "),
         ("args.json", f'{{{GOOD_FLAGS}, "data": {{"train": {{"images": 1e999, "classes": 1, "digest": ""}}}}}}', "a"),
         ("args.json", b"\xff\xfe{}", "args.json: .*utf-8"),
         ("args.json", "", "args.json: "),
-        ("args.json", "[]", "args.json: "),
-        ("args.json", '{"flags": {"nb_epochs": "x"}}', "args.json: .*'x'"),
-        ("results.csv", "phase,epoch,R@1\ntrain,1,much\n", "results.csv: .*'much'"),
-        ("results.csv", "phase,epoch,R@1\ntrain,1,7.5\n", "results.csv: it lacks figures, or has some outside 0 to 1"),
-        ("results.csv", "phase,epoch\ntrain,1\n", "results.csv: it lacks 'R@1'"),
+        ("args.json", "[]", r"args.json: it is damaged or not of train.py \("),
+        ("args.json", '{"flags": {"nb_epochs": "x"}}', "args.json: nb_epochs is 'x', not a number"),
+        ("results.csv", "phase,epoch,R@1\ntrain,1,much\n", "results.csv: the column R@1 lacks numbers"),
+        ("results.csv", "phase,epoch,R@1\ntrain,1,7.5\n", "results.csv: the column R@1 lacks numbers"),
+        ("results.csv", "phase,epoch\ntrain,1\n", "results.csv: the column R@1 lacks numbers"),
+        ("results.csv", "epoch,R@1\n1,0.5\n", "results.csv: .*'phase'"),
+        ("results.csv", "phase,epoch,R@2\ntrain,1,0.5\n", "results.csv: the column R@1 lacks numbers"),
         ("results.csv", b"\x00\xff", "results.csv: "),
         ("results.csv", "", "results.csv: "),
         ("results.csv", "\n\n", "results.csv: "),
         ("results.csv", b"phase,epoch,R@1\ntrain,1,0.\xff\n", "results.csv: .*utf-8"),
         ("results.csv", "phase,epoch,R@1,R@1\ntrain,1,0.5,0.6\n", "results.csv: it has the column R@1 twice"),
-        ("results.csv", "phase,epoch,R@1\ntrain,1,\n", "results.csv: it lacks figures"),
-        ("results.csv", "phase,epoch,R@1\ntrain,,0.5\n", "results.csv: "),
-        ("results.csv", "phase,epoch,R@1\ntrain,1e300,0.5\n", "results.csv: "),
+        ("results.csv", "phase,epoch,R@1\ntrain,1,\n", "results.csv: the column R@1 lacks numbers"),
+        ("results.csv", "phase,epoch,R@1\ntrain,,0.5\n", "results.csv: the column epoch lacks numbers"),
+        ("results.csv", "phase,epoch,R@1\ntrain,1e300,0.5\n", "results.csv: the column epoch lacks numbers"),
         ("results.csv", "phase,epoch,R@1\ntrain,1,0.5,6,7\ntrain,2\n", "results.csv: "),
         *[(name, None, f"{re.escape(name)}: Is a directory") for name in
           ("args.json", "results.csv", "cub_resnet50_best_results.txt", "curves.png", "neighbours.png")],
@@ -438,7 +431,7 @@ def test_images_that_changed_during_a_run_keep_it_apart(tmp_path):
     assert [(run["run"], run["best epoch"]) for run in runs] == [("run_1", 3), ("run_2", 2), ("run_4", 3)]
     assert "run_3: left out, its images changed and no epoch was trained since" in reasons[0]
     made = report.Section("cub", runs)
-    assert len(made.groups) == 3 and "other images until epoch 1" in runs[0]["data"]
+    assert made.counted["group"].nunique() == 3 and "other images until epoch 1" in runs[0]["data"]
     assert "No published figures beside group 1, 2: " in made.lines()[-1] and "or these changed" in made.lines()[-1]
     # earlier versions left images that could not be decoded out of the scores alone
     table = pd.read_csv(tmp_path / "cub" / "run_2" / "results.csv").assign(undecoded=[None, None, 3, 3, 3])
@@ -446,25 +439,19 @@ def test_images_that_changed_during_a_run_keep_it_apart(tmp_path):
     assert "could not be decoded" in section(tmp_path / "cub").runs["data"][1]
 
 
-def test_a_resumed_run_says_how_often_and_counts_all_its_epochs(tmp_path):
-    resumptions = [{"command": "train.py --resume", "made_by": {}, "after_epoch": 3}, {"after_epoch": "<b>5"}]
-    make_run(tmp_path / "cub" / "run_1", {1: [0.5, 0.6, 0.7]}, nb_epochs=2, more={"resumptions": resumptions})
-    make_run(tmp_path / "cub" / "run_2", {1: [0.5, 0.6]}, seed=2, more={"resumptions": None})
-    made = section(tmp_path / "cub")
-    assert [run.get("resumed") for run in made.runs["made by"]] == ["2 ×, after epoch 3, <b>5", None]
-    assert made.runs_table()["epochs"].tolist() == [3, 2] and len(made.groups) == 2
-    page = Page(report.page([made], []))
-    assert "resumed: 2 ×, after epoch 3, <b>5" in page.text and page.open == []
-
-
-def test_the_last_word_on_the_number_of_epochs_counts(tmp_path):
-    """A run that was made longer, or shorter, by --resume --epochs N."""
+def test_a_resumed_run_says_how_often_and_the_last_word_on_its_epochs_counts(tmp_path):
+    """A run that was made longer, or shorter, by --resume --epochs N; or went on as it was."""
     for number, first, then in ((1, 2, 20), (2, 3, 2), (3, 1, 2)):
-        more = {"resumptions": [{"after_epoch": 1, "flags": {"nb_epochs": then}}, {"after_epoch": 2, "flags": {}}]}
-        make_run(tmp_path / "cub" / f"run_{number}", {1: [0.5, 0.6]}, nb_epochs=first, more=more)
+        more = {"resumptions": [{"after_epoch": 1, "flags": {"nb_epochs": then}}, {"after_epoch": "<b>5"}]}
+        make_run(tmp_path / "cub" / f"run_{number}", {1: [0.5, 0.6]}, nb_epochs=first, seed=number, more=more)
+    make_run(tmp_path / "cub" / "run_4", {1: [0.5, 0.6, 0.7]}, seed=4, more={"resumptions": None})
     runs, reasons = report.read_runs(tmp_path / "cub")
-    assert [run["run"] for run in runs] == ["run_2", "run_3"]
     assert "run_1: left out, not finished, 2 of 20 epochs" in reasons[0]
+    made = report.Section("cub", runs)
+    assert grouped(made) == [("run_4",), ("run_2", "run_3")] and made.runs_table()["epochs"].tolist() == [2, 2, 3]
+    assert [run.get("resumed") for run in made.runs["made by"]] == [*["2 ×, after epoch 1, <b>5"] * 2, None]
+    page = Page(report.page([made], []))
+    assert "resumed: 2 ×, after epoch 1, <b>5" in page.text and page.open == []
 
 
 @pytest.fixture(scope="module")
