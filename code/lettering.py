@@ -1,7 +1,6 @@
 """Names and titles in a picture: short enough, told apart, and in characters that the fonts have."""
 
 import bisect
-import contextlib
 import functools
 import importlib.util
 import itertools
@@ -9,7 +8,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -19,21 +18,13 @@ from matplotlib.ft2font import FT2Font
 LENGTH = 28  # columns of a class name in a plot
 
 
-@functools.cache
-def fonts() -> list[str]:
-    """Families that texts are drawn in; of zhplot, if it is installed, the font, for Chinese and Japanese names."""
-    found = ["DejaVu Sans"]
-    if zhplot := importlib.util.find_spec("zhplot"):
-        for file in Path(zhplot.origin).parent.glob("fonts/NotoSansSC-Regular.ttf"):
-            fontManager.addfont(file)
-            found.append("Noto Sans SC")
-    return found
-
-
-@contextlib.contextmanager
-def in_our_fonts() -> Iterator[None]:
-    with matplotlib.rc_context({"font.family": fonts()}):
-        yield
+# What texts are drawn in; of zhplot, if it is installed, the font, for Chinese and Japanese names
+FONTS = ["DejaVu Sans"]
+if zhplot := importlib.util.find_spec("zhplot"):
+    for file in Path(zhplot.origin).parent.glob("fonts/NotoSansSC-Regular.ttf"):
+        fontManager.addfont(file)
+        FONTS.append("Noto Sans SC")
+in_our_fonts = matplotlib.rc_context({"font.family": FONTS})  # a decorator
 
 
 def short_names(names: Sequence[str], length: int = LENGTH) -> list[str]:
@@ -74,7 +65,7 @@ def legible(text: str) -> str:
 @functools.cache
 def _drawable() -> frozenset[int]:
     """Code points that the fonts have a glyph for."""
-    return frozenset().union(*(FT2Font(findfont(FontProperties(family))).get_charmap() for family in fonts()))
+    return frozenset().union(*(FT2Font(findfont(FontProperties(family))).get_charmap() for family in FONTS))
 
 
 def _spell(character: str) -> str:

@@ -40,7 +40,7 @@ FRAMES = {
 # ---------------------------------------------------------------- the course of a run
 
 
-@lettering.in_our_fonts()
+@lettering.in_our_fonts
 def curves(
     history: Sequence[dict], path: Path, title: str = "", chance: float | None = None, best: int | None = None
 ) -> None:
@@ -97,11 +97,12 @@ def _name_epochs(axes, history: Sequence[dict]) -> None:
 
 def _draw_losses(axes, history: Sequence[dict], chance: float | None) -> None:
     two_terms = any("ce_loss" in row for row in history)
-    lines = [("loss", r"$L_D$ + $\lambda_s$ $L_{CE}$" if two_terms else "loss", "black", 2)]
-    if two_terms:
-        lines.append(("dist_loss", "distribution loss $L_D$", "#0969da", 1.5))
-        lines.append(("ce_loss", "cross-entropy $L_{CE}$", "#bc4c00", 1.5))
-    for name, label, color, linewidth in lines:
+    lines = [
+        ("loss", r"$L_D$ + $\lambda_s$ $L_{CE}$" if two_terms else "loss", "black", 2),
+        ("dist_loss", "distribution loss $L_D$", "#0969da", 1.5),
+        ("ce_loss", "cross-entropy $L_{CE}$", "#bc4c00", 1.5),
+    ]
+    for name, label, color, linewidth in lines if two_terms else lines[:1]:
         _plot(axes, history, name, 1, label=label, color=color, linewidth=linewidth)
     if two_terms and chance is not None:
         axes.axhline(chance, color="#bc4c00", linewidth=1, linestyle="--", label="chance: ln C")
@@ -161,7 +162,7 @@ def _plot(axes, history: Sequence[dict], name: str, scale: float, **look) -> Non
 # ---------------------------------------------------------------- a search
 
 
-@lettering.in_our_fonts()
+@lettering.in_our_fonts
 def neighbours(
     query_paths: Sequence[Path | str],
     neighbour_paths: Sequence[Sequence[Path | str]],
@@ -184,14 +185,10 @@ def neighbours(
         captions: a name for each nearest image, written below its similarity.
         own: they are the user's own pictures, which are turned as their EXIF orientation says.
 
-    An image that cannot be read becomes a grey square that says so. Raises ValueError where the lengths differ.
+    An image that cannot be read becomes a grey square that says so.
     """
     right = [[None] * len(row) for row in neighbour_paths] if neighbour_right is None else neighbour_right
     below = [[""] * len(row) for row in neighbour_paths] if captions is None else captions
-    rows = (neighbour_paths, right, similarities, below)
-    parts = (query_paths, titles, *rows)
-    if not len(query_paths) or any(len(set(map(len, row))) != 1 for row in zip(*rows, strict=True)):
-        raise ValueError("neighbours: all rows need the same shape, and there must be a query")
 
     # Everything stands in one coordinate system whose unit, an inch, is the side of a picture.
     step, first, row_height = 1.08, 1.3, 1.66 if captions is None else 1.78
@@ -203,16 +200,17 @@ def neighbours(
     axes.set_axis_off()
     _draw_frame_legend(axes, first, known=neighbour_right is not None)
     digits = _digits(similarities)
-    for number, (query, title, *found) in enumerate(zip(*parts, strict=True)):
+    rows = zip(query_paths, titles, neighbour_paths, right, similarities, below, strict=True)
+    for number, (query, title, *found) in enumerate(rows):
         top = 0.5 + number * row_height
         axes.text(0, top + 0.11, lettering.label(title, int(width * 11)), va="center", fontsize=11)
         _draw_image(axes, query, 0.0, top + 0.26, FRAMES["query"], own)
         for place, (file, is_right, similarity, caption) in enumerate(zip(*found, strict=True)):
-            x, known = first + place * step, None if is_right is None else bool(is_right)
-            _draw_image(axes, file, x, top + 0.26, FRAMES[known], own)
-            text = dict(ha="center", va="center", color=FRAMES[known]["color"])
-            axes.text(x + 0.5, top + 1.39, f"{MARKS[known]}{similarity:.{digits}f}", fontsize=10, **text)
-            text |= dict(fontsize=6.5, family=["DejaVu Sans Mono", *lettering.fonts()])
+            x = first + place * step
+            _draw_image(axes, file, x, top + 0.26, FRAMES[is_right], own)
+            text = dict(ha="center", va="center", color=FRAMES[is_right]["color"])
+            axes.text(x + 0.5, top + 1.39, f"{MARKS[is_right]}{similarity:.{digits}f}", fontsize=10, **text)
+            text |= dict(fontsize=6.5, family=["DejaVu Sans Mono", *lettering.FONTS])
             axes.text(x + 0.5, top + 1.54, lettering.label(caption, CAPTION_LENGTH), **text)
     _save(figure, path)
 
@@ -250,7 +248,7 @@ def _draw_image(axes, file: Path | str, x: float, y: float, frame: dict, own: bo
     axes.add_patch(Rectangle((x, y), 1, 1, fill=False, zorder=3, **frame))
 
 
-@lettering.in_our_fonts()
+@lettering.in_our_fonts
 def contact_sheet(columns: Sequence[tuple[str, Sequence]], path: Path, own: bool = False) -> None:
     """Classes of each split side by side, their images in rows.
 
@@ -299,17 +297,14 @@ def read_thumbnail(file: Path | str, side: int = THUMBNAIL, own: bool = False) -
 # ---------------------------------------------------------------- a batch
 
 
-@lettering.in_our_fonts()
+@lettering.in_our_fonts
 def hypergraph(H: np.ndarray, labels: np.ndarray, class_names: Sequence[str], path: Path) -> None:
     """The incidence matrix of a batch: how far each sample belongs to the hyperedge of each class.
 
     H (N, E) in [0, 1], its columns the classes present in ascending order; labels (N,) of the samples, indices into
-    class_names. Samples are grouped by class. Raises ValueError where the shapes do not fit.
+    class_names. Samples are grouped by class.
     """
-    H, labels = np.asarray(H), np.asarray(labels)
     classes, sizes = np.unique(labels, return_counts=True)
-    if H.shape != (len(labels), len(classes)) or not len(labels):
-        raise ValueError(f"hypergraph: H must be {(len(labels), len(classes))} for these labels, got {H.shape}")
     figure = Figure(figsize=(7.4, 6), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(
@@ -338,7 +333,7 @@ def hypergraph(H: np.ndarray, labels: np.ndarray, class_names: Sequence[str], pa
 # ---------------------------------------------------------------- embeddings on a plane
 
 
-@lettering.in_our_fonts()
+@lettering.in_our_fonts
 def embedding_map(
     embeddings: np.ndarray,
     files: Sequence[Path | str],

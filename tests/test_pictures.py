@@ -15,7 +15,6 @@ import pytest
 import scipy.ndimage
 import torch
 from PIL import Image
-from refused import Refused
 from trees import picture
 
 KS = (1, 2, 4, 8, 16, 32)
@@ -61,11 +60,6 @@ def test_curves(tmp_path, trained, warm, validation):
     assert both_terms == star == (trained > 0)
     assert (share(pixels, "#eeeeee", 0) > 1e-3) == (warm > 0)
     assert (share(pixels, pictures.RED) > 1e-4) == validation
-    drawn = path.read_bytes()
-    pictures.curves(history(trained, warm, validation), path)
-    assert path.read_bytes() == drawn
-    pictures.curves(history(trained + 1, warm, validation), path)
-    assert path.read_bytes() != drawn
 
 
 @pytest.fixture
@@ -107,19 +101,13 @@ def test_curves_say_which_run_and_what_chance_is(figures):
     assert len(figures[1].axes[0].lines) == 1
 
 
-def test_curves_star_the_epoch_that_was_chosen(figures):
-    rows = [{"phase": "train", "epoch": epoch, "R@1": recall} for epoch, recall in ((1, 0.9), (2, 0.6), (3, 0.7))]
-    for best, epoch in ((None, 1), (3, 3), (0, None)):
+def test_curves_star_the_epoch_that_was_chosen_and_cut_nothing_at_100_percent(figures):
+    rows = [{"phase": "train", "epoch": epoch, "R@1": recall} for epoch, recall in ((1, 1.0), (2, 0.6), (3, 0.7))]
+    for best, title in ((None, "R@1 100.00 % in epoch 1, "), (3, "R@1 70.00 % in epoch 3, "), (0, "")):
         pictures.curves(rows, "c.png", best=best)
-        title = figures[-1].axes[1].get_title()
-        assert title.startswith(f"R@1 {100 * rows[epoch - 1]['R@1']:.2f} % in epoch {epoch}") if epoch else title == ""
-
-
-def test_curves_at_100_percent_are_not_cut(figures):
-    pictures.curves([{"phase": "train", "epoch": epoch, "R@1": 1.0, "val R@1": 1.0} for epoch in (1, 2)], "c.png")
-    axes = figures[0].axes[1]
-    lines = [line for line in axes.lines if len(line.get_ydata())]
-    assert len(lines) == 2 and not any(line.get_clip_on() for line in lines) and axes.get_ylim()[1] > 100
+        axes = figures[-1].axes[1]
+        assert axes.get_title().startswith(title) and bool(axes.get_title()) == bool(title)
+        assert not any(line.get_clip_on() for line in axes.lines) and axes.get_ylim()[1] > 100
 
 
 def test_curves_of_the_hypergraph_are_there_if_the_rows_have_them(figures):
@@ -175,31 +163,18 @@ def test_neighbours(tmp_path, images):
     assert share(pixels, pictures.GREEN) > share(pixels, pictures.RED) * 0.8 > 0.002  # solid against dashed frames
     assert share(pixels, pictures.GREY, 0) > 0.02  # two placeholders a row
     assert share(pixels, "#9c9c9c", 1) > 0.01  # 40000 of 65535, not clipped to white
-    grey = []  # right and wrong differ without colour, too
+    grey = []  # right and wrong differ without colour, too; a query may have found nothing
     for right in (True, False):
-        pictures.neighbours(images[:1], [images[:1]], [[right]], [[0.5]], ["query"], path)
+        pictures.neighbours(images[:2], [images[:1], []], [[right], []], [[0.5], []], ["query", "none"], path)
         grey.append(read(path).mean(axis=2) < 200)
     assert (grey[0] != grey[1])[70:].sum() > 500
-
-
-def test_neighbours_of_different_number(tmp_path, images):
-    path = tmp_path / "neighbours.png"
-    pictures.neighbours(images[:2], [images[:2], []], [[True, False], []], [[0.9, 0.1], []], ["two", "none"], path)
-    assert share(read(path), pictures.GREEN) > 0.001
-    for arguments in ((images[:1], [images[:2]], [[True]], [[0.9, 0.1]], ["query"]), ([], [], [], [], [])):
-        with pytest.raises(ValueError, match="neighbours: "):
-            pictures.neighbours(*arguments, path)
-
-
-def shown(figure):
-    """What is written in a figure."""
-    return [text.get_text() for text in figure.axes[0].texts]
 
 
 def test_neighbours_tell_saturated_similarities_apart(figures, images):
     for row in ([0.9, 0.8, 0.8], [0.99999, 0.99998], [0.9999999, 0.9999998], [1.0, 1 - 1e-12], [0.5]):
         pictures.neighbours(images[:1], [images[: len(row)]], None, [row], ["query"], "n.png")
-    values = [[text for text in shown(figure) if text[:2] in ("0.", "1.")] for figure in figures]
+    shown = [[text.get_text() for text in figure.axes[0].texts] for figure in figures]
+    values = [[text for text in texts if text[:2] in ("0.", "1.")] for texts in shown]
     assert values[:3] == [["0.900", "0.800", "0.800"], ["0.99999", "0.99998"], ["0.9999999", "0.9999998"]]
     assert values[3:] == [["1.0000000", "1.0000000"], ["0.500"]]
 
@@ -249,15 +224,15 @@ def test_short_names_keep_what_tells_them_apart():
         assert lettering.short_names(names) == names
 
 
-@pytest.mark.parametrize("count", [2, 12, 2000])
-@pytest.mark.parametrize("pattern", ["{:05d}", "{:05d}.bird", "a_bird_from_" * 9 + "{}", "{}" + "x" * 99,
+@pytest.mark.parametrize("pattern", ["{:05d}.bird", "a_bird_from_" * 9 + "{}", "{}" + "x" * 99,
                                      "x" * 99 + "{}" + "x" * 99, "猫" * 30 + "{}" + "猫" * 30])  # fmt: skip
-def test_short_names_fit_and_differ(count, pattern):
-    short = lettering.short_names([pattern.format(number) for number in range(count)])
-    assert len(set(short)) == count
-    width = {"W": 2, "F": 2}  # Chinese characters are as wide as two Latin ones
-    widths = [sum(width.get(unicodedata.east_asian_width(character), 1) for character in name) for name in short]
-    assert max(widths) <= lettering.LENGTH
+def test_short_names_fit_and_differ(pattern):
+    for count in (2, 2000):
+        short = lettering.short_names([pattern.format(number) for number in range(count)])
+        assert len(set(short)) == count
+        # Chinese characters are as wide as two Latin ones
+        widths = [sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in name) for name in short]
+        assert max(widths) <= lettering.LENGTH
 
 
 INTERNATIONAL = ["鸟类", "鳥類", "日本語の猫", "고양이", "عصفور", "🐶", "हिन्दी", "ไทย", "Ä $5 $x_{"]
@@ -293,19 +268,12 @@ def test_no_name_sets_off_a_warning_and_no_setting_is_left(tmp_path, images):
     assert done.returncode == 0 and not re.search("lyph|font|pictures|lettering", said), said
 
 
-def incidence(labels, seed=0):
-    """A plausible H of a batch."""
-    classes = np.unique(labels)
-    H = np.random.default_rng(seed).uniform(0.05, 0.4, (len(labels), len(classes)))
-    H[labels[:, None] == classes[None, :]] = 1
-    return H
-
-
 @pytest.mark.parametrize("batch, classes", [(1, 1), (32, 100), (180, 11318)])
 def test_hypergraph(tmp_path, batch, classes):
     labels = np.random.default_rng(1).integers(0, classes, batch)
+    own = labels[:, None] == np.unique(labels)
     names = [f"{c:05d}.A_rather_long_name_of_a_class_$" for c in range(classes)]
-    pictures.hypergraph(incidence(labels), labels, names, tmp_path / "h.png")
+    pictures.hypergraph(np.where(own, 1, np.linspace(0.05, 0.4, own.shape[1])), labels, names, tmp_path / "h.png")
     pixels = read(tmp_path / "h.png")
     assert pixels.shape == (900, 1110, 3)
     assert share(pixels, "#fde725") > 0.0005  # membership 1
@@ -322,17 +290,6 @@ def test_hypergraph_groups_the_samples_by_class(figures):
     assert "other classes' hyperedges: 0.475 on average" in axes.get_title()
     pictures.hypergraph(np.ones((2, 1)), np.array([1, 1]), list("abcd"), "h.png")
     assert "average" not in figures[1].axes[0].get_title()  # there is no other class
-    with pytest.raises(ValueError, match=r"must be \(4, 2\)"):
-        pictures.hypergraph(np.ones((2, 4)), labels, list("abcd"), "wrong.png")
-
-
-def test_colour_bar_has_no_bands(tmp_path):
-    pictures.hypergraph(np.ones((2, 1)), np.array([0, 0]), ["one"], tmp_path / "h.png")
-    pixels = read(tmp_path / "h.png")
-    columns = [np.unique(pixels[:, x], axis=0) for x in range(pixels.shape[1] // 2, pixels.shape[1])]
-    bar = max(range(len(columns)), key=lambda x: len(columns[x])) + pixels.shape[1] // 2
-    assert len(np.unique(pixels[:, bar], axis=0)) >= 250  # all shades of viridis
-    assert np.abs(np.diff(pixels[90:840, bar], axis=0)).max() < 12
 
 
 @pytest.fixture(scope="module")
@@ -369,10 +326,10 @@ def test_embedding_map_shows_similar_pictures_side_by_side(tmp_path, figures, co
     assert (np.abs(hues[apart.argmin(axis=1)] - hues).max(axis=1) < 3).mean() > at_least
 
 
-def test_embedding_map_draws_a_random_part(tmp_path, figures, colours):
+def test_embedding_map_draws_a_random_part(figures, colours):
     files, embeddings = colours
     for seed in (0, 1, 0):
-        pictures.embedding_map(embeddings, files, tmp_path / "map.png", max_points=31, seed=seed)
+        pictures.embedding_map(embeddings, files, "map.png", max_points=31, seed=seed)
     shown = [figure.images[0].get_array() for figure in figures]
     assert np.array_equal(shown[0], shown[2]) and not np.array_equal(shown[0], shown[1])
     assert figures[0].texts[0].get_text().startswith("t-SNE of 31 of 40 images, ")
@@ -390,17 +347,3 @@ def test_embedding_map_of_hardly_anything(tmp_path, figures, colours, embeddings
     assert figures[0].texts[0].get_text().endswith(f" images, {shown} of them shown")
     real_save(figures[0], tmp_path / "map.png")
     assert len(blocks(read(tmp_path / "map.png"))[1]) == shown
-
-
-def test_a_failed_picture_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
-    path = tmp_path / "curves.png"
-    pictures.curves(history(3), path)
-    before = path.read_bytes()
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch, pytest.raises(Refused, match="curves.png: cannot be written"):
-        patch.setattr(os, "replace", fail)
-        pictures.curves(history(4), path)
-    assert path.read_bytes() == before and os.listdir(tmp_path) == ["curves.png"]
