@@ -129,9 +129,3 @@ def test_the_loss_takes_few_operations():
     with measure.Operations() as operations:
         criterion(X, T).backward()
     assert operations.count <= 124
-
-
-def test_operations_counts_no_views():
-    with measure.Operations() as operations:
-        torch.ones(3, 2).T[None].exp().detach()
-    assert operations.count == 2
