@@ -66,10 +66,7 @@ def train(args: Namespace, state: dict | None, locks: ExitStack) -> None:
         print(f"steps: {recorded.way(device)}")
 
     # Data
-    benchmark, train_images, validation_images = load_data(args)
-    images = {"train": train_images, "validation": validation_images}
-    images |= {"query": benchmark.query, "gallery": benchmark.gallery}
-    images = {split: listed for split, listed in images.items() if listed is not None}
+    benchmark, images = load_data(args)
     data = {split: dataset.fingerprint(listed) for split, listed in images.items()}
     if state:
         run.refuse_other_data(state, data, args)
@@ -77,14 +74,15 @@ def train(args: Namespace, state: dict | None, locks: ExitStack) -> None:
 
     # Network, loss, optimiser
     network, image_size = make_network(args, "none" if state else args.weights, device)
-    criterion = make_criterion(train_images.num_classes, args).to(device)
+    criterion = make_criterion(images["train"].num_classes, args).to(device)
     optimizer = make_optimizer(network, criterion, args)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_decay_step, args.lr_decay_gamma)
     millions = [sum(p.numel() for p in module.parameters()) / 1e6 for module in (network, criterion)]
     print(f"network: {args.model}, {millions[0]:.1f} M parameters; loss: {args.loss}, {millions[1]:.1f} M")
 
     # Loaders
-    loaders = train_loader, _ = make_loaders(args, image_size, benchmark, train_images, validation_images, device)
+    loaders = make_loaders(args, image_size, images, device)
+    train_loader = loaders["train"]
     warn_without_positives(train_loader.batch_sampler, args)
 
     # The run's folder, or the run to go on with
@@ -148,15 +146,17 @@ def seed_everything(seed: int, deterministic: bool) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def load_data(args: Namespace) -> tuple[dataset.Benchmark, dataset.ImageList, dataset.ImageList | None]:
-    """(benchmark, images to train on, held-out classes or None)."""
+def load_data(args: Namespace) -> tuple[dataset.Benchmark, dict[str, dataset.ImageList]]:
+    """(benchmark, {split: images}): train, query, validation if classes are held out, gallery if there is one."""
     benchmark = dataset.load_benchmark(
         args.dataset, args.data_root, args.train_classes, skip_bad=args.skip_bad_images, workers=args.nb_workers
     )
     inference.announce(benchmark)
+    train_images, held_out = benchmark.train, None
     if args.val_classes > 0:
-        return benchmark, *dataset.split_validation(benchmark.train, args.val_classes, args.seed)
-    return benchmark, benchmark.train, None
+        train_images, held_out = dataset.split_validation(benchmark.train, args.val_classes, args.seed)
+    images = dict(train=train_images, validation=held_out, query=benchmark.query, gallery=benchmark.gallery)
+    return benchmark, {split: listed for split, listed in images.items() if listed is not None}
 
 
 def make_network(args: Namespace, weights: str, device: torch.device) -> tuple[net.EmbeddingNet, int]:
@@ -199,18 +199,15 @@ def make_optimizer(network: net.EmbeddingNet, criterion: nn.Module, args: Namesp
     return kind(groups, lr=args.lr, weight_decay=args.weight_decay, **options)
 
 
-def make_loaders(args, image_size, benchmark, train_images, validation_images, device) -> tuple[DataLoader, list]:
-    """(loader to train from, [(prefix of the scores' names, loader of queries, of the gallery or None), …])."""
-    options = dict(workers=args.nb_workers, pin_memory=device.type == "cuda", shard=distributed.processes())
-    train_loader = dataset.make_train_loader(
-        train_images, dataset.train_transform(image_size), args.sz_batch, args.seed, args.IPC, **options
-    )
+def make_loaders(args: Namespace, image_size: int, images: dict, device: torch.device) -> dict[str, DataLoader]:
+    """{split: loader}: random batches to train on, of the other splits all images in order."""
     options = (image_size, flags.EVALUATION_BATCH, args.nb_workers, device)
-    query, gallery, validation = (
-        inference.make_loader(images, *options) for images in (benchmark.query, benchmark.gallery, validation_images)
+    loaders = {split: inference.make_loader(images[split], *options) for split in images.keys() - {"train"}}
+    options = dict(workers=args.nb_workers, pin_memory=device.type == "cuda", shard=distributed.processes())
+    loaders["train"] = dataset.make_train_loader(
+        images["train"], dataset.train_transform(image_size), args.sz_batch, args.seed, args.IPC, **options
     )
-    evaluation = [("val ", validation, None)] if validation is not None else []
-    return train_loader, [*evaluation, ("", query, gallery)]  # the last: its neighbours are drawn
+    return loaders
 
 
 def warn_without_positives(batches: dataset.RandomBatches, args: Namespace) -> None:
@@ -317,16 +314,20 @@ def diverged(where: str, said: list[str], rates: dict, stopped: str = "") -> Ref
     )
 
 
-def finish_epoch(row: dict, started: float, log: run.Run, loaders: tuple, benchmark, stop: StopSignals) -> None:
-    """Score the network, save what was reached, draw it."""
+def finish_epoch(row: dict, started: float, log: run.Run, loaders: dict, benchmark, stop: StopSignals) -> None:
+    """Score the network on the held-out classes, if there are any, and on the test split; save and draw it."""
     args, network, criterion = log.args, log.parts["network"], log.parts["criterion"]
-    train_loader, evaluation = loaders
+    options = dict(amp=args.amp == "bf16", channels_last=args.channels_last, after_batch=stop.check)
     try:
-        scores, (found, query, gallery) = evaluate(network, evaluation, benchmark.recall_at, log.device, args, stop)
+        for prefix, *splits in [("val ", "validation", None), ("", "query", "gallery")]:  # the last one is drawn
+            if splits[0] in loaders:
+                query, gallery = inference.embed_split(network, *map(loaders.get, splits), log.device, **options)
+                found = inference.score(query, gallery, benchmark.recall_at, log.device, args.search_memory)
+                row |= {prefix + name: value for name, value in found.figures().items()}
     except inference.NotFinite as error:
         where = f" in {summary.epoch_title(row, args.nb_epochs)}: {error}"
         raise diverged(where, [], rates_of(log.parts["optimizer"])) from None
-    row |= scores | {"seconds": time.monotonic() - started}
+    row["seconds"] = time.monotonic() - started
     if not distributed.is_first():
         return
     log.add(row)
@@ -336,24 +337,9 @@ def finish_epoch(row: dict, started: float, log: run.Run, loaders: tuple, benchm
     def draw(folder: Path, points: int) -> None:
         inference.draw_search(folder, found, query, benchmark.query, gallery, benchmark.gallery, points)
         if args.loss == "hist":
-            inference.draw_hypergraph(folder, network, criterion, train_loader, at_once, log.device)
+            inference.draw_hypergraph(folder, network, criterion, loaders["train"], at_once, log.device)
 
     log.draw(draw)
-
-
-def evaluate(network, evaluation: list, ks: tuple[int, ...], device, args: Namespace, stop: StopSignals) -> tuple:
-    """Score the test split, and before it the held-out classes if there are any.
-
-    Returns ({'R@1': …, 'R@2': …, 'val R@1': …}, (Retrieval, query, gallery or None) of the test split).
-    """
-    scores, searched = {}, None
-    options = dict(amp=args.amp == "bf16", channels_last=args.channels_last, after_batch=stop.check)
-    for prefix, query_loader, gallery_loader in evaluation:
-        query, gallery = inference.embed_split(network, query_loader, gallery_loader, device, **options)
-        found = inference.score(query, gallery, ks, device, args.search_memory)
-        scores |= {prefix + name: value for name, value in found.figures().items()}
-        searched = found, query, gallery
-    return scores, searched
 
 
 if __name__ == "__main__":
