@@ -262,11 +262,6 @@ def to_host(values: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None]]:
     return host, event.synchronize
 
 
-def from_first(value):
-    """A plain value of process 0, on every process."""
-    return from_all(value)[0]
-
-
 @together()
 def from_all(value) -> list:
     """The plain values of all processes, in their order, on every process."""

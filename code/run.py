@@ -11,17 +11,19 @@ Every file appears whole or not at all. After an epoch last.pth is written first
 other files from following, they are made from it when the run is resumed.
 """
 
+import contextlib
 import fcntl
+import itertools
 import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
 
@@ -35,7 +37,7 @@ import summary
 import torch
 import tracking
 from refused import Refused
-from summary import command, environment
+from summary import environment
 from tqdm import tqdm
 
 # What last.pth holds beside what every checkpoint does.
@@ -46,7 +48,7 @@ OF_THE_CALL = {"resume", "overwrite", "run_num", "allow_changed_images"}  # flag
 # ---------------------------------------------------------------- flags of a run, new or resumed
 
 
-def parse_flags(locks: ExitStack) -> tuple[Namespace, dict | None]:
+def parse_flags(locks: contextlib.ExitStack) -> tuple[Namespace, dict | None]:
     """(flags, the last.pth of the run to resume or None).
 
     The run's folder is locked, until `locks` closes, before last.pth is read: nobody else takes the run further.
@@ -157,14 +159,13 @@ def new_run_folder(parent: Path, run_num: int | None) -> Path:
     Making a folder either succeeds or finds it there, so two runs that start at once never share one.
     """
     parent.mkdir(parents=True, exist_ok=True)
-    for number in [run_num] if run_num is not None else range(1, sys.maxsize):
-        try:
-            (parent / f"run_{number}").mkdir()
-            return parent / f"run_{number}"
-        except FileExistsError:
-            continue
+    for number in itertools.count(1) if run_num is None else [run_num]:
+        folder = parent / f"run_{number}"
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
     raise Refused(
-        f"{parent / f'run_{run_num}'} exists: give --resume to go on with it, --overwrite to replace it, "
+        f"{folder} exists: give --resume to go on with it, --overwrite to replace it, "
         "or no --run-num for the next free number"
     )
 
@@ -184,22 +185,17 @@ def lock(folder: Path) -> TextIO:
     A lock of fcntl's lockf: unlike flock's, worker processes that outlive a killed parent do not inherit it.
     Returns what unlock() takes. Raises Refused when another process holds it.
     """
-    path = folder / LOCK
-    while True:
-        file = open(path, "a+")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip()
-            file.close()
-            raise Refused(f"{folder}: another process{f' ({owner})' * bool(owner)} is using this run") from None
-        try:
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                break
-        except FileNotFoundError:
-            pass
-        file.close()  # its owner removed it between our two calls: another process may hold a new one
+    file = open(folder / LOCK, "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "which has just begun"
+        file.close()
+        raise Refused(f"{folder}: another process ({owner}) is using this run") from None
+    if os.fstat(file.fileno()).st_nlink == 0:  # its owner removed it between our two calls: others lock a new one
+        file.close()
+        return lock(folder)
     file.truncate(0)
     file.write(f"{platform.node()}, process {os.getpid()}\n")
     file.flush()
@@ -228,10 +224,10 @@ class Run:
         self.args, self.device, self.parts = args, device, parts
         self.wandb, self.drawing_seconds, self.started = None, 0.0, time.monotonic()
         self.doubt = ""  # why the last scores say little
-        here = {**environment(device), "command": command()}
+        here = {**environment(device), "command": shlex.join(sys.argv)}
         writes = distributed.is_first()
         if state is None:
-            self.folder = distributed.from_first(self._new_folder(locks) if writes else None)
+            self.folder = distributed.from_all(self._new_folder(locks) if writes else None)[0]
             number = int(self.folder.name.removeprefix("run_"))
             of_the_call = {"resume": None, "overwrite": False, "run_num": number, "image_size": image_size}
             state = {"flags": flags.plain(args) | of_the_call, "data": data}
@@ -263,7 +259,7 @@ class Run:
     def done(self) -> bool:
         return self.epoch >= self.args.nb_epochs
 
-    def _new_folder(self, locks: ExitStack) -> Path:
+    def _new_folder(self, locks: contextlib.ExitStack) -> Path:
         parent = self.args.log_dir / self.args.dataset
         folder = parent / f"run_{self.args.run_num}"
         overwritten = self.args.overwrite and folder.is_dir()
@@ -275,7 +271,7 @@ class Run:
 
     def _restore(self, state: dict) -> None:
         path = self.args.resume
-        if distributed.from_first(state["epoch"]) != state["epoch"]:  # only process 0 locked before it read
+        if distributed.from_all(state["epoch"])[0] != state["epoch"]:  # only process 0 locked before it read
             raise Refused(f"{path}: another process went on with this run meanwhile; give the command again")
         net.load_network_state(self.parts["network"], checkpoint.network_state(state, Path(path)), path)
         try:
@@ -294,7 +290,12 @@ class Run:
             if name not in OF_THE_CALL and value != stored.get(name, parser.get_default(name))
         }
         self.flags = stored | changed
-        self.first_flags, listed = self._read_origin() or (stored, [])
+        try:
+            origin = json.loads((self.folder / "args.json").read_text(encoding="utf-8"))
+            listed = [entry for entry in origin.get("resumptions", []) if isinstance(entry, dict)]
+            self.first_flags = dict(origin["flags"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # missing or damaged
+            self.first_flags, listed = stored, []
         # A resumption that completed no epoch leaves no mark.
         self.resumptions = [entry for entry in listed if entry.get("after_epoch") != self.epoch]
         cut_short = self.done and stored.get("nb_epochs", 0) > self.epoch  # it was to be longer, and is complete now
@@ -305,15 +306,6 @@ class Run:
             entry["data_before"] = summary_of(then)
             self.best = None  # it was scored on other images
         self.resumptions.append(entry | {"flags": changed, **here})
-
-    def _read_origin(self) -> tuple[dict, list[dict]] | None:
-        """(flags that made the run, list of its resumptions) of args.json, or None where that is not to be had."""
-        try:
-            content = json.loads((self.folder / "args.json").read_text(encoding="utf-8"))
-            resumptions = [entry for entry in content.get("resumptions", []) if isinstance(entry, dict)]
-            return dict(content["flags"]), resumptions
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return None
 
     # ------------------------------------------------------------ the state, and the files that are made of it
 

@@ -9,18 +9,12 @@ import os
 import platform
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import distributed
 import numpy
 import torch
 import torchvision
-
-
-def command() -> str:
-    """The command line that makes a run, for its files."""
-    return shlex.join(sys.argv)
 
 
 def environment(device: torch.device) -> dict[str, str]:
