@@ -48,19 +48,25 @@ def build(
         nearest, choices = difflib.get_close_matches(name, MODELS, 1, cutoff=0)[0], ", ".join(MODELS)
         raise Refused(f"unknown model '{name}', did you mean '{nearest}'? The choices are {choices} and timm:NAME")
     # The weights first: what is wrong with them should not take a network to find out.
-    content = None
+    state = None
     if weights == "imagenet" and name in MODELS:
-        content = download_imagenet(name)
+        state = checkpoint.network_state(download_imagenet(name), name)
     elif weights not in ("imagenet", "none"):
-        content = read_weights(Path(weights).expanduser())
+        path = Path(weights).expanduser()
+        if not path.is_file():
+            raise Refused(
+                f"no weights file '{path}': --weights takes imagenet, none or a file "
+                "(`python code/prepare.py download efficientnet_lite0` fetches one)"
+            )
+        state = checkpoint.network_state(checkpoint.load(path), path)
 
     options = dict(embedding_size=embedding_size, add_gmp=add_gmp, layer_norm=layer_norm, bn_freeze=bn_freeze)
     if name in MODELS:
         network = MODELS[name](name, **options)
     else:
         network = TimmModel(name, pretrained=weights == "imagenet", **options)
-    if content is not None:
-        load_network_state(network, checkpoint.network_state(content, weights), weights, beginning=True)
+    if state is not None:
+        load_network_state(network, state, weights, beginning=True)
     return network
 
 
@@ -84,16 +90,6 @@ def download_imagenet(name: str) -> dict[str, torch.Tensor]:
             f"no ImageNet weights: {url.rsplit('/', 1)[1]} could not be loaded from {url} ({reason}); torch looks for "
             f"it in {Path(torch.hub.get_dir(), 'checkpoints')}: put it there, or give --weights FILE or --weights none"
         ) from error
-
-
-def read_weights(path: Path) -> dict:
-    """The content of a backbone's file or of a checkpoint."""
-    if not path.is_file():
-        raise Refused(
-            f"no weights file '{path}': --weights takes imagenet, none or a file "
-            "(`python code/prepare.py download efficientnet_lite0` fetches one)"
-        )
-    return checkpoint.load(path)
 
 
 def load_network_state(
