@@ -119,7 +119,7 @@ def parse_flags() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_flags()
-    checkpoint.require_folder(args.output, "--output")
+    checkpoint.require_writable(args.output, "--output", folder=True)
     args.output.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch looks at it once; part graph needs it
     device = distributed.choose_device(0 if args.device == "cuda" else -1)
