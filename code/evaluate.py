@@ -253,8 +253,6 @@ def embedded(path: Path, embeddings: np.ndarray, labels: np.ndarray) -> inferenc
     """Arrays of a file as tensors. Raises Refused unless they are floating point and whole numbers."""
     if embeddings.dtype.kind != "f":
         raise Refused(f"{path}: embeddings must be floating point, they are {embeddings.dtype}")
-    if labels.ndim != 1:
-        raise Refused(f"{path}: labels (N,) are needed, they have the shape {labels.shape}")
     if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
         raise Refused(
             f"{path}: embeddings (N, D) and labels (N,) expected, got the shapes {embeddings.shape} and {labels.shape}"

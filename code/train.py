@@ -300,14 +300,14 @@ def terms_of(loss: torch.Tensor, criterion: nn.Module) -> dict[str, torch.Tensor
 def diverged_in_step(terms: dict, rates: dict, title: str, step: int, loader: DataLoader) -> Refused:
     """The error about a loss that is NaN or infinite: where, at which rates, from which images."""
     paths = [loader.dataset.images.paths[index] for index, _ in list(loader.batch_sampler.whole())[step - 1]]
-    said = [f"{name.removesuffix('_loss')} {value:.4g}" for name, value in terms.items() if name != "loss"]
-    where = f": the loss is {terms['loss']:.4g} in {title}, step {step} of {len(loader)}"
-    error = diverged(where, said, rates, "stopped before the optimiser's step, ")
+    where = f": the loss is {terms.pop('loss'):.4g} in {title}, step {step} of {len(loader)}"
+    figures = {name.removesuffix("_loss"): value for name, value in terms.items()} | rates
+    error = diverged(where, figures, "stopped before the optimiser's step, ")
     return Refused(f"{error}. Images of the batch: {', '.join(paths)}")
 
 
-def diverged(where: str, said: list[str], rates: dict, stopped: str = "") -> Refused:
-    said = ", ".join([*said, *(f"{name} {rate:.3g}" for name, rate in rates.items())])
+def diverged(where: str, figures: dict, stopped: str = "") -> Refused:
+    said = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
     return Refused(
         f"training diverged{where} ({said}); {stopped}last.pth holds the epoch before. Smaller learning rates may help "
         "(--lr, --lr-ds, --lr-hgnn-factor)"
@@ -326,7 +326,7 @@ def finish_epoch(row: dict, started: float, log: run.Run, loaders: dict, benchma
                 row |= {prefix + name: value for name, value in found.figures().items()}
     except inference.NotFinite as error:
         where = f" in {summary.epoch_title(row, args.nb_epochs)}: {error}"
-        raise diverged(where, [], rates_of(log.parts["optimizer"])) from None
+        raise diverged(where, rates_of(log.parts["optimizer"])) from None
     row["seconds"] = time.monotonic() - started
     if not distributed.is_first():
         return

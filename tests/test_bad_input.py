@@ -191,7 +191,7 @@ CASES = [
     ("evaluate.py", "--embeddings {root}/labels_text.npz", None, r"labels must be whole numbers, they are text"),
     ("evaluate.py", "--embeddings {root}/labels_float.npz", None, r"labels must be whole numbers, they are float64"),
     ("evaluate.py", "--embeddings {root}/labels_complex.npz", None, r"labels must be whole numbers, .* complex128"),
-    ("evaluate.py", "--embeddings {root}/labels_scalar.npz", None, r"labels \(N,\) are needed, .* shape \(\)"),
+    ("evaluate.py", "--embeddings {root}/labels_scalar.npz", None, r"labels \(N,\) expected, .* and \(\)"),
     ("evaluate.py", "--embeddings {root}/labels_bool.npz", None, r"labels must be whole numbers, they are bool"),
     ("evaluate.py", "--embeddings {root}/complex.npz", None, r"embeddings must be floating point, they are complex128"),
     ("evaluate.py", "--embeddings {root}/int.npz", None, r"embeddings must be floating point, they are int64"),
