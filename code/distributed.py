@@ -220,6 +220,7 @@ class StopSignals:
 
     def __init__(self):
         self.number, self.since = 0, 0.0
+        self.agreed: int | None = None  # the largest number that any process had, if gather_batch has brought it
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
 
@@ -233,20 +234,28 @@ class StopSignals:
         """Raise Interrupted once a signal came. All processes have to call it after each of their batches.
 
         A signal may reach one process only, or each at another moment. They agree, so that all stop after the same
-        batch; the largest number received wins.
+        batch; the largest number received wins. In training the labels' message has carried it.
         """
-        if dist.is_initialized():
-            self.number = int(max(all_gather(torch.tensor([self.number]), _control)))
-        if self.number:
-            self.since = self.since or time.monotonic()  # this process's own signal may be yet to come
+        agreed, self.agreed = self.agreed, None
+        if not dist.is_initialized():
+            agreed = self.number
+        elif agreed is None:
+            agreed = int(max(all_gather(torch.tensor([self.number]), _control)))
+        if agreed:
+            # This process's own signal may be yet to come.
+            self.number, self.since = agreed, self.since or time.monotonic()
             raise Interrupted
 
 
-def gather_batch(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The whole batch from each process's share: embeddings (N, D), and labels (N,) beside them."""
+def gather_batch(embeddings: Tensor, labels: Tensor, stop: StopSignals) -> tuple[Tensor, Tensor]:
+    """The whole batch from each process's share: embeddings (N, D), and labels (N,) beside them.
+
+    What stop.check() needs to know comes in the same message.
+    """
     if not dist.is_initialized():
         return embeddings, labels
-    labels = torch.cat(all_gather(labels, _control))
+    parts = torch.stack(all_gather(torch.cat([labels, labels.new_tensor([stop.number])]), _control))
+    labels, stop.agreed = parts[:, :-1].flatten(), int(parts[:, -1].max())
     if embeddings.is_cuda:  # DistributedDataParallel would move them, and make the host wait for the device
         labels = labels.pin_memory().to(embeddings.device, non_blocking=True)
     return _GatherEmbeddings.apply(embeddings), labels

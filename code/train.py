@@ -256,7 +256,7 @@ def train_epoch(
             images = network.normalise(images.to(device, non_blocking=True, memory_format=layout))
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
                 embeddings = forward(images)
-            embeddings, labels = distributed.gather_batch(embeddings, labels)
+            embeddings, labels = distributed.gather_batch(embeddings, labels, stop)
             loss = loss_of(embeddings, labels)
             names, values = zip(*terms_of(loss, criterion).items(), strict=True)
             terms, arrived = distributed.to_host(torch.stack(values))

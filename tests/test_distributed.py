@@ -1,5 +1,6 @@
 """Several processes compute what one does: losses, parameters, figures; and end together when one of them is lost."""
 
+import contextlib
 import json
 import os
 import re
@@ -209,6 +210,24 @@ def test_a_signal_that_another_process_had_first_is_no_second_one(monkeypatch):
     with pytest.raises(distributed.Interrupted):
         stop.check()
     stop._note(signal.SIGINT, None)
+
+
+def test_labels_and_stop_signals_are_one_message(monkeypatch):
+    messages, all_gather = [], distributed.all_gather
+    monkeypatch.setattr(distributed, "all_gather", lambda *what: messages.append(what) or all_gather(*what))
+    monkeypatch.setattr(distributed.signal, "signal", lambda *_: None)
+    stop = distributed.StopSignals()
+    distributed.dist.init_process_group("gloo", store=distributed.dist.HashStore(), rank=0, world_size=1)
+    try:
+        for number in (0, signal.SIGTERM):
+            stop.number = number
+            labels = distributed.gather_batch(torch.zeros(2, 3), torch.tensor([4, 5]), stop)[1]
+            assert labels.tolist() == [4, 5]
+            with pytest.raises(distributed.Interrupted) if number else contextlib.nullcontext():
+                stop.check()
+        assert len(messages) == 4  # for each batch the labels and the embeddings
+    finally:
+        distributed.dist.destroy_process_group()
 
 
 MISTAKES = [
