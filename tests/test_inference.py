@@ -10,10 +10,6 @@ import trees
 from torchvision import transforms
 
 
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 class Tiny(torch.nn.Module):
     """Flattens an image; dropout and BatchNorm would show if the network were not in eval mode."""
 
@@ -41,7 +37,7 @@ class Pixels(net.EmbeddingNet):
 
 
 def make_loader(labels, batch_size, seed=0):
-    images = randn(len(labels), 3, 2, 2, seed=seed)
+    images = torch.randn(len(labels), 3, 2, 2, generator=torch.Generator().manual_seed(seed))
     data = torch.utils.data.TensorDataset(images, torch.tensor(labels))
     return torch.utils.data.DataLoader(data, batch_size), images
 
@@ -56,6 +52,11 @@ def test_embed_in_order_with_a_ragged_last_batch():
     assert found.tolist() == labels and len(seen) == 3
     torch.testing.assert_close(embeddings, images.flatten(1) / (1 + 1e-5) ** 0.5)
     assert not embeddings.requires_grad
+    other = inference.embed(network, loader, "cpu", amp=True, channels_last=True).embeddings
+    assert other.dtype == torch.float32
+    torch.testing.assert_close(other, embeddings, rtol=0.02, atol=0.02)
+    with pytest.raises(ValueError, match="no image"):
+        inference.embed(network, make_loader([], 2)[0], "cpu")
 
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), bgr=False, scale=1.0)
@@ -92,44 +93,16 @@ def test_normalising_every_byte_in_either_memory_format():
             assert torch.equal(images, every)  # the batch stays as it was
 
 
-def test_embed_options_change_little():
-    loader, _ = make_loader([0, 1, 2], 2)
-    plain = inference.embed(Tiny(), loader, "cpu").embeddings
-    other = inference.embed(Tiny(), loader, "cpu", amp=True, channels_last=True).embeddings
-    assert other.dtype == torch.float32
-    torch.testing.assert_close(other, plain, rtol=0.02, atol=0.02)
-
-
-def test_embed_stops_where_it_is_told_to():
-    def stop():
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        inference.embed(Tiny(), make_loader([0, 1, 2], 2)[0], "cpu", after_batch=stop)
-
-
-def test_embed_without_images():
-    with pytest.raises(ValueError, match="no image"):
-        inference.embed(Tiny(), make_loader([], 2)[0], "cpu")
-
-
-def test_scores_of_one_set():
-    labels = [0, 1, 0, 1, 2, 0, 1]
-    loader, images = make_loader(labels, 3)
-    query, gallery = inference.embed_split(Tiny(), loader, None, "cpu")
-    found = inference.score(query, gallery, (1, 2), "cpu", precision=True)
-    expected = metrics.retrieval(images.flatten(1), torch.tensor(labels), ks=(1, 2), precision=True)
-    assert found.figures() == expected.figures()
-    assert found.num_queries == 7 and found.num_without_positive == 1
-    assert query.labels.tolist() == labels and gallery is None
-
-
-def test_scores_of_query_and_gallery():
-    query_labels, gallery_labels = [0, 1, 2, 3], [3, 1, 1, 0, 7, 2]
-    query_loader, queries = make_loader(query_labels, 2)
-    gallery_loader, images = make_loader(gallery_labels, 4, seed=1)
-    query, gallery = inference.embed_split(Tiny(), query_loader, gallery_loader, "cpu")
-    found = inference.score(query, gallery, (1, 3), "cpu", memory_gib=1e-5)
-    sets = [queries.flatten(1), torch.tensor(query_labels), images.flatten(1), torch.tensor(gallery_labels)]
-    assert found.recall == metrics.retrieval(*sets, ks=(1, 3)).recall
-    assert found.num_queries == 4 and found.r_precision is None
+@pytest.mark.parametrize("gallery_labels", [None, [3, 1, 1, 0, 7, 2]])
+def test_scores_are_those_of_metrics(gallery_labels):
+    labels = [0, 1, 3, 1, 2, 0, 1] if gallery_labels else [0, 1, 0, 1, 2, 0, 1]
+    loaders, sets = [], []
+    for seed, given in enumerate((labels, gallery_labels)):
+        loader, images = make_loader(given, 3, seed=seed) if given else (None, None)
+        loaders.append(loader)
+        sets += [images.flatten(1), torch.tensor(given)] if given else []
+    query, gallery = inference.embed_split(Tiny(), *loaders, "cpu")
+    found = inference.score(query, gallery, (1, 2), "cpu", precision=True, memory_gib=1e-5)
+    assert found.figures() == metrics.retrieval(*sets, ks=(1, 2), precision=True).figures()
+    assert query.labels.tolist() == labels and (gallery is None) == (gallery_labels is None)
+    assert found.num_queries == 7 and found.num_without_positive == (0 if gallery_labels else 1)

@@ -1,10 +1,9 @@
 """Recorded steps (code/recorded.py), with a stand-in for the recorder, which needs a GPU."""
 
-import apart
 import pytest
 import recorded
 import torch
-from conftest import BEST, options
+from conftest import options
 from hist import HISTLoss
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -76,14 +75,10 @@ def test_recording_moves_nothing(recorder, amp):
     assert len(recorder) == 2  # the network and the loss
     assert outcomes[0][0] == outcomes[1][0]
     assert all(torch.equal(value, outcomes[1][1][name]) for name, value in outcomes[0][1].items())
-
-
-def test_the_first_steps_of_a_phase_are_eager(recorder):
-    network, criterion = Network(), HISTLoss(3, 4, 5)
     steps(recorded.record(network, criterion), network, criterion, recorded.EAGER_STEPS)
-    assert recorder == []
+    assert len(recorder) == 2  # the first steps of a phase are eager
     steps(recorded.record(network, criterion), network, criterion, recorded.EAGER_STEPS + 1)
-    assert len(recorder) == 2
+    assert len(recorder) == 4
 
 
 def test_what_refuses_stays_eager_and_says_so_once(recorder, monkeypatch, capsys):
@@ -110,33 +105,18 @@ def test_why_steps_are_eager(monkeypatch):
     assert "there are several processes" in recorded.way(torch.device("cuda"))
 
 
-@pytest.fixture(scope="module")
-def eager(cub, tmp_path_factory):
-    logs = tmp_path_factory.mktemp("eager")
-    words = options(cub, logs, "--epochs", 2, "--batch-size", 4)  # six steps an epoch
-    assert apart.Apart(apart.run_script, "train.py", *words).end().code == 0
-    return logs / "cub" / "run_1"
-
-
-def test_a_run_says_which_way_it_goes_and_resumes_either_way(call, recorder, cub, eager, tmp_path, monkeypatch):
-    words = options(cub, tmp_path, "--batch-size", 4, "--cuda-graphs")
-    done = call("train.py", *words, 1, "--epochs", 1)
-    assert done.code == 0 and "steps: recorded after the first 3 of a phase" in done.out
-    assert len(recorder) == 4  # network and loss, in the warm-up and in training
-    run = tmp_path / "cub" / "run_1"
-    assert call("train.py", "--resume", run, "--epochs", 2, "--cuda-graphs", 0).code == 0  # recorded, then eager
-    assert len(recorder) == 4
-    last = torch.load(run / "last.pth", weights_only=True)
-    expected = torch.load(eager / "last.pth", weights_only=True)
+def test_a_run_says_which_way_it_goes_and_resumes_either_way(call, cub, tmp_path, request):
+    words = options(cub, tmp_path, "--batch-size", 4, "--cuda-graphs")  # six steps an epoch
+    eager = call("train.py", *words, 1, "--epochs", 2)
+    assert eager.code == 0 and "steps: eager, --cuda-graphs has no effect: there is no GPU" in eager.out
+    recorder = request.getfixturevalue("recorder")
+    for first, second, count in ((1, 0, 4), (0, 1, 6)):
+        begun = call("train.py", *words, first, "--epochs", 1)
+        assert ("steps: recorded after the first 3 of a phase" in begun.out) == bool(first), begun.err
+        run = tmp_path / "cub" / f"run_{3 - first}"
+        assert call("train.py", "--resume", run, "--epochs", 2, "--cuda-graphs", second).code == 0
+        assert len(recorder) == count  # network and loss, in the warm-up and in training
+    runs = [torch.load(tmp_path / "cub" / f"run_{n}" / "last.pth", weights_only=True) for n in (1, 2, 3)]
     for part in ("model_state_dict", "criterion_state_dict"):
-        assert all(torch.equal(value, last[part][name]) for name, value in expected[part].items())
-    # eager, then recorded
-    assert call("train.py", *words, 0, "--epochs", 1).code == 0
-    assert call("train.py", "--resume", tmp_path / "cub" / "run_2", "--epochs", 2, "--cuda-graphs", 1).code == 0
-    assert len(recorder) == 6
-    monkeypatch.undo()
-    plain = call("train.py", *words, 1, "--epochs", 2)
-    assert "steps: eager, --cuda-graphs has no effect: there is no GPU" in plain.out
-    runs = [tmp_path / "cub" / f"run_{n}" / f"cub_{BEST}.pth" for n in (1, 2, 3)]
-    first, *others = (torch.load(path, weights_only=True)["model_state_dict"] for path in runs)
-    assert all(torch.equal(value, other[name]) for other in others for name, value in first.items())
+        for name, value in runs[0][part].items():
+            assert all(torch.equal(value, other[part][name]) for other in runs[1:]), name
