@@ -85,6 +85,14 @@ def run_script(name: str, *arguments) -> None:
     flags.run_script(importlib.import_module(name.removesuffix(".py")).main)
 
 
+def run_undrawn(name: str, *arguments) -> None:
+    """The same without pictures, which take most of a tiny run's time."""
+    import run
+
+    run.Run.draw = lambda *_: None
+    run_script(name, *arguments)
+
+
 def group(count: int, work, *arguments, **environment) -> list[Apart]:
     """As many processes as torchrun starts on one machine; like it, this process keeps the store where they meet."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -120,14 +128,14 @@ def killed_while_writing(name: str, number: int, *arguments) -> None:
         checkpoint.write(half, path)
 
     checkpoint.save = save_half
-    run_script("train.py", *arguments)
+    run_undrawn("train.py", *arguments)
 
 
 def on_a_full_disk(*arguments) -> None:
     """train.py where a file has at most 400 kilobytes: writing more fails half-way, in the same call."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
-    run_script("train.py", *arguments)
+    run_undrawn("train.py", *arguments)
 
 
 def wait_for_signals() -> None:
@@ -154,22 +162,14 @@ def make_run_folders(parent: Path, count: int) -> None:
         print(run.new_run_folder(parent, None))
 
 
-def search(sets: list, path: Path) -> None:
-    """The figures of metrics.retrieval in little memory, one file for each process."""
-    import distributed
-    import metrics
-    import torch
+def search_and_embed(all_sets: list, path: Path) -> None:
+    """The figures of metrics.retrieval in little memory, one file for each process; then few images.
 
-    distributed.start(-1)
-    found = metrics.retrieval(*sets, ks=(1, 3), precision=True, memory_gib=1e-5)
-    torch.save(found.figures(), f"{path}.{distributed.processes().rank}")
-    distributed.stop()
-
-
-def embed_two_images() -> None:
-    """Fewer images than processes, and BatchNorm statistics of the first."""
+    Fewer images than processes are embedded, and BatchNorm statistics are the first's.
+    """
     import distributed
     import inference
+    import metrics
     import torch
 
     class Network(torch.nn.Flatten):
@@ -177,12 +177,15 @@ def embed_two_images() -> None:
         normalise = staticmethod(lambda images: images)
 
     distributed.start(-1)
-    data = torch.utils.data.TensorDataset(torch.arange(4.0).view(2, 2, 1, 1), torch.tensor([7, 8]))
     rank, count = distributed.processes()
+    found = [metrics.retrieval(*sets, ks=(1, 3), precision=True, memory_gib=1e-5) for sets in all_sets]
+    torch.save([retrieval.figures() for retrieval in found], f"{path}.{rank}")
+
+    data = torch.utils.data.TensorDataset(torch.arange(4.0).view(2, 2, 1, 1), torch.tensor([7, 8]))
     loader = torch.utils.data.DataLoader(data, sampler=range(rank, 2, count), batch_size=1)
     batches = []
-    found = inference.embed(Network(), loader, "cpu", after_batch=lambda: batches.append(1))
-    assert found.embeddings.tolist() == [[0.0, 1.0], [2.0, 3.0]] and found.labels.tolist() == [7, 8], found
+    embedded = inference.embed(Network(), loader, "cpu", after_batch=lambda: batches.append(1))
+    assert embedded.embeddings.tolist() == [[0.0, 1.0], [2.0, 3.0]] and embedded.labels.tolist() == [7, 8], embedded
     assert len(batches) == 1  # also where there is none: all ask for signals equally often
     statistics = torch.nn.BatchNorm1d(2)
     statistics.running_mean += rank

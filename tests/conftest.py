@@ -57,6 +57,18 @@ def trained(tmp_path_factory):
     return base / "mine", base / "logs" / "folder" / "run_1"
 
 
+@pytest.fixture(scope="session")
+def held_out(cub, tmp_path_factory):
+    """The folder of a finished run of one epoch with held-out classes and many flags; not to be changed either."""
+    logs = tmp_path_factory.mktemp("held_out")
+    words = "--batch-size 4 --epochs 1 --warm 0 --IPC 2 --val-classes 0.5 --optimizer sgd --add-gmp 0 --layer-norm 0"
+    more = ["--amp", "bf16", "--channels-last", 1, "--remark", "a note"]
+    done = apart.Apart(apart.run_undrawn, "train.py", *options(cub, logs, *words.split(), *more)).end()
+    assert done.code == 0, done.err
+    assert "val R@1" in done.out and "held out" in done.out
+    return logs / "cub" / "run_1"
+
+
 def options(cub, logs, *more):
     """Flags of train.py for a tiny run on it."""
     return [*TINY, "--dataset", "cub", "--data-root", cub, "--log-dir", logs, *more]

@@ -1,15 +1,12 @@
 """Every mistake that a user of the scripts can make gets one line that names it, and a non-zero exit."""
 
-import json
 import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY
-from PIL import Image
 from trees import make_cars, make_cub, make_folder, make_inshop, make_sop
 
 
@@ -23,7 +20,6 @@ def tree(tmp_path_factory):
     make_inshop(root)
     make_folder(root / "own")
     torch.save([1, 2], root / "list.pth")
-    torch.save({"state_dict": {}}, root / "foreign.pth")
     torch.save({"model_state_dict": {"model.fc.weight": torch.zeros(3)}}, root / "other.pth")
     (root / "text.pth").write_text("not a checkpoint")
     (root / "empty.pth").touch()
@@ -33,19 +29,12 @@ def tree(tmp_path_factory):
     np.savez(root / "keys.npz", x=np.zeros(3))
     np.savez(root / "objects.npz", embeddings=np.array([{}], dtype=object), labels=np.array([0]))
     np.savez(root / "lonely.npz", embeddings=np.eye(3, dtype=np.float32), labels=np.arange(3))
-    for name, array in {
-        "text": np.array(["a", "b"] * 20),
-        "float": np.zeros(40),
-        "complex": np.zeros(40, complex),
-        "bool": np.zeros(40, bool),
-        "scalar": np.array(3),
-    }.items():
+    for name, array in {"text": np.array(["a", "b"] * 20), "float": np.zeros(40), "scalar": np.array(3)}.items():
         np.savez(root / f"labels_{name}.npz", embeddings=np.ones((40, 8), np.float32), labels=array)
     arrays = dict(embeddings=np.ones((40, 8), np.float32), labels=np.arange(40) % 4)
     np.savez(root / "half.npz", **arrays, gallery_labels=np.arange(4))
     np.savez(root / "ks.npz", **arrays, ks=np.array([1.5, 3]))
-    for kind in (complex, int):
-        np.savez(root / f"{kind.__name__}.npz", embeddings=np.ones((40, 8), kind), labels=np.arange(40) % 4)
+    np.savez(root / "int.npz", embeddings=np.ones((40, 8), int), labels=np.arange(40) % 4)
     make_folder(root / "classes", "classes", 4, 2, 8)
     (root / "void").mkdir()
     (root / "broken").mkdir()
@@ -54,31 +43,21 @@ def tree(tmp_path_factory):
     return root
 
 
-def cub_images(root):
-    return root / "CUB_200_2011" / "images"
-
-
-def first_class(root):
-    return sorted(path for path in cub_images(root).iterdir() if path.is_dir())[0]
+FIRST_CLASS = "CUB_200_2011/images/001.Bird_1"
 
 
 def empty_class(root):
-    for path in first_class(root).iterdir():
+    for path in (root / FIRST_CLASS).iterdir():
         path.unlink()
 
 
 def cut_image(root):
-    for victim in first_class(root).glob("[!.]*.jpg"):
+    for victim in (root / FIRST_CLASS).glob("[!.]*.jpg"):
         victim.write_bytes(victim.read_bytes()[:200])
 
 
-def text_as_image(root):
-    next(first_class(root).glob("[!.]*.jpg")).write_text("this is no picture")
-
-
 def no_class_number(root):
-    (cub_images(root) / "Cardinal").mkdir()
-    Image.new("RGB", (8, 8)).save(cub_images(root) / "Cardinal" / "a.jpg")
+    make_folder(root / "CUB_200_2011" / "images", "classes", 1, 1, 8)
 
 
 def edit(path, change):
@@ -100,6 +79,7 @@ CUB, SOP = "--dataset cub --data-root {root}", "--dataset SOP --data-root {root}
 INSHOP, CARS = "--dataset Inshop --data-root {root}", "--dataset cars --data-root {root}"
 SEARCH = "--model-path {run} --gallery {root}/own/test"
 FIND = SEARCH + " --query {root}/own/test"
+VIT = "timm:vit_tiny_patch16_224"
 FOLDER = "folder --data-root {root}"
 
 CASES = [
@@ -108,9 +88,8 @@ CASES = [
     ("train.py", "--dataset cub --data-root {root}/own", None, r"CUB_200_2011"),
     ("train.py", CUB, remove("CUB_200_2011/images"), r"CUB_200_2011"),
     ("train.py", CUB, empty_class, r"001\.\S+"),
-    ("train.py", CUB + " --epochs 1", cut_image, r"001\.\S+\.jpg: cannot be decoded"),
-    ("train.py", CUB + " --epochs 1", text_as_image, r"\.jpg: cannot be decoded"),
-    ("train.py", CUB, no_class_number, r"Cardinal"),
+    ("train.py", CUB + " --epochs 1 --workers 2", cut_image, r"001\.\S+\.jpg: cannot be decoded"),
+    ("train.py", CUB, no_class_number, r"thing_1"),
     ("train.py", CUB + " --batch-size 1000", None, r"1,?000.*24"),
     ("train.py", CUB + " --IPC 3", None, r"IPC|images per class|images_per_class"),
     ("train.py", CUB + " --IPC 1", None, r"8 classes.*4|4.*classes"),
@@ -119,9 +98,12 @@ CASES = [
     ("train.py", CUB + " --batch-size 1.5", None, r"--batch-size: must be a whole number"),
     ("train.py", CUB + " --lr x", None, r"--lr: must be a number of at least 0, got 'x'"),
     ("train.py", CUB + " --lr nan", None, r"--lr: must be a number"),
-    ("train.py", CUB + " --lr inf", None, r"--lr: must be a number"),
     ("train.py", CUB + " --tau 0", None, r"--tau: must be a number above 0"),
     ("train.py", CUB + " --val-classes 1", None, r"--val-classes: must be a number of at least 0 and below 1"),
+    ("train.py", CUB + " --model googlenet --image-size 8", None, r"--image-size 8: googlenet.* its own size is"),
+    ("train.py", CUB + " --model bn_inception --image-size 8", None, r"-size 8: bn_inception.* its own size is"),
+    ("train.py", CUB + f" --model {VIT} --image-size 64", None, f"--image-size 64: {VIT}.* its own size is"),
+    ("train.py", CUB + " --model timm:crossvit_9_240 --image-size 240", None, r"features are a list"),
     ("train.py", CUB + " --bn-freeze 2", None, r"--bn-freeze: must be 0 or 1"),
     ("train.py", CUB + " --optimizer lion", None, r"invalid choice: 'lion'"),
     ("train.py", CUB + " --gpu-id -2", None, r"--gpu-id"),
@@ -130,14 +112,12 @@ CASES = [
     ("train.py", CUB + " --epoch 3", None, r"unrecognized arguments"),  # abbreviations would change their meaning
     ("train.py", CUB + " --datset cub", None, r"unrecognized arguments: --datset cub; did you mean --dataset"),
     ("train.py", CUB + " --qqq", None, r"unrecognized arguments: --qqq \("),
-    ("train.py", "@no/such.args", None, r"no/such\.args"),
     ("train.py", "@recipe/cub.args", None, r"@recipe/cub\.args: there is no such .*@recipes/cub\.args"),
     ("train.py", CUB + " --loss tripplet", None, r"invalid choice: 'tripplet'"),
     ("train.py", CUB + " --loss hist --loss-args tau=3", None, r"--loss-args: hist has flags of its own"),
     ("train.py", CUB + " --loss proxy_anchor --loss-args tau=3", None, r"proxy_anchor takes margin, alpha.*'tau=3'"),
     ("train.py", CUB + " --loss proxy_anchor --loss-args margin", None, r"margin of proxy_anchor must be a n.*got ''"),
     ("train.py", CUB + " --loss triplet --loss-args margin=wide", None, r"must be a number, got 'wide'"),
-    ("train.py", CUB + " --loss triplet --loss-args margin=nan", None, r"must be finite"),
     ("train.py", CUB + " --loss softtriple --loss-args centers_per_class=2.5", None, r"must be a whole number.*'2\.5'"),
     ("train.py", CUB + " --loss softtriple --loss-args gamma=0", None, r"gamma of softtriple must be finite and above"),
     ("train.py", CUB + " --model resnet51", None, r"resnet51.*resnet50"),
@@ -146,14 +126,7 @@ CASES = [
     ("train.py", CUB + " --weights {root}/text.pth", None, r"text\.pth"),
     ("train.py", CUB + " --weights {root}/other.pth", None, r"other\.pth"),
     ("train.py", CUB + " --resume {root}/nowhere.pth", None, r"nowhere\.pth: there is no such checkpoint"),
-    ("train.py", CUB + " --resume {root}/other.pth", None, r"cannot be resumed from"),
-    ("train.py", CUB + " --resume {root}/text.pth", None, r"not a checkpoint"),
-    (
-        "train.py",
-        "--resume {run} --run-num 7",
-        None,
-        r"run_1 names another run than --run-num 7: leave one of them out",
-    ),
+    ("train.py", "--resume {run} --run-num 7", None, r"run_1 names another run than --run-num 7: leave one of"),
     ("train.py", CUB + " --dataset flowers", None, r"invalid choice: 'flowers'"),
     ("train.py", CUB + " --learning-rate 3", None, r"unrecognized arguments: --learning-rate"),
     ("train.py", CUB + " --log-dir {root}/text.pth", None, r"text\.pth"),
@@ -162,12 +135,7 @@ CASES = [
     ("train.py", "--dataset folder --data-root {root}/own/train/none", None, r"none"),
     ("train.py", SOP, remove(SOP_LIST), r"Ebay_train\.txt"),
     ("train.py", SOP, edit(SOP_LIST, lambda text: ""), r"Ebay_train\.txt"),
-    (
-        "train.py",
-        SOP,
-        edit(SOP_LIST, lambda text: text + "9 x 1 a.JPG\n"),
-        r"Ebay_train\.txt.*line \d+|Ebay_train\.txt:\d+",
-    ),
+    ("train.py", SOP, edit(SOP_LIST, lambda text: text + "9 x 1 a.JPG\n"), r"Ebay_train\.txt(.*line |:)\d+"),
     ("train.py", SOP, edit(SOP_LIST, lambda text: text + "9 1 1 ../../etc/a.JPG\n"), r"Ebay_train\.txt"),
     ("train.py", SOP, edit(SOP_LIST, lambda text: text + "9 1 1 chair_final/gone.JPG\n"), r"gone\.JPG"),
     ("train.py", CARS, remove("cars196/cars_annos.mat"), r"cars196"),
@@ -179,8 +147,9 @@ CASES = [
     ("evaluate.py", CUB + " --model-path {root}/text.pth", None, r"text\.pth: not a checkpoint"),
     ("evaluate.py", CUB + " --model-path {root}/empty.pth", None, r"empty\.pth: not a checkpoint"),
     ("evaluate.py", CUB + " --model-path {root}/list.pth", None, r"holds a list"),
-    ("evaluate.py", CUB + " --model-path {root}/foreign.pth", None, r"holds no state dict"),
-    ("evaluate.py", CUB + " --model-path {root}/other.pth", None, r"other\.pth does not fit resnet50"),
+    ("evaluate.py", "--model-path {run} --embedding-size 512", None, r"trained with --embedding-size 16, .* 512"),
+    ("evaluate.py", "--model-path {run} --layer-norm 0", None, r"trained with --layer-norm 1, .* 0"),
+    ("evaluate.py", "--model-path {run} --model resnet50 --dataset folder", None, r"trained with --model timm:test_"),
     ("evaluate.py", "--embeddings {root}/nowhere.npz", None, r"nowhere\.npz"),
     ("evaluate.py", "--embeddings {root}/text.pth", None, r"text\.pth: no embeddings"),
     ("evaluate.py", "--embeddings {root}/keys.npz", None, r"keys\.npz: no embeddings"),
@@ -190,21 +159,13 @@ CASES = [
     ("evaluate.py", "--embeddings {root}/lonely.npz", None, r"none of the 3 queries"),
     ("evaluate.py", "--embeddings {root}/labels_text.npz", None, r"labels must be whole numbers, they are text"),
     ("evaluate.py", "--embeddings {root}/labels_float.npz", None, r"labels must be whole numbers, they are float64"),
-    ("evaluate.py", "--embeddings {root}/labels_complex.npz", None, r"labels must be whole numbers, .* complex128"),
     ("evaluate.py", "--embeddings {root}/labels_scalar.npz", None, r"labels \(N,\) expected, .* and \(\)"),
-    ("evaluate.py", "--embeddings {root}/labels_bool.npz", None, r"labels must be whole numbers, they are bool"),
-    ("evaluate.py", "--embeddings {root}/complex.npz", None, r"embeddings must be floating point, they are complex128"),
     ("evaluate.py", "--embeddings {root}/int.npz", None, r"embeddings must be floating point, they are int64"),
     ("evaluate.py", "--embeddings {root}/half.npz", None, r"half\.npz: gallery_labels without gallery_embeddings"),
     ("evaluate.py", "--embeddings {root}/ks.npz", None, r"ks\.npz: ks must be whole numbers"),
     ("evaluate.py", "--embeddings {root}/lonely.npz --model-path {run}", None, r"cannot be combined"),
     ("evaluate.py", CUB + " --metrics speed", None, r"invalid choice: 'speed'"),
-    (
-        "evaluate.py",
-        "--model-path {run} --export {root}/a.onnx --json {root}/a.json",
-        None,
-        r"--export scores noth.*--json",
-    ),
+    ("evaluate.py", "--model-path {run} --export x.onnx --json x.json", None, r"--export scores noth.*--json"),
     ("retrieve.py", SEARCH, None, r"--query"),
     ("retrieve.py", SEARCH + " --query {root}/none.png", None, r"--query .*none\.png: there is no such image or fol"),
     ("retrieve.py", SEARCH + " --query {root}/text.pth", None, r"text\.pth: cannot be decoded"),
@@ -261,13 +222,10 @@ def test_one_line_and_nothing_lost(request, refused, tree, tmp_path, name, words
         assert not (tmp_path / "logs").exists()
 
 
-def test_json_is_whole_or_not_there(refused, tree, tmp_path):
-    Path(tmp_path / "old.json").write_text(json.dumps({"kept": True}))
-    refused("evaluate.py", "--embeddings", tree / "nan.npz", "--json", tmp_path / "old.json", match="NaN")
-    assert json.loads((tmp_path / "old.json").read_text()) == {"kept": True}
-
-
-def test_text_that_is_none(refused, tree, tmp_path):
+def test_text_that_is_none_and_files_that_were_there(refused, tree, tmp_path):
     words = [*TINY, *CUB.format(root=tree).split(), "--log-dir", tmp_path / "logs"]
     refused("train.py", *words, "--remark", os.fsdecode(b"\xff"), match="--remark: is not valid text")
     assert not (tmp_path / "logs").exists()
+    (tmp_path / "old.json").write_text("kept")
+    refused("evaluate.py", "--embeddings", tree / "nan.npz", "--json", tmp_path / "old.json", match="NaN")
+    assert (tmp_path / "old.json").read_text() == "kept"

@@ -7,8 +7,8 @@ import net
 import numpy as np
 import pytest
 import torch
-from conftest import BEST, MODEL, TINY
-from trees import make_cub, save
+from conftest import BEST, MODEL
+from trees import save
 
 
 @pytest.fixture
@@ -23,20 +23,20 @@ def pictures(trained, tmp_path):
     return shutil.copytree(trained[0], tmp_path / "mine")
 
 
-@pytest.fixture
-def published(tmp_path):
-    """A checkpoint of nothing but weights."""
-    path = tmp_path / f"cub_{BEST}.pth"
-    torch.save({"model_state_dict": net.build(MODEL, 16, "none").state_dict()}, path)
-    return path
-
-
-def trained_on(pictures, checkpoint, folder):
+def trained_on(pictures, checkpoint, folder, **flags):
     """A copy of the checkpoint in the folder, as if the pictures had lain there."""
     content = torch.load(checkpoint, weights_only=True)
-    content["flags"]["data_root"] = str(pictures)
+    content["flags"] |= {"data_root": str(pictures), **flags}
     torch.save(content, folder / checkpoint.name)
     return folder / checkpoint.name
+
+
+def copy_classes(pictures, root, train, test):
+    """Those classes under root/train and root/test."""
+    for split, classes in (("train", train), ("test", test)):
+        for c in classes:
+            shutil.copytree(pictures / f"class {c}", root / split / f"class {c}")
+    return root
 
 
 def score(checkpoint, *words):
@@ -60,10 +60,7 @@ def test_classes_that_were_trained_on_are_not_scored(call, refused, trained, pic
         *score(checkpoint, "--data-root", pictures), match=r"trained on 1 of the 5 classes .*'class 3'.*--data-root"
     )
     # another split of the same classes
-    other = tmp_path / "other"
-    for split, classes in (("train", (4, 5)), ("test", (2, 6, 7))):
-        for c in classes:
-            shutil.copytree(mine / f"class {c}", other / split / f"class {c}")
+    other = copy_classes(mine, tmp_path / "other", (4, 5), (2, 6, 7))
     refused(*score(checkpoint, "--data-root", other), match=r"trained on 1 of the 3 classes .*'class 2'")
     # classes that are others
     shutil.rmtree(other / "test" / "class 2")
@@ -83,21 +80,11 @@ def test_pictures_that_changed_in_place_are_noticed(call, refused, trained, pict
     refused(*score(checkpoint), match=r"'class 3'\): .*mine changed since")
 
 
-def test_another_benchmark_is_scored(call, trained, tmp_path):
-    make_cub(tmp_path)
-    done = call(*score(trained[1], "--dataset", "CUB", "--data-root", tmp_path))
-    assert done.code == 0 and "data: cub in " in done.out, done.err
-
-
-def test_a_benchmark_cannot_come_back_as_a_folder(call, refused, tmp_path):
-    make_cub(tmp_path)
-    words = [*TINY, "--dataset", "cub", "--data-root", tmp_path, "--log-dir", tmp_path / "logs", "--warm", 0]
-    assert call("train.py", *words, "--epochs", 1).code == 0
-    images = tmp_path / "CUB_200_2011" / "images"
-    run = tmp_path / "logs" / "cub" / "run_1" / f"cub_{BEST}.pth"
+def test_a_benchmark_cannot_come_back_as_a_folder(refused, cub, held_out):
+    images = cub / "CUB_200_2011" / "images"
     refused(
-        *score(run, "--dataset", "folder", "--data-root", images, "--train-classes", 0.25),
-        match=r"trained on 2 of the 6 classes .*'003.Bird_3'.*--dataset folder",
+        *score(held_out, "--dataset", "folder", "--data-root", images, "--train-classes", 0.25),
+        match=r"trained on 2 of the 6 classes .*--dataset folder",
     )
 
 
@@ -110,27 +97,18 @@ def test_pictures_that_are_gone_are_asked_for(call, refused, trained, tmp_path):
     assert call(*score(checkpoint, "--data-root", trained[0])).code == 0
 
 
-def test_own_pictures_need_a_place(refused, published):
-    words = ["--model", MODEL, "--embedding-size", 16, "--dataset", "folder"]
-    refused(*score(published, *words), match="--dataset folder needs --data-root")
-
-
-def test_a_checkpoint_that_says_nothing_needs_a_dataset(refused, call, published, tmp_path):
+def test_a_checkpoint_that_says_nothing_needs_a_dataset(refused, call, cub, tmp_path):
+    published = tmp_path / "published.pth"
+    torch.save({"model_state_dict": net.build(MODEL, 16, "none").state_dict()}, published)
     words = ["--model", MODEL, "--embedding-size", 16, "--image-size", 32]
     refused(*score(published, *words), match="does not say what it was trained on: --dataset is needed")
-    make_cub(tmp_path)
-    assert call(*score(published, *words, "--dataset", "cub", "--data-root", tmp_path)).code == 0
+    refused(*score(published, *words, "--dataset", "folder"), match="--dataset folder needs --data-root")
+    assert call(*score(published, *words, "--dataset", "cub", "--data-root", cub)).code == 0
 
 
 def test_a_share_from_the_checkpoint_does_not_divide_what_is_divided(call, refused, trained, tmp_path):
-    mine, _ = trained
-    words = [*TINY, "--dataset", "folder", "--data-root", mine, "--log-dir", tmp_path / "logs", "--epochs", 1]
-    assert call("train.py", *words, "--warm", 0, "--train-classes", 0.25).code == 0
-    divided = tmp_path / "divided"
-    for split, classes in (("train", (2, 3)), ("test", (4, 5, 6))):
-        for c in classes:
-            shutil.copytree(mine / f"class {c}", divided / split / f"class {c}")
-    run = tmp_path / "logs" / "folder" / "run_1"
+    run = trained_on(trained[0], trained[1], tmp_path, train_classes=0.25)
+    divided = copy_classes(trained[0], tmp_path / "divided", (2, 3), (4, 5, 6))
     done = call(*score(run, "--data-root", divided))
     assert done.code == 0 and "query 18 images of 3 classes" in done.out, done.err
     refused(*score(run, "--data-root", divided, "--train-classes", 0.25), match="split of its own")
@@ -150,9 +128,8 @@ def test_a_score_says_what_it_was_measured_on(call, trained, tmp_path):
     assert said["queries"] == 24 and "R@1" in said["figures"]
 
 
-def write_embeddings(path, labels=None, **more):
-    labels = np.arange(40) % 4 if labels is None else labels
-    arrays = {"embeddings": np.random.RandomState(0).randn(len(labels), 8).astype(np.float32), "labels": labels}
+def write_embeddings(path, **more):
+    arrays = {"embeddings": np.random.RandomState(0).randn(40, 8).astype(np.float32), "labels": np.arange(40) % 4}
     np.savez(path, **(arrays | more))
     return path
 
@@ -168,38 +145,24 @@ def test_embeddings_are_scored_at_the_k_of_their_data_set(call, tmp_path):
     assert "R@3 " in call("evaluate.py", "--embeddings", with_ks, "--gpu-id", -1).out
     assert "data: unknown in" in call("evaluate.py", "--embeddings", with_ks, "--gpu-id", -1).out
     assert "R@1000" in call("evaluate.py", "--embeddings", with_ks, "--dataset", "sop", "--gpu-id", -1).out
-
-
-def test_other_arrays_of_the_file_are_not_read(call, tmp_path):
-    path = write_embeddings(tmp_path / "e.npz", names=np.array(["one", None], dtype=object))
-    assert "R@1 " in call("evaluate.py", "--embeddings", path, "--gpu-id", -1).out
-
-
-def test_a_file_of_another_data_set_is_said_to_be_one(call, tmp_path):
-    path = write_embeddings(tmp_path / "e.npz", dataset=np.array("cub"))
-    done = call("evaluate.py", "--embeddings", path, "--dataset", "SOP", "--gpu-id", -1)
-    assert f"warning: {path} says that its embeddings are of cub; --dataset SOP only sets K" in done.err
+    # arrays of other names are not read
+    unread = np.array(["one", None], dtype=object)
+    other = write_embeddings(tmp_path / "o.npz", dataset=np.array("cub"), names=unread)
+    done = call("evaluate.py", "--embeddings", other, "--dataset", "SOP", "--gpu-id", -1)
+    assert f"warning: {other} says that its embeddings are of cub; --dataset SOP only sets K" in done.err
     assert "data: cub in" in done.out and "R@1000" in done.out
 
 
-def test_arrays_of_the_other_byte_order(call, tmp_path):
-    plain = write_embeddings(tmp_path / "plain.npz")
+def test_arrays_of_the_other_byte_order_and_embeddings_that_are_all_but_one_point(call, tmp_path):
+    plain, other = write_embeddings(tmp_path / "plain.npz"), tmp_path / "other.npz"
+    said = call("evaluate.py", "--embeddings", plain, "--gpu-id", -1)
     arrays = dict(np.load(plain))
-    np.savez(
-        tmp_path / "big.npz", **{name: array.astype(array.dtype.newbyteorder(">")) for name, array in arrays.items()}
-    )
-    figures = [
-        [line for line in call("evaluate.py", "--embeddings", path, "--gpu-id", -1).out.splitlines() if "R@" in line]
-        for path in (plain, tmp_path / "big.npz")
-    ]
-    assert figures[0] == figures[1] and len(figures[0]) == 6
-
-
-def test_embeddings_that_are_all_but_one_point_are_doubted(call, tmp_path):
-    noise = np.random.RandomState(0).randn(40, 8).astype(np.float32)
+    np.savez(other, **{name: array.astype(array.dtype.newbyteorder(">")) for name, array in arrays.items()})
+    swapped = call("evaluate.py", "--embeddings", other, "--gpu-id", -1)
+    assert swapped.out.replace("other.npz", "plain.npz") == said.out and said.out.count("R@") == 6
     for scale, doubted in ((1e-4, True), (1e-1, False)):
-        path = write_embeddings(tmp_path / "e.npz", embeddings=1 + scale * noise)
-        done = call("evaluate.py", "--embeddings", path, "--gpu-id", -1)
+        write_embeddings(other, embeddings=1 + scale * arrays["embeddings"])
+        done = call("evaluate.py", "--embeddings", other, "--gpu-id", -1)
         assert done.code == 0 and ("warning: all embeddings lie almost at one point" in done.err) == doubted
 
 
@@ -220,24 +183,8 @@ def test_what_cannot_be_written_is_refused_before_scoring(refused, call, trained
     refused(*score(trained[1], option, wrong), match=f"{option} {wrong}: {match}")
 
 
-def test_a_runs_folder_needs_no_model_beside_its_data_set(call, trained):
-    mine, checkpoint = trained
-    assert call(*score(checkpoint.parent, "--dataset", "folder", "--data-root", mine)).code == 0  # not resnet50's
-
-
-def test_a_folder_of_runs_lists_them(refused, trained):
-    runs = trained[1].parents[1]
-    refused(*score(runs), match=f"it holds the runs {trained[1].parent}: give one of them")
-    refused(*score(runs.parent), match=f"it holds the runs {trained[1].parent}: give one of them")
-
-
-@pytest.mark.parametrize("model, size", [("googlenet", 8), ("bn_inception", 8), ("timm:vit_tiny_patch16_224", 64)])
-def test_images_that_a_network_cannot_take_are_refused(refused, trained, tmp_path, model, size):
-    words = [*TINY, "--dataset", "folder", "--data-root", trained[0], "--log-dir", tmp_path / "logs"]
-    line = refused("train.py", *words, "--model", model, "--image-size", size, match=f"--image-size {size}: {model}")
-    assert "its own size is" in line and not (tmp_path / "logs").exists()
-
-
-def test_features_that_are_lists_are_refused(refused, trained, tmp_path):
-    words = [*TINY, "--dataset", "folder", "--data-root", trained[0], "--log-dir", tmp_path / "logs"]
-    refused("train.py", *words, "--model", "timm:crossvit_9_240", "--image-size", 240, match="features are a list")
+def test_a_runs_folder_needs_no_model_beside_its_data_set_and_a_folder_of_runs_lists_them(call, refused, trained):
+    mine, run = trained[0], trained[1].parent
+    assert call(*score(run, "--dataset", "folder", "--data-root", mine)).code == 0  # not resnet50's
+    for folder in (run.parent, run.parents[1]):
+        refused(*score(folder), match=f"it holds the runs {run}: give one of them")

@@ -65,7 +65,7 @@ ODD = dict(mean=(33.3, 0.1, 254.9), std=(57.1, 0.3, 255.0), bgr=True, scale=255.
 
 
 @pytest.mark.parametrize("wanted", [IMAGENET, INCEPTION, ODD])
-@pytest.mark.parametrize("workers, channels_last", [(0, False), (0, True), (2, False), (2, True)])
+@pytest.mark.parametrize("workers, channels_last", [(0, False), (2, True)])
 def test_networks_see_what_torchvision_would_give_them_to_the_bit(tmp_path, wanted, workers, channels_last):
     trees.make_cub(tmp_path, classes=4, images=3, size=40)
     images = dataset.load_benchmark("cub", tmp_path).query
@@ -78,19 +78,6 @@ def test_networks_see_what_torchvision_would_give_them_to_the_bit(tmp_path, want
     loader = inference.make_loader(images, 32, 4, workers, "cpu")
     found = inference.embed(Pixels(**wanted), loader, "cpu", channels_last=channels_last)
     assert torch.equal(found.embeddings, expected.flatten(1))
-
-
-def test_normalising_every_byte_in_either_memory_format():
-    every = torch.arange(256, dtype=torch.uint8).expand(2, 3, 2, 256)
-    for wanted in (IMAGENET, INCEPTION, ODD):
-        mean, std = (torch.tensor([x / wanted["scale"] for x in wanted[name]]) for name in ("mean", "std"))
-        expected = (torch.arange(256) / 255 - mean[:, None]) / std[:, None]  # (3, 256)
-        for layout in (torch.contiguous_format, torch.channels_last):
-            images = every.contiguous(memory_format=layout)
-            found = Pixels(**wanted).normalise(images)
-            assert torch.equal(found, expected[:, None].expand_as(every)) and found.dtype == torch.float32
-            assert found.is_contiguous(memory_format=layout)
-            assert torch.equal(images, every)  # the batch stays as it was
 
 
 @pytest.mark.parametrize("gallery_labels", [None, [3, 1, 1, 0, 7, 2]])

@@ -3,10 +3,10 @@
 The series of random kills is short. HIST_KILLS=200 python -m pytest tests/test_interruption.py -k random makes it long.
 """
 
-import io
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -16,14 +16,12 @@ import checkpoint
 import pandas as pd
 import pytest
 import run
-import summary
 import torch
 import train
 from conftest import BEST, options
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-TIMES = {"seconds", "images_per_s", "data_time"}  # what differs between two runs of the same bits
+# What differs between two runs of the same bits: times, and the commit if somebody commits in between.
+STAMPS = {"seconds", "images_per_s", "data_time", "commit"}
 BEST_FILE = f"cub_{BEST}.pth"
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -34,9 +32,9 @@ def load(path):
 
 
 def differences(a, b, where=""):
-    """Paths of everything that differs between two checkpoints, times and what names the run aside."""
+    """Paths of everything that differs between two checkpoints, stamps and what names the run aside."""
     if isinstance(a, dict) and isinstance(b, dict):
-        for key in {*a, *b} - TIMES - {"made_by", "log_dir", "run_num", "nb_workers", "nb_epochs"}:
+        for key in {*a, *b} - STAMPS - {"made_by", "log_dir", "run_num", "nb_workers", "nb_epochs"}:
             if key in a and key in b:
                 yield from differences(a[key], b[key], f"{where}/{key}")
             else:
@@ -56,17 +54,18 @@ def assert_same_run(one, other):
     assert files == others
     for name in ("last.pth", BEST_FILE):
         assert not list(differences(load(one / name), load(other / name)))
-    drop = dict(columns=list(TIMES))
+    drop = dict(columns=list(STAMPS))
     a, b = pd.read_csv(one / "results.csv"), pd.read_csv(other / "results.csv")
     pd.testing.assert_frame_equal(a.drop(**drop), b.drop(**drop), check_exact=True)
-    assert (one / f"cub_{BEST}_results.txt").read_text() == (other / f"cub_{BEST}_results.txt").read_text()
+    texts = [(run / f"cub_{BEST}_results.txt").read_text().splitlines() for run in (one, other)]
+    assert len({tuple(line for line in text if not line.startswith("Commit: ")) for text in texts}) == 1
 
 
 @pytest.fixture(scope="module")
 def whole(cub, tmp_path_factory):
     """A run of four epochs that nothing disturbed."""
     logs = tmp_path_factory.mktemp("whole")
-    assert apart.Apart(apart.run_script, "train.py", *options(cub, logs, "--epochs", 4)).end().code == 0
+    assert apart.Apart(apart.run_undrawn, "train.py", *options(cub, logs, "--epochs", 4)).end().code == 0
     return logs / "cub" / "run_1"
 
 
@@ -79,13 +78,13 @@ def test_resumed_run_has_the_same_bits_and_another_seed_has_not(call, cub, whole
     resumed = call("train.py", "--resume", run / "last.pth", "--epochs", 4)
     assert resumed.code == 0 and "resumed after epoch 2" in resumed.out
     assert_same_run(run, whole)
-    assert call("train.py", *options(cub, tmp_path, "--epochs", 4, "--seed", 2)).code == 0
+    assert call("train.py", *options(cub, tmp_path, "--epochs", 0, "--seed", 2)).code == 0  # warm-up alone
     found = list(differences(load(tmp_path / "cub" / "run_2" / "last.pth"), load(whole / "last.pth")))
     assert "/model_state_dict/model.conv1.0.weight" in found and "/criterion_state_dict/cds2hg.means" in found
 
 
 def test_killed_at_random_moments(cub, whole, tmp_path):
-    kills, moments = int(os.environ.get("HIST_KILLS", 8)), random.Random(0)
+    kills, moments = int(os.environ.get("HIST_KILLS", 6)), random.Random(0)
     run, arguments = tmp_path / "cub" / "run_1", options(cub, tmp_path, "--epochs", 4)
     # Seconds until a kill at most: halved whenever an epoch was completed and else growing, so that all kills come
     # before the run is done, whatever the machine's speed, and fall on its beginnings as well as on its epochs.
@@ -93,7 +92,7 @@ def test_killed_at_random_moments(cub, whole, tmp_path):
     while True:
         saved = (run / "last.pth").exists()
         how = ["--resume", run] if saved else ["--run-num", 1, *(["--overwrite"] if run.exists() else [])]
-        process = apart.Apart(apart.run_script, "train.py", *arguments, *how)
+        process = apart.Apart(apart.run_undrawn, "train.py", *arguments, *how)
         if kills == 0:
             break
         process.process.join(moments.uniform(0, longest))
@@ -130,7 +129,7 @@ def test_killed_while_a_checkpoint_is_written(call, cub, whole, tmp_path, name, 
 def test_signal_finishes_the_batch_and_says_how_to_go_on(call, cub, whole, tmp_path, number, code, everyone):
     """With other numbers of workers, which change nothing either."""
     arguments = options(cub, tmp_path, "--epochs", 4, "--workers", 2)
-    process = apart.Apart(apart.run_script, "train.py", *arguments)
+    process = apart.Apart(apart.run_undrawn, "train.py", *arguments)
     process.wait_for("epoch 1/4")
     pid = process.process.pid
     os.kill(pid, number)
@@ -174,17 +173,16 @@ def test_second_ctrl_c_leaves_at_once():
     assert process.end(timeout=5).code == 130
 
 
-def test_full_disk_is_a_clear_error_and_keeps_what_was_saved(call, cub, whole, tmp_path):
-    assert call("train.py", *options(cub, tmp_path, "--epochs", 1)).code == 0
-    run = tmp_path / "cub" / "run_1"
-    before = {path.name: path.read_bytes() for path in run.iterdir()}
-    again = apart.Apart(apart.on_a_full_disk, "--resume", run, "--epochs", 3).end()
+def test_full_disk_is_a_clear_error_and_keeps_what_was_saved(whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run_1")
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.suffix != ".png"}
+    again = apart.Apart(apart.on_a_full_disk, "--resume", run, "--epochs", 5).end()
     assert again.code == 1
     (line,) = [line for line in again.err.splitlines() if not line.startswith("warning")]
     assert re.search(r"train.py: error: .*\.pth: cannot be written .* what was saved before is untouched", line)
-    del before["args.json"]
-    assert before == {name: (run / name).read_bytes() for name in before}
-    assert {path.name for path in run.iterdir()} == {*before, "args.json"}  # no half-written file lies around
+    after = {path.name: path.read_bytes() for path in run.iterdir() if path.suffix != ".png"}
+    assert after.keys() == before.keys()  # no half-written file lies around
+    assert {name for name in before if after[name] != before[name]} <= {"args.json"}
 
 
 def test_nan_loss_stops_before_the_optimiser_step(refused, cub, tmp_path, monkeypatch):
@@ -215,8 +213,8 @@ def test_nan_loss_stops_before_the_optimiser_step(refused, cub, tmp_path, monkey
 def test_runs_never_overwrite_each_other(call, refused, cub, tmp_path):
     quick = options(cub, tmp_path, "--epochs", 0, "--warm", 0)
     first = tmp_path / "cub" / "run_1"
-    assert call("train.py", *quick).code == 0
-    assert call("train.py", *quick).code == 0
+    for _ in range(2):
+        assert call("train.py", *quick).code == 0
     assert {path.name for path in (tmp_path / "cub").iterdir()} == {"run_1", "run_2"}
     before = (first / "last.pth").read_bytes()
     refused("train.py", *quick, "--run-num", 1, match="run_1 exists: give --resume .* --overwrite")
@@ -227,28 +225,20 @@ def test_runs_never_overwrite_each_other(call, refused, cub, tmp_path):
     assert (first / "last.pth").read_bytes() != before
     assert not (first / "wandb").exists() and (first / "notes").exists()
     assert call("train.py", *quick, "--run-num", 7).code == 0
-    refused("train.py", *quick, "--overwrite", match="--overwrite needs --run-num")
 
 
-def test_two_processes_at_once_get_two_folders(tmp_path):
-    both = [apart.Apart(apart.make_run_folders, tmp_path, 50) for _ in range(2)]
-    made = [line for process in both for line in process.end().out.split()]
-    assert len(made) == len(set(made)) == 100
-
-
-def test_resume_takes_the_newest_run_and_refuses_other_flags(call, refused, cub, tmp_path):
-    quick = options(cub, tmp_path, "--epochs", 1, "--warm", 0)
-    refused("train.py", "--resume", "--dataset", "cub", "--log-dir", tmp_path, match="no run to resume")
-    for _ in range(2):
-        assert call("train.py", *quick).code == 0
+def test_resume_takes_the_newest_run_and_refuses_other_flags(call, refused, whole, tmp_path):
+    """A run that has all its epochs is found, read and left as it is."""
     where = ["--resume", "--dataset", "cub", "--log-dir", tmp_path]
+    refused("train.py", *where, match="no run to resume")
+    for name in ("cub/run_1", "cub/run_2", "kept"):
+        shutil.copytree(whole, tmp_path / name)
     refused("train.py", *where, "--lr", 1e-5, match="made with other flags .*lr 1e-05 instead of 0.001")
-    assert "run_2, resumed after epoch 1" in call("train.py", *where, "--epochs", 2).out
+    assert "run_2, resumed after epoch 4" in call("train.py", *where).out
     assert "run_1, resumed" in call("train.py", *where, "--run-num", 1).out
     refused("train.py", *where, "--run-num", 1, "--overwrite", match="cannot be combined")
-    (tmp_path / "cub" / "run_1").rename(tmp_path / "kept")
-    kept = call("train.py", "--resume", tmp_path / "kept" / "last.pth", "--epochs", 3)
-    assert kept.code == 0 and f"run: {tmp_path / 'kept'}, resumed after epoch 1" in kept.out
+    kept = call("train.py", "--resume", tmp_path / "kept" / "last.pth", "--epochs", 5)
+    assert kept.code == 0 and f"run: {tmp_path / 'kept'}, resumed after epoch 4" in kept.out
     best = tmp_path / "kept" / BEST_FILE
     refused("train.py", "--resume", best, match="cannot be resumed from, it lacks best, criterion_state_dict")
     # a run goes on where it lies
@@ -259,7 +249,10 @@ def test_resume_takes_the_newest_run_and_refuses_other_flags(call, refused, cub,
     assert call("train.py", *one, tmp_path).code == 0
 
 
-def test_run_numbers_sort_as_numbers(tmp_path):
+def test_run_numbers_sort_as_numbers_and_two_processes_at_once_get_two_folders(tmp_path):
+    both = [apart.Apart(apart.make_run_folders, tmp_path / "new", 50) for _ in range(2)]
+    made = [line for process in both for line in process.end().out.split()]
+    assert len(made) == len(set(made)) == 100
     for n in (2, 10, 9):
         (tmp_path / f"run_{n}").mkdir()
         (tmp_path / f"run_{n}" / "last.pth").touch()
@@ -270,70 +263,27 @@ def test_run_numbers_sort_as_numbers(tmp_path):
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-class Command:
-    """Pickles into a call of os.system."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
-
 def test_nothing_in_a_checkpoint_is_run(refused, whole, tmp_path):
-    path, touched = tmp_path / "evil.pth", tmp_path / "touched"
-    torch.save({"model_state_dict": {}, "flags": Command(touched)}, path)
-    refused("evaluate.py", "--model-path", path, match="refused, it holds more than tensors and plain values")
-    refused("train.py", "--resume", path, match="refused, it holds more")
-    assert not touched.exists()
-    content = load(whole / BEST_FILE)
+    content = load(whole / BEST_FILE)  # files that hold more than tensors and plain values: tests/test_checkpoint.py
     content["flags"] |= {"sz_embedding": "__import__('os').abort()"}
     torch.save(content, tmp_path / "odd.pth")
     refused("evaluate.py", "--model-path", tmp_path / "odd.pth", match="--embedding-size: must be a whole number")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_damaged_checkpoints_are_refused_in_one_line(tmp_path, data):
-    path = tmp_path / "damaged.pth"
+def test_damaged_checkpoints_are_refused_in_one_line(tmp_path):
+    path, chance = tmp_path / "damaged.pth", random.Random(0)
     checkpoint.save({"model_state_dict": {"model.fc.weight": torch.arange(6.0)}, "flags": {"lr": 0.1}}, path)
-    content = path.read_bytes()
-    kind = data.draw(st.sampled_from(["cut", "flip", "random"]))
-    if kind == "cut":
-        content = content[: data.draw(st.integers(0, len(content) - 1))]
-    elif kind == "flip":
-        changed = bytearray(content)
-        for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=20)):
-            changed[place] ^= data.draw(st.integers(1, 255))
-        content = bytes(changed)
-    else:
-        content = data.draw(st.binary(max_size=300))
-    path.write_bytes(content)
-    try:
-        loaded = checkpoint.load(path)
-        checkpoint.network_state(loaded, path)
-    except ValueError as error:
-        assert str(path) in str(error) and "\n" not in str(error)
-    else:
-        assert kind == "flip"  # a flipped bit in a tensor's padding or in slack of the archive can go unnoticed
-
-
-def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
-    path = tmp_path / "results.txt"
-    checkpoint.write_text("old", path)
-
-    def fails(file):
-        file.write(b"half")
-        raise RuntimeError("stop")
-
-    with pytest.raises(RuntimeError, match="stop"):
-        checkpoint.write(fails, path)
-    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["results.txt"]
-    with pytest.raises(ValueError, match="cannot be written"):
-        checkpoint.write_text("x", tmp_path / "no such folder" / "file")
-
-
-def test_csv_text_reads_back():
-    rows = [{"phase": "untrained", "epoch": 0, "R@1": 0.5}, {"phase": "train", "epoch": 1, "loss": 2.0, "R@1": 0.75}]
-    table = pd.read_csv(io.StringIO(summary.csv_text(rows)))
-    assert table["R@1"].tolist() == [0.5, 0.75] and table["loss"].isna().tolist() == [True, False]
+    whole = path.read_bytes()
+    for number in range(60):
+        content = bytearray(whole)
+        if cut := number % 2:
+            del content[chance.randrange(len(content)) :]
+        for _ in range(0 if cut else chance.randint(1, 20)):
+            content[chance.randrange(len(content))] ^= chance.randint(1, 255)
+        path.write_bytes(content)
+        try:
+            checkpoint.network_state(checkpoint.load(path), path)
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+        else:
+            assert not cut  # a flipped bit in a tensor's padding or in slack of the archive can go unnoticed

@@ -7,7 +7,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import apart
 import dataset
 import net
 import numpy as np
@@ -18,7 +17,7 @@ import train
 import trees
 from conftest import BEST, MODEL, TINY
 from PIL import Image
-from trees import make_classes, make_cub
+from trees import make_classes
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -61,32 +60,30 @@ def test_train_then_evaluate_agree_to_the_last_digit(script, call, cub, tmp_path
     assert said["scored_by"]["torch"] == torch.__version__ and said["scored_with"]["image_size"] == 32
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """A checkpoint as the authors publish them: nothing but the state dict of a ResNet-50 of 512 dimensions."""
-    folder = tmp_path_factory.mktemp("published")
-    torch.manual_seed(0)
-    torch.save({"model_state_dict": net.build("resnet50", 512, "none").state_dict()}, folder / "cub_resnet50_best.pth")
-    return folder
-
-
-def test_published_checkpoint_scores_from_file_and_folder(call, cub, published):
-    options = ["--dataset", "cub", "--data-root", cub, "--image-size", 64, "--workers", 0, "--gpu-id", -1]
-    keys = json.loads((Path(__file__).parent / "golden" / "resnet50_state_dict_keys.json").read_text())
-    state = load(published / "cub_resnet50_best.pth")["model_state_dict"]
-    assert {name: list(value.shape) for name, value in state.items()} == keys
-    from_file = call("evaluate.py", *options, "--model-path", published / "cub_resnet50_best.pth")
-    from_folder = call("evaluate.py", *options, "--model-path", published)
-    assert from_file.code == from_folder.code == 0, from_file.err
-    assert "R@1" in from_file.out and from_file.out == from_folder.out
-
-
-def test_our_checkpoint_has_the_published_keys(call, cub, tmp_path):
-    options = [*TINY, "--model", "resnet50", "--embedding-size", 512, "--epochs", 0, "--warm", 0]
-    assert call("train.py", *options, "--dataset", "cub", "--data-root", cub, "--log-dir", tmp_path).code == 0
+def test_published_format_both_ways_and_embeddings_scored_without_a_network(call, cub, tmp_path):
+    """Our checkpoints have the published keys, and what the authors publish, a state dict and no more, is scored."""
+    words = [*TINY, "--model", "resnet50", "--embedding-size", 512, "--epochs", 0, "--warm", 0]
+    assert call("train.py", *words, "--dataset", "cub", "--data-root", cub, "--log-dir", tmp_path).code == 0
     keys = json.loads((Path(__file__).parent / "golden" / "resnet50_state_dict_keys.json").read_text())
     state = load(tmp_path / "cub" / "run_1" / "last.pth")["model_state_dict"]
     assert {name: list(value.shape) for name, value in state.items()} == keys
+    published, saved = tmp_path / "cub_resnet50_best.pth", tmp_path / "e.npz"
+    torch.save({"model_state_dict": state}, published)
+    words = ["--dataset", "cub", "--data-root", cub, "--image-size", 64, "--workers", 0, "--gpu-id", -1]
+    from_folder = call("evaluate.py", *words, "--model-path", tmp_path, "--metrics", "all")
+    figures, said = [], []
+    for source in (["--model-path", published, *words, "--save-embeddings", saved], ["--embeddings", saved]):
+        done = call("evaluate.py", *source, "--metrics", "all", "--json", tmp_path / "f.json", "--gpu-id", -1)
+        assert done.code == 0, done.err
+        said.append(done.out)
+        figures.append(json.loads((tmp_path / "f.json").read_text())["figures"])
+    assert from_folder.code == 0 and set(from_folder.out.splitlines()) <= set(said[0].splitlines())
+    assert figures[0] == figures[1] and {"R@1", "RP", "MAP@R", "NMI"} <= figures[0].keys()
+    arrays, images = np.load(saved), dataset.load_benchmark("cub", cub).query
+    assert arrays["embeddings"].shape == (len(images), 512)
+    assert arrays["paths"].tolist() == images.paths and (arrays["labels"] == images.labels).all()
+    shown = call("evaluate.py", "--embeddings", saved, "--metrics", "map", "--gpu-id", -1).out
+    assert "MAP@R" in shown and "RP " not in shown
 
 
 @pytest.mark.parametrize(
@@ -111,25 +108,21 @@ def test_batchnorm_behaviour(call, cub, tmp_path, flags_given, affine_moves, sta
     assert all(torch.equal(state[f"{norm}.num_batches_tracked"] > 0, torch.tensor(statistics_move)) for norm in norms)
 
 
-def test_warm_up_freezes_the_backbone_alone(call, cub, tmp_path):
-    options = [*TINY, "--dataset", "cub", "--data-root", cub, "--log-dir", tmp_path, "--warm", 2, "--epochs", 0]
-    assert call("train.py", *options).code == 0
+def test_warm_up_freezes_the_backbone_alone_and_the_schedule_counts_training_epochs(call, cub, tmp_path):
+    words = "--warm 2 --epochs 0 --lr 1e-3 --lr-ds 1e-1 --lr-hgnn-factor 5 --lr-decay-step 2 --lr-decay-gamma 0.1"
+    words = [*TINY, *words.split(), "--dataset", "cub", "--data-root", cub, "--log-dir", tmp_path]
+    assert call("train.py", *words).code == 0
     torch.manual_seed(1)
     untrained = net.build(MODEL, 16, "none").state_dict()
-    content = load(tmp_path / "cub" / "run_1" / "last.pth")
+    run = tmp_path / "cub" / "run_1"
+    content = load(run / "last.pth")
     moved = {n for n, value in content["model_state_dict"].items() if not torch.equal(value, untrained[n])}
     assert moved == {"model.embedding.weight", "model.embedding.bias"}
-    assert [(row["phase"], row["epoch"]) for row in content["history"]] == [
-        ("untrained", -2), ("warm-up", -1), ("warm-up", 0),
-    ]  # fmt: skip
-    assert not list((tmp_path / "cub" / "run_1").glob("*_best.pth"))  # a warm-up is no result
-
-
-def test_schedule_counts_training_epochs_only(call, cub, tmp_path):
-    options = "--warm 2 --epochs 5 --lr 1e-3 --lr-ds 1e-1 --lr-hgnn-factor 5 --lr-decay-step 2 --lr-decay-gamma 0.1"
-    outcome = call("train.py", *TINY, *options.split(), "--dataset", "cub", "--data-root", cub, "--log-dir", tmp_path)
-    assert outcome.code == 0
-    rows = pd.read_csv(tmp_path / "cub" / "run_1" / "results.csv")
+    phases = [(row["phase"], row["epoch"]) for row in content["history"]]
+    assert phases == [("untrained", -2), ("warm-up", -1), ("warm-up", 0)]
+    assert not list(run.glob("*_best.pth"))  # a warm-up is no result
+    assert call("train.py", "--resume", run, "--epochs", 5).code == 0
+    rows = pd.read_csv(run / "results.csv")
     trained = rows[rows["phase"] != "untrained"]
     np.testing.assert_allclose(trained["lr"], [1e-3] * 4 + [1e-4] * 2 + [1e-5])
     np.testing.assert_allclose(trained["lr_embedding"], trained["lr"])
@@ -156,63 +149,15 @@ def test_optimiser_groups_come_in_a_fixed_order(name):
     assert groups[0].items() >= expected.items()
 
 
-def test_balanced_batches_and_other_flags_train(call, cub, tmp_path):
-    options = (
-        "--IPC 2 --optimizer sgd --add-gmp 0 --layer-norm 0 --amp bf16 --channels-last 1 --val-classes 0.5 --epochs 1"
-    )
-    outcome = call("train.py", *TINY, *options.split(), "--batch-size", 4, "--dataset", "cub", "--data-root", cub,
-                   "--log-dir", tmp_path, "--remark", "a note")  # fmt: skip
-    assert outcome.code == 0, outcome.err
-    assert "val R@1" in outcome.out and "held out" in outcome.out
-    run = tmp_path / "cub" / "run_1"
-    rows = pd.read_csv(run / "results.csv")
+def test_balanced_batches_and_other_flags_train(call, cub, held_out):
+    rows = pd.read_csv(held_out / "results.csv")
     assert {"val R@1", "R@1"} <= set(rows.columns)
-    recorded = json.loads((run / "args.json").read_text())
+    recorded = json.loads((held_out / "args.json").read_text())
     assert recorded["flags"]["IPC"] == 2 and recorded["flags"]["remark"] == "a note"
     assert {"commit", "torch", "device", "command"} <= recorded["made_by"].keys()
     # evaluate.py takes all that from the checkpoint
-    scored = call("evaluate.py", "--model-path", run, "--data-root", cub, "--gpu-id", -1, "--workers", 0)
+    scored = call("evaluate.py", "--model-path", held_out, "--data-root", cub, "--gpu-id", -1, "--workers", 0)
     assert scored.code == 0 and f"R@1     {100 * rows['R@1'].iloc[-1]:.4f}" in scored.out
-
-
-def test_architecture_on_the_command_line_must_not_contradict_the_checkpoint(call, refused, trained):
-    options = ["--model-path", trained[1], "--gpu-id", -1, "--workers", 0]
-    refused(
-        "evaluate.py", *options, "--model", "resnet50", "--dataset", "folder", match="trained with --model timm:test_"
-    )
-    refused("evaluate.py", *options, "--embedding-size", 512, match="trained with --embedding-size 16, .* 512")
-    refused("evaluate.py", *options, "--layer-norm", 0, match="trained with --layer-norm 1, .* 0")
-    assert call("evaluate.py", *options, "--model", MODEL, "--image-size", 40).code == 0
-
-
-def test_embeddings_saved_and_scored_without_a_network(call, cub, published, tmp_path):
-    saved, first, second = tmp_path / "e.npz", tmp_path / "1.json", tmp_path / "2.json"
-    options = ["--dataset", "cub", "--data-root", cub, "--image-size", 64, "--workers", 0, "--gpu-id", -1]
-    done = call("evaluate.py", *options, "--model-path", published, "--metrics", "all", "--json", first,
-                "--save-embeddings", saved)  # fmt: skip
-    assert done.code == 0, done.err
-    arrays = np.load(saved)
-    images = dataset.load_benchmark("cub", cub).query
-    assert arrays["embeddings"].shape == (len(images), 512)
-    assert arrays["paths"].tolist() == images.paths and (arrays["labels"] == images.labels).all()
-    assert call("evaluate.py", "--embeddings", saved, "--metrics", "all", "--json", second, "--gpu-id", -1).code == 0
-    one, two = json.loads(first.read_text())["figures"], json.loads(second.read_text())["figures"]
-    assert one == two and {"R@1", "RP", "MAP@R", "NMI"} <= one.keys()
-    shown = call("evaluate.py", "--embeddings", saved, "--metrics", "map", "--gpu-id", -1).out
-    assert "MAP@R" in shown and "RP " not in shown
-
-
-def test_undecodable_image_in_a_worker_process_is_one_line(tmp_path):
-    make_cub(tmp_path)
-    for victim in (tmp_path / "CUB_200_2011" / "images").glob("0*/[!.]*.jpg"):
-        victim.write_bytes(victim.read_bytes()[:200])
-    options = [*TINY, "--workers", 2, "--dataset", "cub", "--data-root", tmp_path, "--log-dir", tmp_path]
-    outcome = apart.Apart(apart.run_script, "train.py", *options).end()
-    assert outcome.code == 1
-    assert len(outcome.err.splitlines()) == 2, outcome.err
-    warning, error = outcome.err.splitlines()
-    assert warning.startswith("warning: cub: the counts differ from the published ones")
-    assert error.startswith("train.py: error: ") and ".jpg: cannot be decoded" in error
 
 
 def test_glyphs_are_made_on_first_use(call, tmp_path, monkeypatch):
@@ -222,13 +167,26 @@ def test_glyphs_are_made_on_first_use(call, tmp_path, monkeypatch):
     small = glyphs.ensure_glyphs(tmp_path, num_classes=8, images_per_class=4, size=32)
     monkeypatch.setattr(glyphs, "ensure_glyphs", made.append)
     trees.patch(monkeypatch, "glyphs", home=small.name)
-    outcome = call("train.py", *TINY, "--dataset", "glyphs", "--data-root", tmp_path, "--log-dir", tmp_path)
+    outcome = call(
+        "train.py",
+        *TINY,
+        "--dataset",
+        "glyphs",
+        "--data-root",
+        tmp_path,
+        "--log-dir",
+        tmp_path,
+        "--epochs",
+        0,
+        "--warm",
+        0,
+    )
     assert outcome.code == 0 and made == [tmp_path]
     image = Image.open(next(small.rglob("*.png")))
     assert image.size == (32, 32)
 
 
-@pytest.mark.parametrize("model", ["resnet18", "bn_inception"])  # the latter wants other pixels: BGR, 0 to 255
+@pytest.mark.parametrize("model", [MODEL, "bn_inception"])  # the latter wants other pixels: BGR, 0 to 255
 def test_exported_network_gives_the_same_embeddings(call, tmp_path, model):
     onnxruntime = pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
@@ -247,35 +205,29 @@ def test_exported_network_gives_the_same_embeddings(call, tmp_path, model):
         np.testing.assert_allclose(found, expected, atol=1e-4)
     said = session.get_modelmeta().custom_metadata_map
     assert said["image_size"] == "64" and said["resize"].startswith("shorter side to 73 pixels")
-    pixels = {"resnet18": ("RGB", "0 to 1"), "bn_inception": ("BGR", "0 to 255")}
+    pixels = {MODEL: ("RGB", "0 to 1"), "bn_inception": ("BGR", "0 to 255")}
     assert (said["channels"], said["range"]) == pixels[model]
     assert json.loads(said["mean"]) == list(network.mean)
 
 
-def test_export_that_differs_is_not_written(refused, tmp_path, monkeypatch):
+def test_an_export_that_differs_or_lacks_its_packages_is_not_written(refused, tmp_path, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
-    torch.save({"model_state_dict": net.build("resnet18", 16, "none").state_dict()}, tmp_path / "net.pth")
-    words = ["--model", "resnet18", "--embedding-size", 16, "--image-size", 64, "--model-path", tmp_path / "net.pth"]
+    torch.save({"model_state_dict": net.build(MODEL, 16, "none").state_dict()}, tmp_path / "net.pth")
+    words = ["--model", MODEL, "--embedding-size", 16, "--image-size", 64, "--model-path", tmp_path / "net.pth"]
+    words += ["--export", tmp_path / "net.onnx"]
 
     class Session(onnxruntime.InferenceSession):
         def run(self, *arguments):
             return [found + 2e-4 for found in super().run(*arguments)]
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
-    refused(
-        "evaluate.py", *words, "--export", tmp_path / "net.onnx", match="differ from torch's by 2.0e-04, not written"
-    )
+    refused("evaluate.py", *words, match="differ from torch's by 2.0e-04, not written")
     assert not (tmp_path / "net.onnx").exists()
-
-
-def test_export_without_its_packages_says_what_to_install(refused, tmp_path, monkeypatch):
-    torch.save({"model_state_dict": net.build("resnet18", 16, "none").state_dict()}, tmp_path / "net.pth")
-    words = ["--model", "resnet18", "--embedding-size", 16, "--model-path", tmp_path / "net.pth"]
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    refused("evaluate.py", *words, "--export", tmp_path / "net.onnx", match="pip install onnx onnxscript")
+    refused("evaluate.py", *words, match="pip install onnx onnxscript")
 
 
-def test_own_pictures_are_found_again_where_they_were(call, trained, tmp_path):
+def test_own_pictures_are_found_again_where_they_were(call, cub, trained, tmp_path):
     pictures, folder = trained
     run = ["--model-path", folder, "--gpu-id", -1, "--workers", 0]
     assert f"data: folder in {pictures}" in call("evaluate.py", *run).out
@@ -284,6 +236,11 @@ def test_own_pictures_are_found_again_where_they_were(call, trained, tmp_path):
     done = call("train.py", "--resume", shutil.copytree(folder, tmp_path / "run_1"), "--data-root", moved)
     assert done.code == 0 and "nothing left to do, 1 of 1 epochs are done" in done.out
     assert f"--gallery {moved} --query" in done.out
+    # another data set is not looked for among them
+    scored = call("evaluate.py", *run, "--dataset", "CUB", "--model", MODEL, "--data-root", cub)
+    assert scored.code == 0 and "data: cub in " in scored.out, scored.err
+    lost = call("evaluate.py", *run, "--dataset", "cub", "--model", MODEL)
+    assert lost.code == 1 and str(pictures) not in lost.err
 
 
 def test_own_pictures_given_by_a_relative_path_are_found_from_elsewhere(call, tmp_path, monkeypatch):
@@ -299,24 +256,17 @@ def test_own_pictures_given_by_a_relative_path_are_found_from_elsewhere(call, tm
     assert call("train.py", "--resume", run / "last.pth", "--epochs", 2).code == 0
 
 
-def test_another_data_set_is_not_looked_for_among_own_pictures(call, cub, trained):
-    scoring = ["--model-path", trained[1], "--dataset", "cub", "--model", MODEL, "--gpu-id", -1]
-    scored = call("evaluate.py", *scoring, "--data-root", cub)
-    assert scored.code == 0, scored.err
-    lost = call("evaluate.py", *scoring)
-    assert lost.code == 1 and str(trained[0]) not in lost.err
-
-
 def test_networks_of_timm_get_images_of_their_own_size(call, cub, tmp_path):
     words = [*TINY, "--model", "timm:test_vit", "--dataset", "cub", "--data-root", cub, "--log-dir", tmp_path]
     del words[words.index("--image-size") : words.index("--image-size") + 2]
-    trained = call("train.py", *words, "--epochs", 1, "--warm", 0)
+    trained = call("train.py", *words, "--epochs", 0, "--warm", 0)
     assert trained.code == 0, trained.err
     run = tmp_path / "cub" / "run_1"
     assert json.loads((run / "args.json").read_text())["flags"]["image_size"] == 160
-    assert call("evaluate.py", "--model-path", run, "--data-root", cub, "--gpu-id", -1, "--workers", 0).code == 0
+    scoring = ["--data-root", cub, "--gpu-id", -1, "--workers", 0]
+    assert call("evaluate.py", "--model-path", run / "last.pth", *scoring).code == 0
     # of a checkpoint that says nothing, too
-    state = load(next(run.glob("*_best.pth")))["model_state_dict"]
+    state = load(run / "last.pth")["model_state_dict"]
     torch.save({"model_state_dict": state}, tmp_path / "bare.pth")
     bare = ["--model-path", tmp_path / "bare.pth", "--model", "timm:test_vit", "--embedding-size", 16, "--gpu-id", -1]
     scored = call("evaluate.py", *bare, "--dataset", "cub", "--data-root", cub, "--json", tmp_path / "figures.json")
@@ -329,21 +279,4 @@ def test_networks_of_timm_get_images_of_their_own_size(call, cub, tmp_path):
 def test_one_class_to_test_on_is_doubted(call, tmp_path):
     make_classes(tmp_path / "mine", 2, images=12)
     words = [*TINY, "--dataset", "folder", "--data-root", tmp_path / "mine", "--log-dir", tmp_path / "logs"]
-    assert "only one class to test on" in call("train.py", *words, "--epochs", 0).err
-
-
-def test_summary_says_so_where_training_made_it_worse(call, cub, tmp_path, monkeypatch):
-    words = [*TINY, "--dataset", "cub", "--data-root", cub, "--log-dir", tmp_path, "--epochs", 1, "--warm", 0]
-    evaluate = train.evaluate
-
-    def falling(*arguments):
-        figures, searched = evaluate(*arguments)
-        figures["R@1"] = 0.9 / len(seen.append(1) or seen)
-        return figures, searched
-
-    seen = []
-    monkeypatch.setattr(train, "evaluate", falling)
-    assert "better than the best epoch: train longer" in call("train.py", *words).out
-    seen = []
-    monkeypatch.setattr(train, "evaluate", lambda *a: ({"R@1": len(seen.append(1) or seen) / 9}, evaluate(*a)[1]))
-    assert "better than the best epoch" not in call("train.py", *words).out
+    assert "only one class to test on" in call("train.py", *words, "--epochs", 0, "--warm", 0).err

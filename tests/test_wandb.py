@@ -65,8 +65,10 @@ def items(message):
     return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in message}
 
 
-def test_offline_run_read_back(call, cub, tmp_path, monkeypatch):
-    outcome = call("train.py", *options(cub, tmp_path, "--wandb", "offline", "--remark", f"two words {'x' * 70}"))
+def test_offline_run_read_back(call, cub, tmp_path):
+    outcome = call(
+        "train.py", *options(cub, tmp_path, "--epochs", 1, "--wandb", "offline", "--remark", f"two words {'x' * 70}")
+    )
     assert outcome.code == 0, outcome.err
     run = tmp_path / "cub" / "run_1"
     found = records_of(run, runs=1)
@@ -74,14 +76,14 @@ def test_offline_run_read_back(call, cub, tmp_path, monkeypatch):
     assert (started.project, started.display_name) == ("hist_cub", "run_1")
     assert {"cub", "timm:test_resnet", "two", "words", "x" * 64} <= set(started.tags)  # wandb takes no longer ones
     config = items(started.config.update)
-    assert config["sz_batch"] == 8 and config["nb_epochs"] == 2 and config["lr"] == 1e-3 and config["IPC"] == 0
+    assert config["sz_batch"] == 8 and config["nb_epochs"] == 1 and config["lr"] == 1e-3 and config["IPC"] == 0
     assert config["commit"] == environment(torch.device("cpu"))["commit"] and "train.py" in config["command"]
     assert config["torch"] == torch.__version__
     assert any(record.metric.step_metric == "epoch" for record in found if record.HasField("metric"))
 
     logged = [items(record.history.item) for record in found if record.HasField("history")]
     rows = [row for row in logged if "R@1" in row]
-    assert [row["epoch"] for row in rows] == [-1, 0, 1, 2]
+    assert [row["epoch"] for row in rows] == [-1, 0, 1]
     assert all(0 <= row[f"R@{k}"] <= 1 for row in rows for k in (1, 2, 4, 8, 16, 32))
     assert all("loss" in row for row in rows[1:])
     drawn = {name for row in logged for name, value in row.items() if isinstance(value, dict) and "path" in value}
@@ -96,16 +98,9 @@ def test_offline_run_read_back(call, cub, tmp_path, monkeypatch):
     assert "best val R@1" not in summary
 
     # a resumed run goes on under the same id
-    assert call("train.py", "--resume", run / "last.pth", "--epochs", 3).code == 0
+    assert call("train.py", "--resume", run / "last.pth", "--epochs", 2).code == 0
     ids = {record.run.run_id for record in records_of(run, runs=2) if record.HasField("run")}
     assert ids == {torch.load(run / "last.pth", weights_only=True)["wandb_id"]}
-
-
-@pytest.mark.parametrize("words", [[], ["--wandb", "off"]])
-def test_off_leaves_no_trace(call, cub, tmp_path, words, monkeypatch):
-    monkeypatch.setattr(wandb, "init", lambda **options: pytest.fail("wandb was started"))
-    assert call("train.py", *options(cub, tmp_path, "--epochs", 0, "--warm", 0, *words)).code == 0
-    assert not (tmp_path / "cub" / "run_1" / "wandb").exists()
 
 
 @pytest.mark.parametrize(
@@ -145,6 +140,7 @@ def test_not_installed_matters_only_when_asked_for(call, refused, cub, tmp_path,
     monkeypatch.setattr(builtins, "__import__", without)
     quick = options(cub, tmp_path, "--epochs", 0, "--warm", 0)
     assert call("train.py", *quick).code == 0
+    assert not (tmp_path / "cub" / "run_1" / "wandb").exists()
     refused("train.py", *quick, "--wandb", "offline", match="wandb is not installed .pip install wandb")
     assert "WANDB_MODE" not in os.environ
 
