@@ -92,7 +92,7 @@ def test_killed_at_random_moments(cub, whole, tmp_path):
     while True:
         saved = (run / "last.pth").exists()
         how = ["--resume", run] if saved else ["--run-num", 1, *(["--overwrite"] if run.exists() else [])]
-        process = apart.Apart(apart.run_undrawn, "train.py", *arguments, *how)
+        process = apart.Apart(apart.run_script, "train.py", *arguments, *how)
         if kills == 0:
             break
         process.process.join(moments.uniform(0, longest))
