@@ -105,29 +105,22 @@ def group(count: int, work, *arguments, **environment) -> list[Apart]:
 
 def killed_while_writing(name: str, number: int, *arguments) -> None:
     """train.py, killed when half of that checkpoint is written for the number-th time."""
-    import io
-
     import checkpoint
-    import torch
 
-    save, count = checkpoint.save, 0
+    write, count = checkpoint.write, 0
 
-    def save_half(content, path):
+    def write_half(content, path):
         nonlocal count
         count += path.name == name
-        if path.name != name or count < number:
-            return save(content, path)
-        whole = io.BytesIO()
-        torch.save(content, whole)
 
         def half(file):
-            file.write(whole.getvalue()[: whole.tell() // 2])
-            file.flush()
+            content(file)
+            file.truncate(file.tell() // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-        checkpoint.write(half, path)
+        write(half if path.name == name and count == number else content, path)
 
-    checkpoint.save = save_half
+    checkpoint.write = write_half
     run_undrawn("train.py", *arguments)
 
 

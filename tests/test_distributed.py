@@ -1,6 +1,7 @@
 """Several processes compute what one does: losses, parameters, figures; and end together when one of them is lost."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -38,15 +39,13 @@ def torchrun(count, *words):
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
     """steps(mode, count, loss): what twenty steps gave, computed once each."""
-    folder, known = tmp_path_factory.mktemp("steps"), {}
 
+    @functools.cache
     def run(mode, count, loss="hist"):
-        if (mode, count, loss) not in known:
-            path = folder / f"{mode}_{count}_{loss}.pth"
-            for process in ended(apart.group(count, apart.twenty_steps, mode, loss, path)):
-                assert process.code == 0, process.err
-            known[mode, count, loss] = torch.load(path, weights_only=True)
-        return known[mode, count, loss]
+        path = tmp_path_factory.mktemp("steps") / "outcome.pth"
+        for process in ended(apart.group(count, apart.twenty_steps, mode, loss, path)):
+            assert process.code == 0, process.err
+        return torch.load(path, weights_only=True)
 
     return run
 
@@ -131,11 +130,9 @@ def test_torchrun_gives_the_same_figures_and_writes_once(cub, alone, tmp_path, c
     scoring = ["--data-root", cub, "--model-path", alone, "--gpu-id", -1, "--workers", 0, "--metrics", "all"]
     figures, said = {}, {}
     for count in (1, 3):
-        files = ["--json", tmp_path / f"{count}.json", "--save-embeddings", tmp_path / f"{count}.npz"]
-        if count == 1:
-            said[count] = call("evaluate.py", *scoring, *files).out
-        else:
-            said[count] = torchrun(count, ROOT / "code" / "evaluate.py", *scoring, *files)
+        words = [*scoring, "--json", tmp_path / f"{count}.json", "--save-embeddings", tmp_path / f"{count}.npz"]
+        evaluate = ROOT / "code" / "evaluate.py"
+        said[count] = call("evaluate.py", *words).out if count == 1 else torchrun(count, evaluate, *words)
         figures[count] = json.loads((tmp_path / f"{count}.json").read_text())
     assert [figures[count]["scored_by"]["processes"] for count in (1, 3)] == ["1", "3"]
     assert figures[1]["figures"].keys() == figures[3]["figures"].keys() >= {"R@1", "RP", "MAP@R", "NMI"}

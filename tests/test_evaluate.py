@@ -95,6 +95,9 @@ def test_pictures_that_are_gone_are_asked_for(call, refused, trained, tmp_path):
     checkpoint = trained_on(tmp_path / "gone", trained[1], tmp_path)
     refused(*score(checkpoint), match=f"was trained on {tmp_path / 'gone'}, which is not there; give --data-root")
     assert call(*score(checkpoint, "--data-root", trained[0])).code == 0
+    # and nothing that its flags say is run
+    odd = trained_on(trained[0], trained[1], tmp_path, sz_embedding="__import__('os').abort()")
+    refused(*score(odd), match="--embedding-size: must be a whole number")
 
 
 def test_a_checkpoint_that_says_nothing_needs_a_dataset(refused, call, cub, tmp_path):

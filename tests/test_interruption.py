@@ -260,16 +260,6 @@ def test_run_numbers_sort_as_numbers_and_two_processes_at_once_get_two_folders(t
     assert run.newest_run_folder(tmp_path) == Path(tmp_path / "run_10")
 
 
-# Files ----------------------------------------------------------------------------------------------------------------
-
-
-def test_nothing_in_a_checkpoint_is_run(refused, whole, tmp_path):
-    content = load(whole / BEST_FILE)  # files that hold more than tensors and plain values: tests/test_checkpoint.py
-    content["flags"] |= {"sz_embedding": "__import__('os').abort()"}
-    torch.save(content, tmp_path / "odd.pth")
-    refused("evaluate.py", "--model-path", tmp_path / "odd.pth", match="--embedding-size: must be a whole number")
-
-
 def test_damaged_checkpoints_are_refused_in_one_line(tmp_path):
     path, chance = tmp_path / "damaged.pth", random.Random(0)
     checkpoint.save({"model_state_dict": {"model.fc.weight": torch.arange(6.0)}, "flags": {"lr": 0.1}}, path)
