@@ -84,7 +84,7 @@ def test_resumed_run_has_the_same_bits_and_another_seed_has_not(call, cub, whole
 
 
 def test_killed_at_random_moments(cub, whole, tmp_path):
-    kills, moments = int(os.environ.get("HIST_KILLS", 6)), random.Random(0)
+    kills, moments = int(os.environ.get("HIST_KILLS", 8)), random.Random(0)
     run, arguments = tmp_path / "cub" / "run_1", options(cub, tmp_path, "--epochs", 4)
     # Seconds until a kill at most: halved whenever an epoch was completed and else growing, so that all kills come
     # before the run is done, whatever the machine's speed, and fall on its beginnings as well as on its epochs.
