@@ -4,7 +4,6 @@ network = net.build('resnet50', embedding_size=512)
 embeddings = network(images)            # (N, 3, 224, 224) → (N, 512)
 """
 
-import difflib
 from pathlib import Path
 
 import checkpoint
@@ -13,15 +12,14 @@ from refused import Refused
 from torchvision import models
 
 from .bn_inception import BNInception
-from .googlenet import GoogLeNet
 from .head import EmbeddingNet
-from .resnet import ResNet
 from .timm_model import TimmModel
+from .torchvision_model import TorchvisionModel
 
 __all__ = ["MODELS", "EmbeddingNet", "build", "load_network_state", "require_image_size"]
 
-MODELS = {name: ResNet for name in ("resnet18", "resnet34", "resnet50", "resnet101")}
-MODELS |= {"googlenet": GoogLeNet, "bn_inception": BNInception}
+MODELS = dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101", "googlenet"), TorchvisionModel)
+MODELS["bn_inception"] = BNInception
 
 
 def build(
@@ -45,8 +43,7 @@ def build(
     Raises Refused: unknown name; no such file, or one that holds no weights or does not fit; no download.
     """
     if name not in MODELS and not name.startswith("timm:"):
-        nearest, choices = difflib.get_close_matches(name, MODELS, 1, cutoff=0)[0], ", ".join(MODELS)
-        raise Refused(f"unknown model '{name}', did you mean '{nearest}'? The choices are {choices} and timm:NAME")
+        raise Refused(f"unknown model '{name}': the choices are {', '.join(MODELS)} and timm:NAME")
     # The weights first: what is wrong with them should not take a network to find out.
     state = None
     if weights == "imagenet" and name in MODELS:
@@ -111,8 +108,15 @@ def load_network_state(
                 value = value[0]
             if not key.startswith(optional) or (key in own and own[key].shape == value.shape):
                 state[key] = value
-    require_fitting(network, own, state, optional, path)
-    network.load_state_dict(state, strict=False)
+    kept = {key: value for key, value in own.items() if key.startswith(optional)}
+    try:
+        network.load_state_dict(kept | state)  # torch itself lets num_batches_tracked be missing
+    except RuntimeError as error:
+        reason = " ".join(str(error).partition(":")[2].split())[:300]
+        raise Refused(
+            f"{path} does not fit {network.name} with embedding size {network.embedding_size} ({reason}): "
+            "give the --model and --embedding-size that it was made with"
+        ) from error
 
 
 def require_image_size(network: EmbeddingNet, image_size: int) -> None:
@@ -132,50 +136,3 @@ def require_image_size(network: EmbeddingNet, image_size: int) -> None:
         ) from error
     finally:
         network.train(training)
-
-
-def compare(own: dict, state: dict, optional: tuple[str, ...]) -> tuple[list[str], list[str], list[str]]:
-    """The names that `state` lacks, of those that it may not lack, has too many, and has in another shape."""
-    needed = (key for key in own if not key.startswith(optional) and not key.endswith("num_batches_tracked"))
-    missing = [key for key in needed if key not in state]
-    unexpected = [key for key in state if key not in own]
-    reshaped = [key for key in state if key in own and state[key].shape != own[key].shape]
-    return missing, unexpected, reshaped
-
-
-def require_fitting(network: EmbeddingNet, own: dict, state: dict, optional: tuple[str, ...], path: str | Path) -> None:
-    """Refused unless `state` fits `own`, the state dict of the network."""
-    missing, unexpected, reshaped = compare(own, state, optional)
-    if not (missing or unexpected or reshaped):
-        return
-    example = (missing + unexpected + reshaped)[0]
-    if example in reshaped:
-        example += f" is {tuple(state[example].shape)} instead of {tuple(own[example].shape)}"
-    message = (
-        f"{path} does not fit {network.name} with embedding size {network.embedding_size}: "
-        f"{len(missing)} keys missing, {len(unexpected)} unexpected, {len(reshaped)} of another "
-        f"shape, for example {example}"
-    )
-
-    flags = []
-    looks_like = find_model(state)
-    if looks_like not in (None, network.name):
-        message += f"; it looks like {looks_like}"
-        flags.append(f"--model {looks_like}")
-    embedding = state.get("model.embedding.weight")
-    if embedding is not None and len(embedding) != network.embedding_size:
-        message += f"; its embedding size is {len(embedding)}, not {network.embedding_size}"
-        flags.append(f"--embedding-size {len(embedding)}")
-    raise Refused(message + (f": give {' '.join(flags)}" if flags else ""))
-
-
-def find_model(state: dict[str, torch.Tensor]) -> str | None:
-    """The name in MODELS whose backbone has these names and shapes, or None."""
-    for name in MODELS:
-        with torch.device("meta"):  # names and shapes only: no memory, no random numbers drawn
-            network = MODELS[name](name)
-        optional = tuple(f"model.{prefix}" for prefix in network.optional)
-        backbone = {key: value for key, value in state.items() if not key.startswith(optional)}
-        if not any(compare(network.state_dict(), backbone, optional)):
-            return name
-    return None

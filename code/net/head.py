@@ -1,6 +1,6 @@
 """What every network of this project shares: pooling, the embedding layer, and which parameters may train.
 
-A backbone file (resnet.py, googlenet.py, bn_inception.py, timm_model.py) adds one method, features().
+A backbone file (torchvision_model.py, bn_inception.py, timm_model.py) adds one method, features().
 """
 
 import torch
@@ -57,17 +57,14 @@ class EmbeddingNet(nn.Module):
         self.model.embedding = nn.Linear(num_features, embedding_size)
         nn.init.kaiming_normal_(self.model.embedding.weight, mode="fan_out")
         nn.init.zeros_(self.model.embedding.bias)
-        self.layer_norm = nn.Identity()
-        if layer_norm:
-            self.layer_norm = nn.LayerNorm(embedding_size, elementwise_affine=False)
+        self.layer_norm = nn.LayerNorm(embedding_size, elementwise_affine=False) if layer_norm else nn.Identity()
 
         for parameter_name, parameter in self.model.named_parameters():
             if parameter_name.startswith(self.unused):
                 parameter.requires_grad_(False)
         if bn_freeze:
             for module in self._batchnorms():
-                for parameter in module.parameters():
-                    parameter.requires_grad_(False)
+                module.requires_grad_(False)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) uint8, RGB, as dataset.py gives them → (N, 3, H, W) float32, as forward takes them.
