@@ -106,7 +106,7 @@ REFUSED = {  # what a file holds, and what is said of it
     "twice.pth": (lambda state, path: save(state | renamed(state, "", "module."), path), "weights twice"),
     "numbered.pth": (lambda state, path: save({0: torch.zeros(1)}, path), "no state dict"),
     "empty.pth": (lambda state, path: save({"model": {}}, path), "no state dict"),
-    "other.pth": (lambda state, path: save({"model": {"conv1.weight": torch.zeros(2)}}, path), "keys missing, 1 unex"),
+    "other.pth": (lambda state, path: save({"model": {"conv1.weight": torch.zeros(2)}}, path), "Missing key"),
     "cut.pth": (lambda state, path: cut(save(state, path)), "damaged"),
     "cut.safetensors": (lambda state, path: cut(save(state, path)), "damaged"),
     "header.safetensors": (lambda state, path: path.write_bytes(b"\xff" * 7 + b"\x0f{}"), "damaged"),

@@ -3,8 +3,6 @@
 timm is optional: it is imported only when a model of it is asked for.
 """
 
-import difflib
-
 import torch
 from refused import Refused
 
@@ -18,10 +16,9 @@ class TimmModel(EmbeddingNet):
     Where it gives tokens, as vision transformers do, timm's own pooling is used (class token or mean, and the
     norms that belong to it): add_gmp does not apply.
 
-    name        'timm:NAME'
-    pretrained  fetch timm's weights for NAME
+    pretrained: fetch timm's weights for NAME.
 
-    Raises Refused when timm is not installed or does not know NAME, or the weights do not come.
+    Raises Refused when timm is not installed or cannot make the model or fetch its weights.
     """
 
     def __init__(self, name: str, pretrained: bool, **options):
@@ -33,8 +30,6 @@ class TimmModel(EmbeddingNet):
         # (a convolutional model's own norm before its classifier, position embeddings that timm keeps fixed).
         model.eval()
         maps = model.forward_features(torch.zeros(1, 3, image_size, image_size))
-        if not isinstance(maps, torch.Tensor):
-            raise Refused(f"--model {name}: its features are a {type(maps).__name__}, not one tensor; not supported")
         gives_maps = maps.ndim == 4 and getattr(model, "output_fmt", "NCHW") == "NCHW"
         pooled = maps.mean((2, 3)) if gives_maps else model.forward_head(maps, pre_logits=True)
         trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -67,19 +62,14 @@ class TimmModel(EmbeddingNet):
 
 
 def create_model(name: str, pretrained: bool) -> torch.nn.Module:
-    """timm's model `name` (without 'timm:'), without classifier; raises what TimmModel raises."""
+    """timm's model `name` (without 'timm:'), without classifier."""
     try:
         import timm
     except ImportError as error:
         raise Refused(f"--model timm:{name} needs timm: pip install timm ({error})") from error
-    if not timm.is_model(name):
-        nearest = difflib.get_close_matches(name, timm.list_models(), 1, cutoff=0)[0]
-        raise Refused(f"timm {timm.__version__} has no model '{name}'; the nearest name is '{nearest}'")
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0)
     except Exception as error:  # timm passes on whatever its downloader raises, of many libraries
-        what, way_out = (
-            ("pretrained weights", "; give --weights FILE or --weights none") if pretrained else ("model", "")
-        )
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise Refused(f"timm gives no {what} for '{name}' ({reason}){way_out}") from error
+        way_out = "give --weights FILE or --weights none" if pretrained else "timm.list_models() has the names"
+        raise Refused(f"--model timm:{name}: timm {timm.__version__} cannot make it ({reason}); {way_out}") from error
