@@ -58,12 +58,12 @@ def main():
             print(f"embeddings: {args.save_embeddings}")
 
     # Scores
-    found = inference.score(query, gallery, ks, device, args.search_memory, precision=bool(names & {"rp", "map"}))
-    scores = {
-        name: value
-        for name, value in found.figures().items()
-        if name.startswith("R@") or name.split("@")[0].lower() in names
-    }
+    try:
+        found = inference.score(query, gallery, ks, device, args.search_memory, precision=bool(names & {"rp", "map"}))
+    except Refused as error:
+        raise Refused(f"{measured['data_root']}: {error}") from error
+    wanted = {"r", *names}  # R@K, RP and MAP@R
+    scores = {name: value for name, value in found.figures().items() if name.split("@")[0].lower() in wanted}
     if "nmi" in names:
         everything = [torch.cat(parts) for parts in zip(query[:2], gallery[:2], strict=True)] if gallery else query[:2]
         scores["NMI"] = metrics.nmi(*everything, memory_gib=args.search_memory, device=device, progress=True)
@@ -94,8 +94,6 @@ def check_flags(args, given):
     for option in ("json", "save_embeddings", "export"):
         checkpoint.require_writable(getattr(args, option), f"--{option.replace('_', '-')}")
     checkpoint.require_writable(args.pictures, "--pictures", folder=True)
-    if args.export and distributed.several():
-        raise Refused("--export is done by one process: start it without torchrun")
 
 
 def load_benchmark(args, given, loaded) -> dataset.Benchmark:
@@ -106,8 +104,6 @@ def load_benchmark(args, given, loaded) -> dataset.Benchmark:
     if args.dataset == "folder" and "data_root" not in given:
         if "data_root" not in stored or stored.get("dataset") != "folder":
             raise Refused(flags.NO_FOLDER)
-        if not args.data_root.exists():
-            raise Refused(f"{loaded.path} was trained on {args.data_root}, which is not there; give --data-root")
     benchmark = dataset.load_benchmark(
         args.dataset,
         args.data_root,
@@ -118,11 +114,11 @@ def load_benchmark(args, given, loaded) -> dataset.Benchmark:
         workers=args.nb_workers,
     )
     inference.announce(benchmark)
-    compare_with_training(args, given, loaded, benchmark)
+    compare_with_training(args, loaded, benchmark)
     return benchmark
 
 
-def compare_with_training(args, given, loaded, benchmark) -> None:
+def compare_with_training(args, loaded, benchmark) -> None:
     """Refuse to score a network on classes that it was trained on; say so where the test images changed since."""
     stored = checkpoint.stored_flags(loaded.content)
     trained_on = loaded.content.get("data") if stored else None  # other trainers may mean something else by "data"
@@ -134,17 +130,10 @@ def compare_with_training(args, given, loaded, benchmark) -> None:
     if not same:
         seen = [name for name in seen if not name.isdigit()]  # numbers of one benchmark are not those of another folder
     if seen:
-        if not same:
-            cause = f"--dataset {args.dataset}"
-        elif "train_classes" in given and args.train_classes != stored.get("train_classes"):
-            cause = f"--train-classes {args.train_classes:g} instead of {stored['train_classes']:g}"
-        elif "data_root" in given:
-            cause = f"--data-root {args.data_root} divides them otherwise, or has classes of the same name"
-        else:
-            cause = f"{args.data_root} changed since"
         raise Refused(
             f"{loaded.path} was trained on {len(seen):,} of the {len(tested):,} classes to score on "
-            f"({shorten([repr(name) for name in seen])}): {cause}; a score on them says nothing about unseen classes"
+            f"({shorten([repr(name) for name in seen])}), which says nothing about unseen classes: check --dataset, "
+            f"--train-classes and --data-root, and whether {args.data_root} changed since"
         )
     for split, images in (("query", benchmark.query), ("gallery", benchmark.gallery)):
         if same and images is not None and (then := trained_on.get(split)):
@@ -155,15 +144,12 @@ def compare_with_training(args, given, loaded, benchmark) -> None:
 def describe(benchmark, loaded) -> dict:
     """What a checkpoint is scored on, for the console and the JSON file."""
     splits = {"train": benchmark.train, "query": benchmark.query, "gallery": benchmark.gallery}
+    splits = {split: images for split, images in splits.items() if images is not None}
     return {
         "checkpoint": str(loaded.path),
         "dataset": benchmark.name,
         "data_root": str(benchmark.query.root),
-        "splits": {
-            split: {"images": len(images), "classes": images.num_classes}
-            for split, images in splits.items()
-            if images is not None
-        },
+        "splits": {split: {"images": len(of), "classes": of.num_classes} for split, of in splits.items()},
         "image_size": loaded.image_size,
         "undecoded": len(benchmark.unreadable),
         "trained_by": loaded.content.get("made_by"),
@@ -174,7 +160,7 @@ def describe(benchmark, loaded) -> dict:
 def report(args, scored_by, measured, found, scores):
     """Print the scores and what they were measured on; write both as JSON if asked to."""
     sizes = measured["splits"]
-    gallery = sizes["gallery"]["images"] if "gallery" in sizes else None
+    gallery = sizes.get("gallery", {}).get("images")
     splits = [f"{split} {size['images']:,} images of {size['classes']:,} classes" for split, size in sizes.items()]
     print(f"checkpoint: {measured['checkpoint']}")
     print(f"data: {measured['dataset'] or 'unknown'} in {measured['data_root']}, {', '.join(splits)}")
@@ -224,48 +210,33 @@ def read_embeddings(args, given):
     path = args.embeddings
     try:
         with np.load(path, allow_pickle=False) as file:  # reads an array when it is asked for
-            parts = {"query": embedded(path, file["embeddings"], file["labels"])}
-            if "gallery_embeddings" in file:
-                parts["gallery"] = embedded(path, file["gallery_embeddings"], file["gallery_labels"])
-            elif "gallery_labels" in file:
-                raise Refused(f"{path}: gallery_labels without gallery_embeddings")
-            ks = file["ks"] if "ks" in file else np.array(dataset.recall_at("folder"))
+            parts = {"query": embedded(file, "")}
+            if any(name.startswith("gallery_") for name in file):
+                parts["gallery"] = embedded(file, "gallery_")
+            ks = [int(k) for k in file["ks"]] if "ks" in file else dataset.recall_at("folder")
             name = file["dataset"].item() if "dataset" in file else None
-    except (OSError, Refused):
+    except OSError:
         raise
     except Exception as error:  # a damaged archive fails in many ways
-        reason = f"{type(error).__name__}: {error}"
-        raise Refused(f"{path}: no embeddings that --save-embeddings wrote ({reason})") from error
-    if ks.dtype.kind not in "iu" or ks.ndim != 1:
-        raise Refused(f"{path}: ks must be whole numbers, one for each R@K")
-    ks = tuple(ks.tolist())
+        raise Refused(f"{path}: no embeddings that --save-embeddings wrote ({flags.one_line(error)})") from error
     if "dataset" in given:
-        if name not in (None, args.dataset):
-            print(f"warning: {path} says that its embeddings are of {name}; --dataset {args.dataset} only sets K",
-                  file=sys.stderr)  # fmt: skip
         name, ks = name or args.dataset, dataset.recall_at(args.dataset)
-    splits = {split: {"images": len(of), "classes": len(of.unique())} for split, (_, of) in parts.items()}
+    splits = {split: {"images": of.numel(), "classes": len(of.unique())} for split, (_, of) in parts.items()}
     measured = dict(checkpoint=str(path), dataset=name, data_root=str(path), splits=splits, image_size=None)
-    return parts["query"], parts.get("gallery"), ks, measured
+    return parts["query"], parts.get("gallery"), tuple(ks), measured
 
 
-def embedded(path: Path, embeddings: np.ndarray, labels: np.ndarray) -> inference.Embedded:
-    """Arrays of a file as tensors. Raises Refused unless they are floating point and whole numbers."""
-    if embeddings.dtype.kind != "f":
-        raise Refused(f"{path}: embeddings must be floating point, they are {embeddings.dtype}")
-    if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
+def embedded(file, prefix: str) -> inference.Embedded:
+    """Arrays of a file as tensors, whose shapes and values metrics.py checks."""
+    embeddings, labels = file[f"{prefix}embeddings"], file[f"{prefix}labels"]
+    if embeddings.dtype.kind != "f" or labels.dtype.kind not in "iu":
         raise Refused(
-            f"{path}: embeddings (N, D) and labels (N,) expected, got the shapes {embeddings.shape} and {labels.shape}"
+            "embeddings must be floating point and labels whole numbers, one for each class; they are "
+            f"{embeddings.dtype} and {labels.dtype}"
         )
-    if labels.dtype.kind not in "iu":
-        kind = "text" if labels.dtype.kind in "US" else str(labels.dtype)
-        raise Refused(f"{path}: labels must be whole numbers, they are {kind}: number the classes from 0")
-    wide = np.float64 if embeddings.dtype.itemsize > 8 else embeddings.dtype  # torch has no float128
-    embeddings, labels = embeddings.astype(np.dtype(wide).newbyteorder("=")), labels.astype(np.int64)
-    embeddings, labels = torch.from_numpy(embeddings), torch.from_numpy(labels)
-    if bad := int((~embeddings.isfinite()).any(dim=1).sum()):
-        raise Refused(f"{path}: {bad:,} of {len(embeddings):,} embeddings hold NaN or Inf")
-    return inference.Embedded(embeddings, labels)
+    wide = embeddings.dtype.itemsize > 4  # torch has neither float128 nor the other byte order
+    embeddings = embeddings.astype(np.float64 if wide else np.float32)
+    return inference.Embedded(torch.from_numpy(embeddings), torch.from_numpy(labels.astype(np.int64)))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def tree(tmp_path_factory):
         np.savez(root / f"labels_{name}.npz", embeddings=np.ones((40, 8), np.float32), labels=array)
     arrays = dict(embeddings=np.ones((40, 8), np.float32), labels=np.arange(40) % 4)
     np.savez(root / "half.npz", **arrays, gallery_labels=np.arange(4))
-    np.savez(root / "ks.npz", **arrays, ks=np.array([1.5, 3]))
+    np.savez(root / "ks.npz", **arrays, ks=np.array(["one", "two"]))
     np.savez(root / "int.npz", embeddings=np.ones((40, 8), int), labels=np.arange(40) % 4)
     make_folder(root / "classes", "classes", 4, 2, 8)
     (root / "void").mkdir()
@@ -154,15 +154,15 @@ CASES = [
     ("evaluate.py", "--embeddings {root}/text.pth", None, r"text\.pth: no embeddings"),
     ("evaluate.py", "--embeddings {root}/keys.npz", None, r"keys\.npz: no embeddings"),
     ("evaluate.py", "--embeddings {root}/objects.npz", None, r"objects\.npz: no embeddings"),
-    ("evaluate.py", "--embeddings {root}/nan.npz", None, r"4 of 4 embeddings hold NaN or Inf"),
-    ("evaluate.py", "--embeddings {root}/shapes.npz", None, r"embeddings \(N, D\) and labels \(N,\) expected"),
+    ("evaluate.py", "--embeddings {root}/nan.npz", None, r"nan\.npz: .*4 of 4 embeddings hold NaN"),
+    ("evaluate.py", "--embeddings {root}/shapes.npz", None, r"shapes\.npz: .*labels of shape \(4,\) expected"),
     ("evaluate.py", "--embeddings {root}/lonely.npz", None, r"none of the 3 queries"),
-    ("evaluate.py", "--embeddings {root}/labels_text.npz", None, r"labels must be whole numbers, they are text"),
-    ("evaluate.py", "--embeddings {root}/labels_float.npz", None, r"labels must be whole numbers, they are float64"),
-    ("evaluate.py", "--embeddings {root}/labels_scalar.npz", None, r"labels \(N,\) expected, .* and \(\)"),
-    ("evaluate.py", "--embeddings {root}/int.npz", None, r"embeddings must be floating point, they are int64"),
-    ("evaluate.py", "--embeddings {root}/half.npz", None, r"half\.npz: gallery_labels without gallery_embeddings"),
-    ("evaluate.py", "--embeddings {root}/ks.npz", None, r"ks\.npz: ks must be whole numbers"),
+    ("evaluate.py", "--embeddings {root}/labels_text.npz", None, r"_text\.npz: .*labels whole numbers.*<U1"),
+    ("evaluate.py", "--embeddings {root}/labels_float.npz", None, r"_float\.npz: .*labels whole numb.*float64"),
+    ("evaluate.py", "--embeddings {root}/labels_scalar.npz", None, r"_scalar\.npz: .*labels of shape \(40,\)"),
+    ("evaluate.py", "--embeddings {root}/int.npz", None, r"int\.npz: .*embeddings must be float.* are int64"),
+    ("evaluate.py", "--embeddings {root}/half.npz", None, r"half\.npz: no embeddings .*gallery_embeddings"),
+    ("evaluate.py", "--embeddings {root}/ks.npz", None, r"ks\.npz: no embeddings that --save-embed"),
     ("evaluate.py", "--embeddings {root}/lonely.npz --model-path {run}", None, r"cannot be combined"),
     ("evaluate.py", CUB + " --metrics speed", None, r"invalid choice: 'speed'"),
     ("evaluate.py", "--model-path {run} --export x.onnx --json x.json", None, r"--export scores noth.*--json"),
