@@ -49,13 +49,8 @@ def load_network(parser, args, given: set[str], name: str, only: bool, device: t
     """The network of a checkpoint, this project's or a published one.
 
     Flags that were not given come from the checkpoint, as Loaded.args; given ones may not contradict the network.
-
-    Args:
-        parser, args, given: of flags.py; args.model_path is the checkpoint or its folder.
-        name, only: what to look for in a folder, see checkpoint.find.
-
-    Raises:
-        ValueError, OSError: no checkpoint, a damaged one, or one that does not fit the flags.
+    args.model_path is the checkpoint or its folder, name and only are what to look for there, see checkpoint.find.
+    Raises Refused or OSError: no checkpoint, a damaged one, or one that does not fit the flags.
     """
     path = checkpoint.find(args.model_path, name, only)
     content = checkpoint.load(path)
@@ -106,18 +101,13 @@ def embed(
     device,
     amp: bool = False,
     channels_last: bool = False,
-    description: str = "embed",
     after_batch: Callable[[], None] = lambda: None,
 ) -> Embedded:
     """Embeddings of every image of a loader, in its order. The network is left in eval mode.
 
     amp: bf16 autocast. after_batch is called after every batch and may raise to stop. With several processes each
     embeds its share, and all get all: process r of n has to be given a loader of the images r, r + n, r + 2n, … and all
-    of them the same data set.
-
-    Raises:
-        NotFinite: embeddings hold NaN or Inf.
-        ValueError: there are no images.
+    of them the same data set. Raises NotFinite for NaN or Inf, Refused where there are no images.
     """
     network.eval()
     device = torch.device(device)
@@ -127,7 +117,7 @@ def embed(
         raise Refused("there is no image to embed")
     share, layout = len(range(rank, total, count)), memory_format(channels_last)
     embeddings, labels, done = None, torch.empty(share, dtype=torch.int64), 0
-    with tqdm(total=total, desc=description, unit="img", disable=None, leave=False) as bar:
+    with tqdm(total=total, desc="embed", unit="img", disable=None, leave=False) as bar:
         for images, targets in loader:
             images = network.normalise(images.to(device, non_blocking=True, memory_format=layout))
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -151,18 +141,10 @@ def embed(
     return Embedded(embeddings, labels)
 
 
-def embed_split(
-    network: net.EmbeddingNet,
-    query_loader: DataLoader,
-    gallery_loader: DataLoader | None,
-    device: torch.device,
-    **options,
-) -> tuple[Embedded, Embedded | None]:
-    """(query, gallery) of a test split; gallery None where the queries search among themselves. options: of embed."""
-    if gallery_loader is None:
-        return embed(network, query_loader, device, **options), None
-    query = embed(network, query_loader, device, description="embed queries", **options)
-    return query, embed(network, gallery_loader, device, description="embed gallery", **options)
+def embed_split(network, query_loader, gallery_loader, device, **options) -> tuple[Embedded, Embedded | None]:
+    """(query, gallery) of a test split; None for a gallery that is not. options: of embed."""
+    query = embed(network, query_loader, device, **options)
+    return query, None if gallery_loader is None else embed(network, gallery_loader, device, **options)
 
 
 # ---------------------------------------------------------------- from embeddings to scores

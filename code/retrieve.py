@@ -11,13 +11,12 @@ A query that is itself in the gallery is not its own neighbour. The search is ex
 """
 
 import base64
-import contextlib
 import csv
 import hashlib
 import io
 import os
 import sys
-import zlib
+from collections import Counter
 from pathlib import Path
 from urllib.parse import quote
 
@@ -59,23 +58,25 @@ def main():
     device = distributed.choose_device(args.gpu_id)
     print(f"device: {distributed.describe(device)}")
     loaded = inference.load_network(parser, args, given, checkpoint.best_name("DATASET", "MODEL"), False, device)
+    args = loaded.args
     print(f"checkpoint: {loaded.path}")
 
     # Embeddings
-    vectors, rows = embed(loaded, queries, device, "embed queries")
-    bad = {int(row): why_not(queries, row) for row in np.setdiff1d(np.arange(len(queries)), rows)}
+    vectors, rows, bad = embed(loaded, queries, device)
     if not len(rows):
-        raise Refused(bad[0] + (f"; nor can the other {len(queries) - 1:,} queries" if len(queries) > 1 else ""))
-    states, files = look_at_files(galleries)
-    gallery_vectors, gallery_rows = embed_gallery(loaded, galleries, states, device)
+        raise Refused(f"--query: none of {len(queries):,} images can be decoded: {bad[0]}")
+    gallery_vectors, gallery_rows = embed_gallery(loaded, galleries, device)
 
-    # Search
-    own, others = look_at_files(queries)[1][rows], files[gallery_rows]
-    found, similarities = search(vectors, own, gallery_vectors, others, loaded.args, device)
+    # Search. A query does not find its own file, whatever links in the gallery lead to it.
+    own = [os.path.realpath(queries.file(row)) for row in rows]
+    others = [os.path.realpath(galleries.file(row)) for row in gallery_rows]
+    k, memory = args.top_k + max(Counter(others).values()), args.search_memory
+    found, similarities = metrics.nearest(vectors, gallery_vectors, k, None, memory, device, progress=True)
     neighbours = {row: [] for row in range(len(queries))}  # query -> [(image of the gallery, cosine similarity), …]
-    for row, indices, values in zip(rows.tolist(), found, similarities.tolist(), strict=True):
-        neighbours[row] = [(int(gallery_rows[i]), value) for i, value in zip(indices, values, strict=True) if i >= 0]
-    write(loaded.args, queries, galleries, neighbours, bad, len(gallery_rows))
+    for row, file, places, values in zip(rows.tolist(), own, found.tolist(), similarities.tolist(), strict=True):
+        pairs = [(int(gallery_rows[i]), value) for i, value in zip(places, values, strict=True) if others[i] != file]
+        neighbours[row] = pairs[: args.top_k]
+    write(args, queries, galleries, neighbours, bad, len(gallery_rows))
 
 
 def list_images(path: Path, option: str) -> dataset.ImageList:
@@ -98,36 +99,34 @@ def own_pictures(root: Path, paths: list[str]) -> dataset.ImageList:
 
 
 class MarkedWhereUnreadable(dataset.ImageDataset):
-    """Zeros and the label -1 for what cannot be decoded."""
-
-    def __init__(self, images: dataset.ImageList, image_size: int):
-        super().__init__(images, dataset.eval_transform(image_size))
-        self.nothing = torch.zeros(3, image_size, image_size, dtype=torch.uint8), -1
+    """Black and the label -1 for what cannot be decoded."""
 
     def __getitem__(self, row):
         try:
             return super().__getitem__(row)
         except decoding.UnreadableImage:
-            return self.nothing
+            return self.transform(Image.new("RGB", (9, 9))), -1
 
 
-def embed(loaded, images, device, description) -> tuple[torch.Tensor, np.ndarray]:
-    """Embeddings (n, D) of those of the images that can be decoded, and which these are (n,)."""
+def embed(loaded, images, device) -> tuple[torch.Tensor, np.ndarray, dict[int, str]]:
+    """Embeddings (n, D) of those of the images that can be decoded, which these are (n,), and why others cannot."""
     args = loaded.args
+    marked = MarkedWhereUnreadable(images, dataset.eval_transform(loaded.image_size))
     options = dataset.worker_options(args.nb_workers, pin_memory=device.type == "cuda")
-    loader = DataLoader(MarkedWhereUnreadable(images, loaded.image_size), args.sz_batch, **options)
-    done = inference.embed(loaded.network, loader, device, args.amp == "bf16", args.channels_last, description)
+    loader = DataLoader(marked, args.sz_batch, **options)
+    done = inference.embed(loaded.network, loader, device, args.amp == "bf16", args.channels_last)
     decoded = done.labels >= 0
-    return done.embeddings[decoded], np.flatnonzero(decoded)
+    why = {row: why_not(images.file(row)) for row in np.flatnonzero(~decoded).tolist()}
+    return done.embeddings[decoded], np.flatnonzero(decoded), why
 
 
-def why_not(images, row) -> str:
+def why_not(file: str) -> str:
     """Why an image could not be decoded."""
     try:
-        decoding.read_rgb(images.file(row), own=True)
+        decoding.read_rgb(file, own=True)
     except decoding.UnreadableImage as error:
         return str(error)
-    return f"{images.file(row)}: could not be decoded"
+    return f"{file}: could not be decoded"
 
 
 # ---------------------------------------------------------------- the gallery and its cache
@@ -145,60 +144,51 @@ def cache_path(loaded) -> Path:
     return gallery.with_name(f"{gallery.name}.embeddings-{key.hexdigest()[:12]}.npz")
 
 
-def embed_gallery(loaded, images, states, device) -> tuple[torch.Tensor, np.ndarray]:
-    """As embed(), with embeddings from the cache where a file is as it was."""
-    cache = cache_path(loaded)
+def embed_gallery(loaded, images, device) -> tuple[torch.Tensor, np.ndarray]:
+    """As embed(), with embeddings from the cache where a file is as it was; says which cannot be decoded."""
+    cache, keys = cache_path(loaded), file_keys(images)
     checkpoint.remove_leftovers(cache.parent, cache.name.rpartition("-")[0])
-    embeddings, known = read_cache(cache, images, states, loaded.network.embedding_size)
-    todo = np.flatnonzero(~known)
+    embeddings, known = read_cache(cache, keys, loaded.network.embedding_size)
+    todo, bad = np.flatnonzero(~known), []
     print(f"gallery: {len(images):,} images, {len(images) - len(todo):,} of them from {cache}")
     while len(todo):
         # The whole file is written anew each time, so that a large one waits until a tenth of it is new.
         rows, todo = np.split(todo, [max(PART, known.sum() // 10)])
         part = own_pictures(images.root, [images.paths[row] for row in rows])
-        following = f", {len(todo):,} to follow" if len(todo) else ""
-        vectors, decoded = embed(loaded, part, device, f"embed gallery{following}")
+        vectors, decoded, why = embed(loaded, part, device)
         embeddings[rows[decoded]] = vectors
         known[rows[decoded]] = True
+        bad += why.values()
         if len(decoded):
-            write_cache(cache, images, states, embeddings, known)
-    bad = np.flatnonzero(~known)
-    if len(bad) == len(images):
-        raise Refused(f"--gallery: none of its {len(images):,} images can be decoded: {why_not(images, 0)}")
-    if len(bad):
+            write_cache(cache, keys, embeddings, known)
+    if not known.any():
+        raise Refused(f"--gallery: none of its {len(images):,} images can be decoded: {bad[0]}")
+    if bad:
         print(f"warning: left out of the gallery: {len(bad):,} that cannot be decoded, the first:", file=sys.stderr)
-    for row in bad[:MOST_SHOWN]:
-        print(f"warning: {why_not(images, row)}", file=sys.stderr)
-    return torch.from_numpy(embeddings[known] if len(bad) else embeddings), np.flatnonzero(known)
+    for line in bad[:MOST_SHOWN]:
+        print(f"warning: {line}", file=sys.stderr)
+    return torch.from_numpy(embeddings[known]), np.flatnonzero(known)
 
 
-def look_at_files(images) -> tuple[np.ndarray, np.ndarray]:
-    """What changes when a file does (N, 3): size in bytes, times of its content and of its entry in ns; and what file
-    it is (N, 2), whatever links lead to it. -1 where there is no file. Some network drives number no files: there a
-    digest of the path stands for the number, without what links hide."""
-    found = np.full((len(images), 5), -1, np.int64)
-    for row, path in enumerate(tqdm(images.paths, "look at files", unit="file", disable=None, leave=False)):
-        with contextlib.suppress(OSError):
-            stat = os.stat(images.root / path)
-            number = stat.st_ino or zlib.crc32(os.fsencode(os.path.realpath(images.root / path)))
-            number &= 2**63 - 1  # some file systems use all 64 bits, the array has signed ones
-            found[row] = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, number
-    return found[:, :3], found[:, 3:]
+def file_keys(images) -> np.ndarray:
+    """A key for each file (N,), another one once its name, size, or the time of its content or its entry changes."""
+    keys = []
+    for path in tqdm(images.paths, "look at files", unit="file", disable=None, leave=False):
+        stat = os.stat(images.root / path)
+        state = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {path}"
+        keys.append(hashlib.sha256(os.fsencode(state)).hexdigest()[:32])
+    return np.array(keys, "S32")
 
 
-def read_cache(cache: Path, images, states, embedding_size) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings (N, D) of the images as far as the cache has them, and of which it does (N,)."""
-    embeddings = np.zeros((len(images), embedding_size), np.float32)
-    known = np.zeros(len(images), bool)
+def read_cache(cache: Path, keys: np.ndarray, embedding_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings (N, D) of the files as far as the cache has them, and of which it does (N,)."""
+    embeddings = np.zeros((len(keys), embedding_size), np.float32)
+    known = np.zeros(len(keys), bool)
     try:
         with np.load(cache, allow_pickle=False) as file:
-            paths, old_states, old = (file[name] for name in ("paths", "states", "embeddings"))
-        names = paths.tobytes().decode("utf-8", "surrogateescape").split("\0")
-        place = {path: row for row, path in enumerate(names)}
-        rows = np.array([place.get(path, -1) for path in images.paths])
-        same = rows >= 0
-        same[same] = (old_states[rows[same]] == states[same]).all(axis=1)
-        embeddings[same], known = old[rows[same]], same
+            _, rows, old = np.intersect1d(keys, file["keys"], assume_unique=True, return_indices=True)
+            embeddings[rows] = file["embeddings"][old]
+            known[rows] = True
     except FileNotFoundError:
         pass
     except Exception as error:  # a damaged archive fails in many ways; all that is lost is time
@@ -206,33 +196,11 @@ def read_cache(cache: Path, images, states, embedding_size) -> tuple[np.ndarray,
     return embeddings, known
 
 
-def write_cache(cache: Path, images, states, embeddings, known):
-    # One string of all paths: as an array of strings each would take as much as the longest of them.
-    paths = "\0".join(path for path, is_known in zip(images.paths, known, strict=True) if is_known)
-    paths = np.frombuffer(paths.encode("utf-8", "surrogateescape"), np.uint8)
-    arrays = {"paths": paths, "states": states[known], "embeddings": embeddings[known]}
+def write_cache(cache: Path, keys, embeddings, known):
     try:
-        checkpoint.write(lambda file: np.savez(file, **arrays), cache)
+        checkpoint.write(lambda file: np.savez(file, keys=keys[known], embeddings=embeddings[known]), cache)
     except Refused as error:
         print(f"warning: {error}; the next call has to embed the gallery again", file=sys.stderr)
-
-
-# ---------------------------------------------------------------- search
-
-
-def search(query, own, gallery, others, args, device) -> tuple[np.ndarray, np.ndarray]:
-    """Indices into the gallery (Q, top_k), -1 where there are no more, and cosine similarities.
-
-    query (Q, D), gallery (N, D); own (Q, 2), others (N, 2): which files they are. A query does not find its own file.
-    """
-    _, links = np.unique(others, axis=0, return_counts=True)
-    k = min(args.top_k + links.max(), len(others))  # a file may be there by several names
-    found, similarities = metrics.nearest(query, gallery, k, None, args.search_memory, device, progress=True)
-    found, similarities = np.asarray(found), np.asarray(similarities)
-    itself = (others[found] == own[:, None]).all(axis=2)
-    found = np.where(itself, -1, found)
-    order = np.argsort(found < 0, axis=1, kind="stable")[:, : args.top_k]  # what is none goes to the end
-    return np.take_along_axis(found, order, 1), np.take_along_axis(similarities, order, 1)
 
 
 # ---------------------------------------------------------------- what is written
