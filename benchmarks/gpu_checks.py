@@ -276,7 +276,7 @@ def train_at_once(sizes: Sizes, device: torch.device, runs: dict, resumed: dict)
             return str(error)
 
     with tempfile.TemporaryDirectory() as folder:
-        images = glyphs.ensure_glyphs(Path(folder), *sizes.run_letters, progress=False) / "images"
+        images = glyphs.ensure_glyphs(Path(folder), *sizes.run_letters) / "images"
         words = ["@recipes/glyphs.args", *sizes.run.split(), "--dataset", "folder", "--data-root", str(images)]
         words += ["--deterministic", "--gpu-id", "-1" if device.type == "cpu" else "0"]
         logs = {name: Path(folder, str(number)) for number, name in enumerate(runs)}

@@ -224,7 +224,7 @@ def main() -> None:
         print(f"\n{args.images:,} JPEGs of about 500×375 for the loaders")
 
         torch.set_num_threads(1)  # matters with 0 workers only: workers have one thread each anyway
-        letters = ensure_glyphs(Path(scratch), args.images // 20, progress=False)
+        letters = ensure_glyphs(Path(scratch), args.images // 20)
         bench_worker(photos / "CUB_200_2011" / "images", 224, args.repeats)
         bench_worker(letters / "images", 64, args.repeats)
         bench_loading(photos, args.repeats)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from layouts import emoji
 from PIL import Image
+from refused import Refused
 
 SQUARE = '<path fill="red" d="M0 0h8v16H0z"/>'  # the left half of 16 × 16
 
@@ -79,7 +80,7 @@ def test_the_list_names_each_class_once():
 
 
 def test_layout_drawings_and_attribution(world, tmp_path, monkeypatch):
-    folder = emoji.download(world, progress=False)
+    folder = emoji.download(world)
     assert folder == world / "emoji"
     assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*") if path.is_file()) == [
         "ATTRIBUTION.md",
@@ -104,60 +105,52 @@ def test_layout_drawings_and_attribution(world, tmp_path, monkeypatch):
     assert (left == cat).all() and (right == cat[:, ::-1]).all()
     assert (wide[:35] == 255).all() and (wide[37:59] == 0).all() and (wide[61:] == 255).all()  # not stretched
     # again: the same bytes; and what is there is used as it is
-    second = emoji.download(tmp_path / "b", progress=False)
+    second = emoji.download(tmp_path / "b")
     for path in folder.rglob("*.*"):
         assert path.is_dir() or path.read_bytes() == (second / path.relative_to(folder)).read_bytes()
     monkeypatch.setenv("PATH", "")
-    assert emoji.download(world, progress=False) == folder
+    assert emoji.download(world) == folder
 
 
 def test_training_downloads_nothing_and_placed_packages_need_no_npm(world, monkeypatch):
-    with pytest.raises(ValueError, match="emoji/images is not there; `python code/prepare.py download emoji`"):
+    with pytest.raises(Refused, match="emoji/images is not there; `python code/prepare.py download emoji`"):
         layouts.read_splits("emoji", world)
-    assert not world.exists()
     (world / "emoji_packages").mkdir(parents=True)
     for name, content in PACKAGES.items():
         (world / "emoji_packages" / f"iconify-json-{name}-1.0.0.tgz").write_bytes(content)
     monkeypatch.setenv("PATH", "")
-    assert len(list(emoji.download(world, progress=False).rglob("*.png"))) == 5
+    assert len(list(emoji.download(world).rglob("*.png"))) == 5
 
 
-def test_what_npm_says_is_passed_on_and_all_missing_files_are_named(world, tmp_path, monkeypatch):
-    (tmp_path / "registry" / "iconify-json-two-1.0.0.tgz").unlink()
-    for said in ("@iconify-json/two@1.0.0 cannot be fetched .npm says: .*E404", "npm is not installed"):
-        with pytest.raises(ValueError, match=said) as refusal:
-            emoji.download(world, progress=False)
-        for part in ("iconify-json-one-1.0.0.tgz", "iconify-json-two-1.0.0.tgz", str(world / "emoji_packages")):
-            assert part in str(refusal.value)
-        assert "\n" not in str(refusal.value) and list(world.iterdir()) == []
-        monkeypatch.setenv("PATH", "")
+NOT_PUBLISHED = "iconify-json-two-1.0.0.tgz: not @iconify-json/two@1.0.0 as published.*; put the published .* into "
+NOT_DRAWN = "'wide' of @iconify-json/two cannot be drawn .*pip install"
+# The second package as npm has it, and with which words it is refused
+REFUSED = {
+    "none": (None, "two@1.0.0 cannot be fetched .npm says: .*E404.*put the .*-one-1.0.0.tgz, .*-two-1.0.0.tgz into"),
+    "empty": (b"", NOT_PUBLISHED),
+    "cut": (PACKAGES["two"][:-20], NOT_PUBLISHED),
+    "malformed": (make_package({"wide": {"body": "<path"}}), NOT_DRAWN),
+    "draws nothing": (make_package({"wide": {"body": '<path d="M0 0"/>'}}), NOT_DRAWN),
+}
 
 
-@pytest.mark.parametrize("content", [b"", PACKAGES["two"][:-20], PACKAGES["one"]], ids=["empty", "cut", "another"])
-@pytest.mark.parametrize("where", ["placed", "fetched"])
-def test_a_package_that_is_not_the_published_one(world, tmp_path, where, content):
-    folder = world / "emoji_packages" if where == "placed" else tmp_path / "registry"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "iconify-json-two-1.0.0.tgz").write_bytes(content)
-    way_out = "remove it" if where == "placed" else f"put the published one into {world / 'emoji_packages'}"
-    with pytest.raises(ValueError, match="iconify-json-two-1.0.0.tgz: not @iconify-json/two@1.0.0 as pub") as refusal:
-        emoji.download(world, progress=False)
-    assert way_out in str(refusal.value)
-    assert not (world / "emoji").exists()
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_had_or_drawn_is_named_and_nothing_is_left(world, tmp_path, monkeypatch, case):
+    content, words = REFUSED[case]
+    package = tmp_path / "registry" / "iconify-json-two-1.0.0.tgz"
+    package.unlink() if content is None else package.write_bytes(content)
+    if words == NOT_DRAWN:
+        monkeypatch.setitem(emoji.SOURCES, "two", ("1.0.0", hashlib.sha256(content).hexdigest()))
+    with pytest.raises(Refused, match=words) as refusal:
+        emoji.download(world)
+    assert "\n" not in str(refusal.value) and not list(world.rglob("*"))
 
 
-@pytest.mark.parametrize("body", ["<path", '<path d="M0 0"/>', ""], ids=["malformed", "draws nothing", "empty"])
-def test_a_picture_that_cannot_be_drawn_is_named_and_nothing_is_left(world, tmp_path, monkeypatch, body):
-    broken = make_package({"wide": {"body": body}})
-    (tmp_path / "registry" / "iconify-json-two-1.0.0.tgz").write_bytes(broken)
-    monkeypatch.setitem(emoji.SOURCES, "two", ("1.0.0", hashlib.sha256(broken).hexdigest()))
-    with pytest.raises(ValueError, match="'wide' of @iconify-json/two cannot be drawn .*pip install") as refusal:
-        emoji.download(world, progress=False)
-    assert "\n" not in str(refusal.value) and list(world.iterdir()) == []
-
-
-def test_without_resvg_nothing_is_fetched(world, monkeypatch):
+def test_nothing_is_fetched_without_npm_or_resvg(world, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(Refused, match="one@1.0.0 cannot be fetched .npm is not installed"):
+        emoji.download(world)
     monkeypatch.setitem(sys.modules, "resvg_py", None)
-    with pytest.raises(ValueError, match="needs resvg_py: pip install"):
-        emoji.download(world, progress=False)
+    with pytest.raises(Refused, match="needs resvg_py: pip install"):
+        emoji.download(world)
     assert not world.exists()

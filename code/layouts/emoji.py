@@ -49,29 +49,24 @@ A picture stays under its source's licence.
 """
 
 
-def download(root: Path, progress: bool = True) -> Path:
+def download(root: Path) -> Path:
     """Fetches the nine icon sets (28 MB) and draws root/emoji unless it is there; gives that folder.
 
     Packages that lie in root/emoji_packages are used, npm fetches the others. The same release of resvg_py gives
-    the same bytes: the packages are pinned and no font is used. The benchmark is written beside its place and then
-    renamed: what lies in its place is whole.
-
-    Raises Refused if a package cannot be had, is not the published one, or a picture cannot be drawn.
+    the same bytes: the packages are pinned and no font is used.
     """
-    root = Path(root)
     target = root / "emoji"
     if target.is_dir():
         return target
     try:
-        import resvg_py  # noqa: F401  (before the download: it may be missing, as only drawing needs it)
+        import resvg_py  # noqa: F401  (before the download, as only drawing needs it)
     except ImportError as error:
         raise Refused(f"drawing the emoji needs resvg_py: pip install -r requirements.txt ({error})") from error
-    root.mkdir(parents=True, exist_ok=True)
     packages = [
         Package(f"@iconify-json/{name}@{version}", f"iconify-json-{name}-{version}.tgz", sha256)
         for name, (version, sha256) in SOURCES.items()
     ]
-    contents = read_packages(packages, root / "emoji_packages", NPM_PACK, progress)
+    contents = read_packages(packages, root / "emoji_packages", NPM_PACK)
     sources, rows = {}, []
     for name, content in zip(SOURCES, contents, strict=True):
         with tarfile.open(fileobj=io.BytesIO(content)) as archive:
@@ -81,7 +76,7 @@ def download(root: Path, progress: bool = True) -> Path:
             f"| [{info['license']['title']}]({info['license']['url']}) | @iconify-json/{name} {SOURCES[name][0]} |\n"
         )
     with written_whole(target) as folder:
-        write_emoji(folder, sources, progress)
+        write_emoji(folder, sources)
         (folder / "ATTRIBUTION.md").write_text(ATTRIBUTION.format(size=SIZE) + "".join(rows), encoding="utf-8")
     return target
 
@@ -116,10 +111,10 @@ def draw(svg: str) -> bytes:
     return png
 
 
-def write_emoji(folder: Path, sources: dict[str, dict], progress: bool) -> None:
+def write_emoji(folder: Path, sources: dict[str, dict]) -> None:
     """Draws all classes into folder/images; sources are the icon sets by name."""
     names = CLASSES_FILE.read_text().split()
-    for number, name in enumerate(tqdm(names, "drawing emoji", unit="class", disable=None if progress else True), 1):
+    for number, name in enumerate(tqdm(names, "drawing emoji", unit="class", disable=None), 1):
         class_name = f"{number:04d}.{name}"
         class_folder = folder / "images" / class_name
         class_folder.mkdir(parents=True)

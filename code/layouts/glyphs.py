@@ -94,13 +94,12 @@ def draw_image(letter: str, size: int, random: np.random.RandomState) -> Image.I
     return Image.fromarray(grey.clip(0, 255).astype(np.uint8))
 
 
-def ensure_glyphs(root: Path, num_classes=200, images_per_class=20, size=64, seed=0, progress=True) -> Path:
+def ensure_glyphs(root: Path, num_classes=200, images_per_class=20, size=64, seed=0) -> Path:
     """Draws the set under root unless it is there, and returns its folder.
 
     The default set lies in root/glyphs, any other in a folder named after its parameters, such as
     root/glyphs_400x20_64. The layout is that of CUB-200-2011: images/NNN.NAME/*.png, where NNN is the class id.
-    The same parameters give the same bytes. The set is written under another name and then renamed, so that the
-    folder is always complete, and two processes that start at the same time both succeed.
+    The same parameters give the same bytes.
     """
     name = "glyphs"
     if (num_classes, images_per_class, size, seed) != (200, 20, 64, 0):
@@ -113,7 +112,7 @@ def ensure_glyphs(root: Path, num_classes=200, images_per_class=20, size=64, see
         raise Refused(f"glyphs: {num_classes} classes wanted, there are {len(letters)} letters")
     # RandomState, not default_rng: NumPy promises that its stream never changes.
     chosen = np.random.RandomState(seed).permutation(len(letters))[:num_classes]
-    bar = tqdm(chosen, "drawing glyphs", unit="class", disable=None if progress else True)
+    bar = tqdm(chosen, "drawing glyphs", unit="class", disable=None)
     with written_whole(target) as folder:
         for number, letter in enumerate((letters[index] for index in bar), 1):
             name = f"{number:03d}.{unicodedata.name(letter, f'U{ord(letter):04X}').replace(' ', '_')}"
