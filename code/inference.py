@@ -8,7 +8,6 @@ from typing import NamedTuple
 import checkpoint
 import dataset
 import distributed
-import lettering
 import metrics
 import net
 import numpy as np
@@ -178,14 +177,14 @@ def draw_search(
     targets, images = (query, query_images) if gallery is None else (gallery, gallery_images)
     itself = torch.from_numpy(chosen) if gallery is None else None
     nearest, similarities = metrics.nearest(query.embeddings[chosen], targets.embeddings, 8, itself)
-    titles = lettering.short_names([query_images.class_names[label] for label in query.labels[chosen]], 80)
+    names = [query_images.class_names[label] for label in query.labels[chosen]]
     files = [query_images.root / path for path in query_images.paths]
     pictures.neighbours(
         [files[q] for q in chosen],
         [[images.root / images.paths[n] for n in row] for row in nearest],
         (targets.labels[nearest] == query.labels[chosen][:, None]).tolist(),
         similarities.tolist(),
-        [f"{'worst' if n < len(worst) else 'random'} query: {name}" for n, name in enumerate(titles)],
+        [f"{'worst' if n < len(worst) else 'random'} query: {name}" for n, name in enumerate(names)],
         folder / "neighbours.png",
         own=query_images.own,
     )
