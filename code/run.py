@@ -25,7 +25,6 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
 
 import checkpoint
 import dataset
@@ -40,42 +39,43 @@ from refused import Refused
 from summary import environment
 from tqdm import tqdm
 
-# What last.pth holds beside what every checkpoint does.
+# What last.pth holds beside what every checkpoint does; the last two are younger than version 1.0.
 PROGRESS = {"criterion_state_dict", "optimizer_state_dict", "scheduler_state_dict", "random_states", "history", "best"}
+RESUMPTIONS = {"first_flags", "resumptions"}
 LOCK = ".lock"  # file in a run's folder that its process holds
-OF_THE_CALL = {"resume", "overwrite", "run_num", "allow_changed_images"}  # flags that a resumption does not change
+# Flags that a resumption does not change
+OF_THE_CALL = {"resume", "overwrite", "run_num", "log_dir", "allow_changed_images"}
 
 # ---------------------------------------------------------------- flags of a run, new or resumed
 
 
-def parse_flags(locks: contextlib.ExitStack) -> tuple[Namespace, dict | None]:
+def parse_flags() -> tuple[Namespace, dict | None]:
     """(flags, the last.pth of the run to resume or None).
 
-    The run's folder is locked, until `locks` closes, before last.pth is read: nobody else takes the run further.
+    The run's folder is locked before last.pth is read: nobody else takes the run further.
     Raises Refused or OSError where flags and run do not fit each other.
     """
     parser = flags.train_parser()
     args, given = parser.parse()
-    if args.resume is None:
-        if args.overwrite and "run_num" not in given:
-            raise Refused("--overwrite needs --run-num N, the run to replace")
-        if args.allow_changed_images:
-            raise Refused("--allow-changed-images requires --resume")
-        if args.dataset == "folder" and "data_root" not in given:
-            raise Refused(flags.NO_FOLDER)
+    resumes = args.resume is not None
+    contradictions = {
+        "--resume and --overwrite cannot be combined": args.overwrite and resumes,
+        "--overwrite needs --run-num N, the run to replace": args.overwrite and "run_num" not in given,
+        "--allow-changed-images requires --resume": args.allow_changed_images and not resumes,
+        flags.NO_FOLDER: args.dataset == "folder" and "data_root" not in given and not resumes,
+    }
+    for message, contradicted in contradictions.items():
+        if contradicted:
+            raise Refused(message)
+    if not resumes:
         args.run_num = args.run_num if "run_num" in given else None
         return args, None
-    if args.overwrite:
-        raise Refused("--resume and --overwrite cannot be combined")
     path = last_checkpoint(args, given)
-    if path.is_file() and distributed.is_first():
-        locks.callback(unlock, lock(path.parent))
+    if distributed.is_first():
+        lock(path.parent)
     state = checkpoint.load(path)
-    if missing := (PROGRESS | {"flags", "epoch"}) - state.keys():
+    if missing := (PROGRESS | {"flags", "epoch", "data"}) - state.keys():
         raise Refused(f"{path}: cannot be resumed from, it lacks {', '.join(sorted(missing))}; give a run's last.pth")
-    logs = path.resolve().parent.parent.parent
-    if "log_dir" in given and logs != args.log_dir.resolve():
-        raise Refused(f"--log-dir {args.log_dir}: the run goes on where it lies, in {logs}: leave --log-dir out")
     stored = checkpoint.stored_flags(state)
     changed = [
         f"{name} {getattr(args, name)} instead of {stored[name]}"
@@ -91,17 +91,18 @@ def parse_flags(locks: contextlib.ExitStack) -> tuple[Namespace, dict | None]:
 
 def last_checkpoint(args: Namespace, given: set[str]) -> Path:
     """The last.pth that --resume means. Raises Refused."""
-    if not args.resume:
+    if args.resume:
+        path = Path(args.resume)
+        path = path / "last.pth" if path.is_dir() else path
+    else:
         runs = args.log_dir / args.dataset
-        return (runs / f"run_{args.run_num}" if "run_num" in given else newest_run_folder(runs)) / "last.pth"
-    path = Path(args.resume)
-    if path.is_dir() and not (path / "last.pth").exists():
-        runs = ", ".join(folder.name for folder in run_folders(path))
-        there = f"it holds the runs {runs}: give one of them" if runs else "give a run's folder or its last.pth"
-        raise Refused(f"--resume {path}: there is no last.pth in it; {there}")
-    path = path / "last.pth" if path.is_dir() else path
-    if "run_num" in given and path.absolute().parent.name != f"run_{args.run_num}":
-        raise Refused(f"--resume {args.resume} names another run than --run-num {args.run_num}: leave one of them out")
+        path = (runs / f"run_{args.run_num}" if "run_num" in given else newest_run_folder(runs)) / "last.pth"
+    if not path.is_file():
+        raise Refused(f"{path}: there is no such checkpoint; --resume takes a run's folder or its last.pth")
+    folder = path.absolute().parent
+    other_run = "run_num" in given and folder.name != f"run_{args.run_num}"
+    if other_run or ("log_dir" in given and folder.parent.parent.resolve() != args.log_dir.resolve()):
+        raise Refused(f"--resume {args.resume}: --run-num or --log-dir name another run: leave them out")
     return path
 
 
@@ -126,28 +127,18 @@ def refuse_other_data(state: dict, data: dict, args: Namespace) -> None:
     Raises Refused, unless only images changed and --allow-changed-images says to go on. Then the best epoch is
     chosen among those to come: the earlier ones were scored on other images.
     """
-    then = state.get("data")
-    if then is None:
-        print(f"warning: {args.resume} was written by an earlier version and does not say what it was trained on: not "
-              "compared with the images that are there now", file=sys.stderr)  # fmt: skip
-        return
     empty = dict(images=0, classes=[], sizes=[], class_digests=[], digest="")
-    splits = [(split, then.get(split) or empty, data.get(split) or empty) for split in {**then, **data}]
-    differing = [f"{split}: {what}" for split, old, new in splits if (what := dataset.changes(old, new))]
+    splits = [(split, state["data"].get(split, empty), data.get(split, empty)) for split in {**state["data"], **data}]
+    differing = "; ".join(f"{split}: {what}" for split, old, new in splits if (what := dataset.changes(old, new)))
     if not differing:
         return
     only_images = all(old["classes"] == new["classes"] for _, old, new in splits)
     if only_images and args.allow_changed_images:
-        print(f"warning: the data changed since the run began ({'; '.join(differing)}); the best epoch is chosen among "
-              "those from here on", file=sys.stderr)  # fmt: skip
+        print(f"warning: the data changed since the run began ({differing}); the best epoch is chosen among those from "
+              "here on", file=sys.stderr)  # fmt: skip
         return
-    stored_root = checkpoint.stored_flags(state).get("data_root")
-    moved = f"it was {stored_root}" if stored_root != str(args.data_root.absolute()) else "it changed since"
     way_out = "--allow-changed-images resumes anyway" if only_images else "restore it, or start a new run"
-    raise Refused(
-        f"{args.resume} was trained on other data than {args.data_root} now holds ({moved}): {'; '.join(differing)}; "
-        f"{way_out}"
-    )
+    raise Refused(f"{args.resume} was trained on other data than {args.data_root} now holds: {differing}; {way_out}")
 
 
 # ---------------------------------------------------------------- the folder
@@ -179,33 +170,20 @@ def empty_folder(folder: Path) -> None:
             path.unlink()
 
 
-def lock(folder: Path) -> TextIO:
-    """Keep other processes out of a run's folder until unlock(), or until this process ends in any way.
+def lock(folder: Path) -> None:
+    """Keep other processes out of a run's folder until this one ends in any way. Raises Refused where one is in it.
 
-    A lock of fcntl's lockf: unlike flock's, worker processes that outlive a killed parent do not inherit it.
-    Returns what unlock() takes. Raises Refused when another process holds it.
+    A lock of fcntl's lockf: unlike flock's, worker processes that outlive a killed parent do not inherit it. The file
+    is never closed, which would end the lock, nor removed: between two calls of another process it would lock in vain.
     """
-    file = open(folder / LOCK, "a+")
+    file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.seek(0)
-        owner = file.read().strip() or "which has just begun"
-        file.close()
+        owner = os.read(file, 1000).decode().strip() or "which has just begun"
         raise Refused(f"{folder}: another process ({owner}) is using this run") from None
-    if os.fstat(file.fileno()).st_nlink == 0:  # its owner removed it between our two calls: others lock a new one
-        file.close()
-        return lock(folder)
-    file.truncate(0)
-    file.write(f"{platform.node()}, process {os.getpid()}\n")
-    file.flush()
-    return file
-
-
-def unlock(file: TextIO) -> None:
-    """Let others in, and leave nothing behind."""
-    Path(file.name).unlink(missing_ok=True)
-    file.close()
+    os.truncate(file, 0)
+    os.write(file, f"{platform.node()}, process {os.getpid()}\n".encode())
 
 
 class Run:
@@ -213,66 +191,63 @@ class Run:
 
     parts     {'network', 'criterion', 'optimizer', 'scheduler'}: what checkpoints hold the state of
     flags, made_by, data, wandb_id     what made the run; data is {split: dataset.fingerprint(images)}
+    first_flags, resumptions           what made it first, and what every resumption changed
     epoch     the last completed one. Warm-up epochs count up to 0, training epochs from 1
     history   rows, from the untrained network on; best: the row of the best training epoch so far, or None
     """
 
     def __init__(
-        self, args: Namespace, image_size: int, device: torch.device, parts: dict, data: dict, state: dict | None, locks
+        self, args: Namespace, image_size: int, device: torch.device, parts: dict, data: dict, state: dict | None
     ):
-        """state: last.pth of the run to go on with, whose folder is locked; None for a new run. locks: an ExitStack."""
+        """state: last.pth of the run to go on with, whose folder is locked; None for a new run."""
         self.args, self.device, self.parts = args, device, parts
         self.wandb, self.drawing_seconds, self.started = None, 0.0, time.monotonic()
         self.doubt = ""  # why the last scores say little
         here = {**environment(device), "command": shlex.join(sys.argv)}
-        writes = distributed.is_first()
+        self.stamp = {"seed": args.seed, "commit": here["commit"], "torch": here["torch"]}  # of the rows to come
         if state is None:
-            self.folder = distributed.from_all(self._new_folder(locks) if writes else None)[0]
+            self.folder = distributed.from_all(self._new_folder() if distributed.is_first() else None)[0]
             number = int(self.folder.name.removeprefix("run_"))
             of_the_call = {"resume": None, "overwrite": False, "run_num": number, "image_size": image_size}
-            state = {"flags": flags.plain(args) | of_the_call, "data": data}
+            state = {"flags": flags.plain(args) | of_the_call, "made_by": here, "data": data, "wandb_id": None}
             state |= {"epoch": -args.warm, "history": [], "best": None}
         else:
             self.folder = Path(args.resume).resolve().parent
             self._restore(state)
-        self.flags, self.epoch, self.best = checkpoint.stored_flags(state), state["epoch"], state["best"]
-        self.history = list(state["history"])
-        self.made_by, self.wandb_id = state.get("made_by") or here, state.get("wandb_id")
-        self.data = state.get("data") if self.done and state.get("data") else data
+        self.flags, self.made_by, self.data = checkpoint.stored_flags(state), state["made_by"], state["data"]
+        self.first_flags, self.resumptions = state.get("first_flags", self.flags), state.get("resumptions", [])
+        self.epoch, self.history, self.best = state["epoch"], list(state["history"]), state["best"]
+        self.wandb_id = state["wandb_id"]
         self.best_path = self.folder / checkpoint.best_name(args.dataset, args.model)
         self.results_path = self.folder / f"{self.best_path.stem}_results.txt"
-        self.first_flags, self.resumptions = self.flags, []
         if args.resume:
-            self._note_resumption(state, here)
-        # What stamps the rows to come: this process.
-        self.stamp = {"seed": args.seed, "commit": here["commit"], "torch": here["torch"]}
-        if writes:
-            checkpoint.remove_leftovers(self.folder)
-            self._mend_best(state)
-            if not (self.done and self.history):
-                self.wandb = tracking.start(args, self.folder, self.flags | self.made_by, self.wandb_id)
-                self.wandb_id = self.wandb.id if self.wandb else self.wandb_id
-            if self._write_texts() and self.history:
-                self._draw_curves()
+            self._note_resumption(data, here)
+        if not distributed.is_first():
+            return
+        checkpoint.remove_leftovers(self.folder)
+        self._mend_best(state)
+        if not (self.done and self.history):
+            self.wandb = tracking.start(args, self.folder, self.flags | self.made_by, self.wandb_id)
+            self.wandb_id = self.wandb.id if self.wandb else self.wandb_id
+        if self._write_texts():
+            self._draw_curves()
 
     @property
     def done(self) -> bool:
         return self.epoch >= self.args.nb_epochs
 
-    def _new_folder(self, locks: contextlib.ExitStack) -> Path:
+    def _new_folder(self) -> Path:
         parent = self.args.log_dir / self.args.dataset
         folder = parent / f"run_{self.args.run_num}"
         overwritten = self.args.overwrite and folder.is_dir()
         folder = folder if overwritten else new_run_folder(parent, self.args.run_num)
-        locks.callback(unlock, lock(folder))
+        lock(folder)
         if overwritten:
             empty_folder(folder)
         return folder
 
     def _restore(self, state: dict) -> None:
         path = self.args.resume
-        if distributed.from_all(state["epoch"])[0] != state["epoch"]:  # only process 0 locked before it read
-            raise Refused(f"{path}: another process went on with this run meanwhile; give the command again")
         net.load_network_state(self.parts["network"], checkpoint.network_state(state, Path(path)), path)
         try:
             for name in ("criterion", "optimizer", "scheduler"):
@@ -281,31 +256,22 @@ class Run:
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise Refused(f"{path}: does not fit this run: {' '.join(str(error).split())[:200]}") from error
 
-    def _note_resumption(self, state: dict, here: dict) -> None:
-        """What made the run first is kept; this call is listed beside it, in args.json."""
-        stored, now, parser = self.flags, flags.plain(self.args), flags.train_parser()
+    def _note_resumption(self, data: dict, here: dict) -> None:
+        """List this call beside what made the run first; last.pth has it from the first completed epoch on."""
+        if max(self.args.nb_epochs, self.flags["nb_epochs"]) <= self.epoch:
+            return  # it was complete, and stays as it is
+        parser = flags.train_parser()
         changed = {
             name: value
-            for name, value in now.items()
-            if name not in OF_THE_CALL and value != stored.get(name, parser.get_default(name))
+            for name, value in flags.plain(self.args).items()
+            if name not in OF_THE_CALL and value != self.flags.get(name, parser.get_default(name))
         }
-        self.flags = stored | changed
-        try:
-            origin = json.loads((self.folder / "args.json").read_text(encoding="utf-8"))
-            listed = [entry for entry in origin.get("resumptions", []) if isinstance(entry, dict)]
-            self.first_flags = dict(origin["flags"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # missing or damaged
-            self.first_flags, listed = stored, []
-        # A resumption that completed no epoch leaves no mark.
-        self.resumptions = [entry for entry in listed if entry.get("after_epoch") != self.epoch]
-        cut_short = self.done and stored.get("nb_epochs", 0) > self.epoch  # it was to be longer, and is complete now
-        if self.done and not cut_short:
-            return
         entry = {"after_epoch": self.epoch}
-        if (then := state.get("data")) and then != self.data:
-            entry["data_before"] = summary_of(then)
-            self.best = None  # it was scored on other images
-        self.resumptions.append(entry | {"flags": changed, **here})
+        if not self.done and data != self.data:
+            entry["data_before"] = summary_of(self.data)
+            self.data, self.best = data, None  # the best so far was scored on other images
+        self.flags = self.flags | changed
+        self.resumptions = [*self.resumptions, entry | {"flags": changed, **here}]
 
     # ------------------------------------------------------------ the state, and the files that are made of it
 
@@ -342,28 +308,27 @@ class Run:
             "random_states": checkpoint.random_states(),
             "history": self.history,
             "best": self.best,
+            "first_flags": self.first_flags,
+            "resumptions": self.resumptions,
         }
 
     def _save_best(self, state: dict) -> None:
-        checkpoint.save({name: value for name, value in state.items() if name not in PROGRESS}, self.best_path)
+        of_last = PROGRESS | RESUMPTIONS
+        checkpoint.save({name: value for name, value in state.items() if name not in of_last}, self.best_path)
 
     def _mend_best(self, state: dict) -> None:
-        """Make the best checkpoint from the last one where it is missing and of that epoch; warn where it is not."""
-        try:
-            if self.best is None or checkpoint.load(self.best_path).get("epoch") == self.best["epoch"]:
+        """Make the best checkpoint, where it is missing or of another epoch, from the last one if that is the best."""
+        if self.best is None or self.best["epoch"] != self.epoch:
+            return
+        with contextlib.suppress(OSError, Refused):  # missing or damaged
+            if checkpoint.load(self.best_path).get("epoch") == self.epoch:
                 return
-        except (OSError, Refused):
-            pass  # missing or damaged
-        if self.best["epoch"] == self.epoch:
-            self._save_best(state)
-        else:
-            print(f"warning: {self.best_path} does not hold the network of epoch {self.best['epoch']}, the best so "
-                  "far, which is lost", file=sys.stderr)  # fmt: skip
+        self._save_best(state)
 
     def _write_texts(self) -> bool:
         """Write args.json, table and results where they are not up to date; gives whether the table was not."""
         origin = {"flags": self.first_flags, "made_by": self.made_by, "data": summary_of(self.data)}
-        origin |= {"wandb_id": self.wandb_id}
+        origin["wandb_id"] = self.wandb_id
         origin |= {"resumptions": self.resumptions} if self.resumptions else {}
         write_if_new(json.dumps(origin, indent=2) + "\n", self.folder / "args.json")
         if self.best:

@@ -17,7 +17,6 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 
 import dataset
@@ -50,12 +49,9 @@ PAIR_LOSSES = ("multi_similarity", "triplet", "contrastive")  # learn from image
 
 
 def main() -> None:
-    with ExitStack() as locks:  # of the run's folder
-        args, state = run.parse_flags(locks)
-        train(args, state, locks)
+    # Flags, and the last.pth of a run to go on with
+    args, state = run.parse_flags()
 
-
-def train(args: Namespace, state: dict | None, locks: ExitStack) -> None:
     # Device
     check_flags(args)
     device = distributed.start(args.gpu_id)
@@ -87,7 +83,7 @@ def train(args: Namespace, state: dict | None, locks: ExitStack) -> None:
 
     # The run's folder, or the run to go on with
     parts = dict(network=network, criterion=criterion, optimizer=optimizer, scheduler=scheduler)
-    log = run.Run(args, image_size, device, parts, data, state, locks)
+    log = run.Run(args, image_size, device, parts, data, state)
     print(f"run: {log.folder}" + (f", resumed after epoch {log.epoch}" if state else ""))
     if state and log.done:
         print(summary.nothing_left(log))

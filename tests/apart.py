@@ -143,8 +143,8 @@ def wait_for_signals() -> None:
 def hold_lock(folder: Path) -> None:
     import run
 
-    held = run.lock(folder)
-    print("held", held.name)
+    run.lock(folder)
+    print("held")
     time.sleep(60)
 
 
