@@ -109,18 +109,10 @@ class Step:
 
     def epoch(self, batches, loss=None) -> dict:
         """The row of train.train_epoch on these batches: a list, or anything else with a length."""
-        return train.train_epoch(
-            self.network,
-            self.forward,
-            self.criterion,
-            loss or self.criterion,
-            batches,
-            self.optimizer,
-            self.device,
-            self.args,
-            title="the epoch",
-            stop=SimpleNamespace(check=lambda: None),
-        )
+        parts = dict(network=self.network, criterion=self.criterion, optimizer=self.optimizer)
+        stop = SimpleNamespace(check=lambda: None)
+        loss = loss or self.criterion
+        return train.train_epoch(parts, self.forward, loss, batches, self.device, self.args, "the epoch", stop)
 
     def train(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
         """Seconds of each whole step, and of the loss in it: forward, and backward as far as the embeddings."""

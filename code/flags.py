@@ -273,12 +273,12 @@ DATA_FLAGS = (
 )
 
 
-def image_flags(batch_size: int) -> tuple:
+def image_flags(batch_size: int, smallest: int = 1) -> tuple:
     return (
         ("--image-size", whole(8), None, "PIXELS",
          "side of the images fed to the network; default: the training size, else the backbone's own (usually 224). "
          "Evaluation first resizes the shorter side to 256/224 of it"),
-        ("--batch-size", whole(1), batch_size, "N",
+        ("--batch-size", whole(smallest), batch_size, "N",
          "images in a batch; with several processes, those of all in training, those of each in evaluation"),
         ("--workers", whole(0), 4, "N",
          "processes that decode images, for each process that computes; at most one a core; results do not change"),
@@ -318,7 +318,7 @@ def train_parser() -> Parser:
         "  resume a run           python code/train.py --dataset folder --resume"
     )
     parser.add_table(
-        "data", *DATA_FLAGS, *image_flags(batch_size=32), SKIP_BAD_IMAGES,
+        "data", *DATA_FLAGS, *image_flags(batch_size=32, smallest=2), SKIP_BAD_IMAGES,
         ("--IPC", whole(0), 0, "K",
          "images per class in a batch: batch-size/K classes with K images each; 0: plain shuffling"),
         ("--val-classes", real(0, 1), 0.0, "SHARE",

@@ -53,7 +53,6 @@ def main() -> None:
     args, state = run.parse_flags()
 
     # Device
-    check_flags(args)
     device = distributed.start(args.gpu_id)
     processes = distributed.processes()
     seed_everything(args.seed, args.deterministic)
@@ -79,7 +78,6 @@ def main() -> None:
     # Loaders
     loaders = make_loaders(args, image_size, images, device)
     train_loader = loaders["train"]
-    warn_without_positives(train_loader.batch_sampler, args)
 
     # The run's folder, or the run to go on with
     parts = dict(network=network, criterion=criterion, optimizer=optimizer, scheduler=scheduler)
@@ -104,9 +102,7 @@ def main() -> None:
                 row, started = {"phase": phase, "epoch": epoch}, time.monotonic()
                 title = summary.epoch_title(row, args.nb_epochs)
                 train_loader.batch_sampler.set_epoch(epoch + args.warm)
-                row |= train_epoch(
-                    network, forward, criterion, loss, train_loader, optimizer, device, args, title, stop
-                )
+                row |= train_epoch(parts, forward, loss, train_loader, device, args, title, stop)
                 if phase == "train":
                     scheduler.step()
                 finish_epoch(row, started, log, loaders, benchmark, stop)
@@ -122,14 +118,6 @@ def main() -> None:
 
 
 # ---------------------------------------------------------------- what is trained, and on what
-
-
-def check_flags(args: Namespace) -> None:
-    """Refuse what would only fail in the first epoch."""
-    if args.sz_batch < 2:
-        raise Refused(f"--batch-size {args.sz_batch}: a training batch needs at least 2 images")
-    if args.loss == "hist" and args.loss_args:
-        raise Refused("--loss-args: hist has flags of its own, --tau, --alpha, --ls and --hgnn-hidden")
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
@@ -172,7 +160,12 @@ def make_network(args: Namespace, weights: str, device: torch.device) -> tuple[n
 
 def make_criterion(num_classes: int, args: Namespace) -> nn.Module:
     if args.loss == "hist":
+        if args.loss_args:
+            raise Refused("--loss-args: hist has flags of its own, --tau, --alpha, --ls and --hgnn-hidden")
         return HISTLoss(num_classes, args.sz_embedding, args.hgnn_hidden, args.tau, args.alpha, args.ls)
+    if args.loss in PAIR_LOSSES and not args.IPC and args.sz_batch <= num_classes:
+        print(f"warning: --loss {args.loss} compares images of one class, of which a batch of {args.sz_batch} out of "
+              f"{num_classes:,} classes hardly has any; give --IPC 4", file=sys.stderr)  # fmt: skip
     import losses  # imports pytorch-metric-learning, which takes a second
 
     return losses.build(args.loss, num_classes, args.sz_embedding, args.loss_args)
@@ -206,37 +199,17 @@ def make_loaders(args: Namespace, image_size: int, images: dict, device: torch.d
     return loaders
 
 
-def warn_without_positives(batches: dataset.RandomBatches, args: Namespace) -> None:
-    """Losses of pairs and triplets learn nothing from a batch in which hardly any image has another of its class."""
-    if args.loss not in PAIR_LOSSES or args.IPC:
-        return
-    sizes = torch.tensor([len(members) for members in batches.members], dtype=torch.float64)
-    share = float((sizes * (sizes - 1)).sum() / max(batches.num_images * (batches.num_images - 1), 1))
-    others = share * (batches.batch_size - 1)
-    if others < 1:
-        print(f"warning: --loss {args.loss} compares images of one class, of which a batch of {batches.batch_size} has "
-              f"{others:.2g} beside each image on average; give --IPC 4", file=sys.stderr)  # fmt: skip
-
-
 # ---------------------------------------------------------------- one epoch
 
 
 def train_epoch(
-    network: net.EmbeddingNet,
-    forward: Callable,
-    criterion: nn.Module,
-    loss_of: Callable,
-    loader: DataLoader,
-    optimizer: torch.optim.Optimizer,
-    device: torch.device,
-    args: Namespace,
-    title: str,
-    stop: StopSignals,
+    parts: dict, forward: Callable, loss_of: Callable, loader: DataLoader, device: torch.device, args, title: str, stop
 ) -> dict[str, float]:
     """One pass over the training images, warm-up or not: {means of the loss and its terms, rates, images per second}.
 
-    forward and loss_of compute network and criterion, as they are or wrapped for several processes or compiled.
+    forward and loss_of compute the network and criterion of parts, as they are or for several processes or compiled.
     """
+    network, criterion, optimizer = parts["network"], parts["criterion"], parts["optimizer"]
     network.train()
     criterion.train()
     if args.bn_freeze:
@@ -262,7 +235,11 @@ def train_epoch(
             # The terms were known before the backward pass began, so this does not hold up a busy GPU.
             arrived()
             if not math.isfinite(terms[0]):
-                raise diverged_in_step(dict(zip(names, terms.tolist(), strict=True)), rates, title, step, loader)
+                where = f": the loss is {terms[0]:.4g} in {title}, step {step} of {len(loader)}"
+                figures = dict(zip(names[1:], terms[1:].tolist(), strict=True)) | rates
+                indices = list(loader.batch_sampler.whole())[step - 1]
+                images = ", ".join(loader.dataset.images.paths[index] for index, _ in indices)
+                raise diverged(where, figures, f". Images of the batch: {images}")
             optimizer.step()
             totals = totals + terms.double().numpy()
             means = {name.removesuffix("_loss"): mean for name, mean in zip(names, totals / step, strict=True)}
@@ -293,20 +270,11 @@ def terms_of(loss: torch.Tensor, criterion: nn.Module) -> dict[str, torch.Tensor
     return {"loss": loss.detach()} | {name: value for name, value in terms.items() if value is not None}
 
 
-def diverged_in_step(terms: dict, rates: dict, title: str, step: int, loader: DataLoader) -> Refused:
-    """The error about a loss that is NaN or infinite: where, at which rates, from which images."""
-    paths = [loader.dataset.images.paths[index] for index, _ in list(loader.batch_sampler.whole())[step - 1]]
-    where = f": the loss is {terms.pop('loss'):.4g} in {title}, step {step} of {len(loader)}"
-    figures = {name.removesuffix("_loss"): value for name, value in terms.items()} | rates
-    error = diverged(where, figures, "stopped before the optimiser's step, ")
-    return Refused(f"{error}. Images of the batch: {', '.join(paths)}")
-
-
-def diverged(where: str, figures: dict, stopped: str = "") -> Refused:
-    said = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+def diverged(where: str, figures: dict, images: str = "") -> Refused:
+    said = ", ".join(f"{name.removesuffix('_loss')} {value:.4g}" for name, value in figures.items())
     return Refused(
-        f"training diverged{where} ({said}); {stopped}last.pth holds the epoch before. Smaller learning rates may help "
-        "(--lr, --lr-ds, --lr-hgnn-factor)"
+        f"training diverged{where} ({said}); last.pth holds the epoch before. Smaller learning rates may help "
+        f"(--lr, --lr-ds, --lr-hgnn-factor){images}"
     )
 
 
