@@ -133,7 +133,7 @@ def drop_unreadable(listing: layouts.Listing, splits: Iterable[str], workers: in
     files = [os.path.join(listing.root, path) for _, (path, _) in listed]
     decode, mine, why = functools.partial(_undecodable, files, listing.own), range(rank, len(files), count), {}
     with tqdm(total=len(files), desc="decode", unit="img", disable=None, leave=False) as bar:
-        for decoded, found in DataLoader(mine, 32, collate_fn=decode, **worker_options(workers, pin_memory=False)):
+        for decoded, found in Loader(mine, 32, collate_fn=decode, **worker_options(workers, pin_memory=False)):
             why |= found
             bar.update(decoded * count)
     why = dict(sorted(item for part in distributed.from_all(why) for item in part.items()))
@@ -314,17 +314,29 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+class Loader(DataLoader):
+    """A DataLoader whose worker processes obey their parent's SIGTERM, and only their parent's."""
+
+    def __iter__(self):
+        # All threads of a worker have to block the signal. Torch starts some before worker_init_fn: they inherit this.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def leave_stopping_to_the_parent(worker: int) -> None:
-    """Runs in each worker process, so that only a SIGTERM from its parent ends it.
+    """Runs in each worker process.
 
     Ctrl-C and SIGTERM may reach the whole process group, but the parent finishes its step first and still needs its
     workers. It sends them SIGTERM when it exits on an error, and waits for them: not to obey would hang it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return
     parent = os.getppid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def obey_the_parent():
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
@@ -361,7 +373,7 @@ def make_train_loader(
     Raises Refused as RandomBatches does; iterating raises UnreadableImage.
     """
     batches = RandomBatches(images.labels, batch_size, seed, images_per_class, shard)
-    return DataLoader(ImageDataset(images, transform), batch_sampler=batches, **worker_options(workers, pin_memory))
+    return Loader(ImageDataset(images, transform), batch_sampler=batches, **worker_options(workers, pin_memory))
 
 
 def make_eval_loader(
@@ -378,7 +390,7 @@ def make_eval_loader(
     images than processes. len(loader.dataset) is the number of all images.
     """
     mine = range(shard[0], len(images), shard[1])
-    return DataLoader(ImageDataset(images, transform), batch_size, sampler=mine, **worker_options(workers, pin_memory))
+    return Loader(ImageDataset(images, transform), batch_size, sampler=mine, **worker_options(workers, pin_memory))
 
 
 # ---------------------------------------------------------------- what a run was trained on

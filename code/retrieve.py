@@ -34,7 +34,6 @@ import pictures
 import torch
 from PIL import Image
 from refused import Refused
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 TEMPLATE = flags.CODE / "retrieve_template.html"
@@ -113,7 +112,7 @@ def embed(loaded, images, device) -> tuple[torch.Tensor, np.ndarray, dict[int, s
     args = loaded.args
     marked = MarkedWhereUnreadable(images, dataset.eval_transform(loaded.image_size))
     options = dataset.worker_options(args.nb_workers, pin_memory=device.type == "cuda")
-    loader = DataLoader(marked, args.sz_batch, **options)
+    loader = dataset.Loader(marked, args.sz_batch, **options)
     done = inference.embed(loaded.network, loader, device, args.amp == "bf16", args.channels_last)
     decoded = done.labels >= 0
     why = {row: why_not(images.file(row)) for row in np.flatnonzero(~decoded).tolist()}
