@@ -74,9 +74,9 @@ FULL = Sizes(
     recipe="",
 )
 QUICK = Sizes(
-    small="--model resnet18 --image-size 32 --batch-size 8 --lr 1e-4",
+    small="--model timm:test_resnet --image-size 32 --batch-size 8 --lr 1e-4",
     training_steps=6,
-    large="--model resnet18 --image-size 32",
+    large="--model timm:test_resnet --image-size 32",
     batches=(8,),
     classes=(10, 100),
     warm_up=1,
@@ -84,12 +84,13 @@ QUICK = Sizes(
     backend="eager",  # compiles nothing: compiling would take longer than everything else together
     losses=((32, 100, 64),),
     embeddings="quick",
-    run="--epochs 2 --image-size 32 --embedding-size 16 --hgnn-hidden 16 --batch-size 8 --workers 0",
+    run="--model timm:test_resnet --epochs 2 --image-size 32 --embedding-size 16 --hgnn-hidden 16 --batch-size 8 "
+    "--workers 0",
     run_letters=(4, 8, 32),
     photographs=(24, 8, 0, 8),
     loaded=(32, 4, 0, 8),
     workers=(1, 2),
-    recipe="--model resnet18 --image-size 32 --embedding-size 16 --hgnn-hidden 16 --batch-size 8",
+    recipe="--model timm:test_resnet --image-size 32 --embedding-size 16 --hgnn-hidden 16 --batch-size 8",
 )
 Rows = Iterator[dict]
 

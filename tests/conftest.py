@@ -154,3 +154,5 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem in SLOW:
             item.add_marker(pytest.mark.slow)
+    # Slow files first (pyproject.toml keeps xdist from sorting them anew): else one core waits for the last of them.
+    items.sort(key=lambda item: item.path.stem not in SLOW)
