@@ -204,7 +204,7 @@ def neighbours(
     """
     step, first, row_height = 1.08, 1.38, 1.78  # inches; the side of a picture is 1
     width = max(7.3, first + step * max(len(row) for row in neighbour_paths))
-    figure, axes = _canvas(width, row_height * len(query_paths) + 0.5)
+    figure, axes = _canvas(width, row_height * len(query_paths) + 0.5, dpi=125)
     if neighbour_right is None:
         kinds = {"query": "query", "nearest images": None}
     else:
@@ -236,24 +236,24 @@ def contact_sheet(columns: Sequence[tuple[str, Sequence]], path: Path, own: bool
         columns: (title, [(caption, image files), …]) of each split.
         own: they are the user's own pictures, as in neighbours().
     """
-    step, row_height = 1.04, 1.26  # inches; the side of a picture is 1
-    longest = max(len(files) for _, rows in columns for _, files in rows)
-    width = step * max(4, longest) + 0.2
-    figure, axes = _canvas(width * len(columns) + 0.2, row_height * max(len(rows) for _, rows in columns) + 0.5)
-    for column, (title, rows) in enumerate(columns):
-        left = 0.2 + column * width
+    step, row_height, left = 1.04, 1.26, 0.2  # inches; the side of a picture is 1
+    widths = [step * max([4, *(len(files) for _, files in rows)]) for _, rows in columns]
+    height = row_height * max(len(rows) for _, rows in columns) + 0.5
+    figure, axes = _canvas(sum(widths) + 0.2 * (len(columns) + 1), height, dpi=100)
+    for (title, rows), width in zip(columns, widths, strict=True):
         axes.text(left, 0.2, label(title, int(width * 10)), va="center", fontsize=11)
         for row, (caption, files) in enumerate(rows):
             top = 0.4 + row * row_height
             axes.text(left, top + 0.11, label(caption, int(width * 12)), va="center", fontsize=8.5)
             for place, file in enumerate(files):
                 _draw_image(axes, file, left + place * step, top + 0.22, dict(linewidth=0), own)
+        left += width + 0.2
     _save(figure, path)
 
 
-def _canvas(width: float, height: float) -> tuple:
+def _canvas(width: float, height: float, dpi: int) -> tuple:
     """A figure of that many inches, and axes over all of it, whose unit is an inch and whose origin the upper left."""
-    figure = Figure(figsize=(width, height), dpi=125)
+    figure = Figure(figsize=(width, height), dpi=dpi)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     axes.set_axis_off()
     return figure, axes
