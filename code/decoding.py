@@ -24,7 +24,7 @@ def decode(image: Image.Image, own: bool = False) -> Image.Image:
     transparent. The published benchmarks were scored without either, so by default EXIF data is ignored and the colours
     under transparent pixels show.
 
-    Raises what Pillow raises; ValueError for a float image without a finite value.
+    Raises what Pillow raises; Refused for a float image without a finite value.
     """
     image.load()
     if own:
@@ -66,9 +66,5 @@ def read_rgb(path: str, own: bool = False) -> Image.Image:
                 raise Refused(f"{image.width:,} × {image.height:,} pixels are narrower than 1 to {NARROWEST:,}")
             return decode(image, own)
     except Exception as error:  # what Pillow raises depends on where the file is broken
-        why = str(error) or type(error).__name__
-        if isinstance(error, OSError) and error.strerror:
-            why = error.strerror
-        elif isinstance(error, Image.UnidentifiedImageError):
-            why = "not an image that Pillow knows"
-        raise UnreadableImage(f"{path}: cannot be decoded ({' '.join(why.split())})") from None
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise UnreadableImage(f"{path}: cannot be decoded ({why})") from None
