@@ -85,12 +85,12 @@ def list_images(path: Path, option: str) -> dataset.ImageList:
     if not path.is_dir():
         wanted = "image or folder" if option == "--query" else "folder"
         raise Refused(f"{option} {path}: {'not an' if path.exists() else 'there is no such'} {wanted}")
-    found, skipped = folders.find_images(path, ".")
-    if skipped:
-        print(f"note: {folders.describe_skipped(path, skipped)}", file=sys.stderr)
+    found, others = folders.find_images(path)
+    if others:
+        print(f"note: {path}: skipped {others:,} × not an image", file=sys.stderr)
     if not found:
         raise Refused(f"{option} {path}: the folder holds no image")
-    return own_pictures(path, [name.removeprefix("./") for name in found])
+    return own_pictures(path, found)
 
 
 def own_pictures(root: Path, paths: list[str]) -> dataset.ImageList:

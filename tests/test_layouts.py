@@ -3,8 +3,8 @@
 import json
 import os
 import shutil
-import socket
 import warnings
+from functools import partial
 from pathlib import Path
 
 import dataset
@@ -24,25 +24,22 @@ from refused import Refused
 # What is made under a data root, and the data set that it is
 MAKERS = {
     "cub": ("cub", trees.make_cub),
-    "cars 1": ("cars", lambda root, *sizes: trees.make_cars(root, 1, *sizes)),
-    "cars 2": ("cars", lambda root, *sizes: trees.make_cars(root, 2, *sizes)),
-    "cars 3": ("cars", lambda root, *sizes: trees.make_cars(root, 3, *sizes)),
+    **{f"cars {layout}": ("cars", partial(trees.make_cars, layout=layout)) for layout in (1, 2, 3)},
     "SOP": ("SOP", trees.make_sop),
     "Inshop": ("Inshop", trees.make_inshop),
-    "train+test": ("folder", lambda root, *sizes: trees.make_folder(root, "train+test", *sizes)),
-    "train+query+gallery": ("folder", lambda root, *sizes: trees.make_folder(root, "train+query+gallery", *sizes)),
-    "classes": ("folder", lambda root, *sizes: trees.make_folder(root, "classes", *sizes)),
-    "csv": ("folder", lambda root, *sizes: trees.make_folder(root, "csv", *sizes)),
+    **{
+        layout: ("folder", partial(trees.make_folder, layout=layout))
+        for layout in ("train+test", "train+query+gallery", "classes", "csv")
+    },
 }
 
 
 @pytest.fixture(scope="session")
 def forest(tmp_path_factory):
     """One tree of each kind with six classes of four images, by the kind; not to be changed."""
-    roots = {}
-    for kind, (_, make) in MAKERS.items():
-        roots[kind] = tmp_path_factory.mktemp("tree")
-        make(roots[kind], 6, 4, 8)
+    roots = {kind: tmp_path_factory.mktemp("tree") for kind in MAKERS}
+    for kind, root in roots.items():
+        MAKERS[kind][1](root, classes=6, images=4, size=8)
     return roots
 
 
@@ -62,7 +59,7 @@ def load(root, name="folder", **options):
 
 def refusal(root, name="folder", **options):
     """The one line with which the tree is refused."""
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(Refused) as caught:
         load(root, name, **options)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
     return str(caught.value)
@@ -110,8 +107,6 @@ KNOWN = {
 @pytest.mark.parametrize("kind", MAKERS)
 def test_layouts_known_by_eye(forest, monkeypatch, kind):
     name, root = MAKERS[kind][0], forest[kind]
-    if name != "folder":
-        monkeypatch.setattr(layouts, "file_id", None)  # published lists are trusted: no file is looked at
     benchmark = load(root, name)
     assert_sound(benchmark)
     class_name, last, first, largest = KNOWN[kind]
@@ -146,22 +141,19 @@ def test_cub_class_id_is_the_number_of_the_folder(tree):
     assert benchmark.query.class_names == ["101.Last"]  # the published boundary is 100
 
 
-@pytest.mark.parametrize(
-    ("name", "classes", "train", "test"),
-    [
-        ("cub", [1, 2, 3, 101, 102], 3, 2),
-        ("cub", [1, 150, 151, 200], 1, 3),
-        ("cub", [1, 2, 99, 100], 2, 2),  # none of the published test classes: the first half trains
-        ("cub", [101, 102, 103, 104], 2, 2),
-        ("cars", [1, 97, 98, 99], 3, 1),
-        ("glyphs", [1, 2, 101, 102, 103, 104], 3, 3),
-    ],
-)
-def test_no_class_crosses_the_published_boundary_where_others_are_missing(name, classes, train, test):
-    listing = layouts.Listing(Path("root"), {"all": [(f"{c}.jpg", c) for c in classes]})
-    layouts.split_by_class(listing, 0.5, layouts.get(name).last_train_class)
-    assert [c for _, c in listing.splits["train"]] == classes[:train]
-    assert [c for _, c in listing.splits["test"]] == classes[train:] and len(classes) == train + test
+def test_no_class_crosses_the_published_boundary_where_others_are_missing():
+    for name, classes, train in (
+        ("cub", [1, 2, 3, 101, 102], 3),
+        ("cub", [1, 150, 151, 200], 1),
+        ("cub", [1, 2, 99, 100], 2),  # none of the published test classes: the first half trains
+        ("cub", [101, 102, 103, 104], 2),
+        ("cars", [1, 97, 98, 99], 3),
+        ("glyphs", [1, 2, 101, 102, 103, 104], 3),
+    ):
+        listing = layouts.Listing(Path("root"), {"all": [(f"{c}.jpg", c) for c in classes]})
+        layouts.split_by_class(listing, 0.5, layouts.get(name).last_train_class)
+        assert [c for _, c in listing.splits["train"]] == classes[:train]
+        assert [c for _, c in listing.splits["test"]] == classes[train:]
 
 
 def test_cars_names_and_labels_beside_or_inside_the_devkit(tree):
@@ -176,7 +168,7 @@ def test_cars_names_and_labels_beside_or_inside_the_devkit(tree):
 
 def test_inshop_query_and_gallery_share_labels_where_a_class_is_in_one_only(tree):
     root = tree("Inshop")
-    list_file = root / "Inshop_Clothes" / "Eval" / "list_eval_partition.txt"
+    list_file = root / "Inshop_Clothes" / INSHOP
     lines = [line for line in list_file.read_text().splitlines() if not ("00000004" in line and "gallery" in line)]
     list_file.write_text("\n".join(lines))
     benchmark = load(root, "Inshop")
@@ -184,16 +176,14 @@ def test_inshop_query_and_gallery_share_labels_where_a_class_is_in_one_only(tree
     assert (benchmark.query.num_classes, benchmark.gallery.num_classes) == (3, 2)
     summary = run.summary_of({"gallery": dataset.fingerprint(benchmark.gallery)})
     assert (summary["gallery"]["images"], summary["gallery"]["classes"]) == (4, 2)
-    assert any("line 1 promises 24 images, 22 follow" in line for line in benchmark.warnings)
 
 
 def test_names_in_any_letter_case():
     given = ("sop", "SOP", "INSHOP", "In-Shop", "CUB", "Cars", "folder")
     assert [layouts.dataset_name(name) for name in given] == "SOP SOP Inshop Inshop cub cars folder".split()
     for text in ("", "birds", "cub200", "ſop", " cub"):
-        for ask in (layouts.dataset_name, layouts.get):
-            with pytest.raises(Refused, match="is not a dataset; choose from cub, cars, SOP, Inshop, glyphs, "):
-                ask(text)
+        with pytest.raises(Refused, match="is not a dataset; choose from cub, cars, SOP, Inshop, glyphs, "):
+            layouts.get(text)
 
 
 def test_what_was_published():
@@ -201,7 +191,7 @@ def test_what_was_published():
     totals = {name: sum(n for n, _ in layout.published.values()) for name, layout in known.items()}
     assert (totals["cub"], totals["cars"], totals["SOP"], totals["Inshop"]) == (11788, 16185, 120053, 52712)
     listing = layouts.Listing(Path("root"), {"train": [("a", 1)] * 3000, "test": [("b", 2)] * 3033})
-    assert "2010 edition" in layouts.compare_counts("cub", listing)[1]
+    assert "its 6,033 images are another benchmark" in layouts.compare_counts("cub", listing)[0]
     for layout in known.values():
         assert not (layout.archive or layout.by_hand) or "an independent audit found" in layout.mirrors
         assert all(len(text.split()) in (1, len(layout.results_at)) for _, _, text in layout.results)
@@ -210,37 +200,46 @@ def test_what_was_published():
 # ---------------------------------------------------------------- own folders
 
 
-@pytest.mark.parametrize("share, expected", [(0.5, 3), (0.75, 4), (0.01, 1), (0.99, 5), (0.6, 4)])
-def test_share_of_training_classes(forest, share, expected):
-    benchmark = load(forest["classes"], train_classes=share)
-    assert (benchmark.train.num_classes, benchmark.query.num_classes) == (expected, 6 - expected)
+def test_share_of_training_classes(forest):
+    for share, expected in ((0.5, 3), (0.75, 4), (0.01, 1), (0.99, 5), (0.6, 4)):
+        benchmark = load(forest["classes"], train_classes=share, share_given=share < 0.7)
+        assert (benchmark.train.num_classes, benchmark.query.num_classes) == (expected, 6 - expected)
 
 
-@pytest.mark.parametrize("kind", ["train+test", "train+query+gallery", "csv"])
+@pytest.mark.parametrize("kind", ["train+test", "train+query+gallery", "csv", "cub"])
 def test_a_share_from_a_checkpoint_gives_way_to_a_split(forest, kind):
-    refused = refusal(forest[kind], train_classes=0.75)
+    root, name = forest[kind], MAKERS[kind][0]
+    refused = refusal(root, name, train_classes=0.75)
     assert "--train-classes 0.75" in refused and "has a split of its own; leave the flag out" in refused
-    ignored = load(forest[kind], train_classes=0.75, share_given=False)
-    assert contents(ignored) == contents(load(forest[kind]))
-    assert load(forest["classes"], train_classes=0.75, share_given=False).train.num_classes == 4
-    assert "between 0 and 1" in refusal(forest[kind], train_classes=1.0)
-    assert "split of its own" in refusal(forest["cub"], "cub", train_classes=0.4)
+    ignored = load(root, name, train_classes=0.75, share_given=False)
+    assert contents(ignored) == contents(load(root, name))
 
 
-def test_pillows_formats_are_taken_and_the_rest_is_counted(tree):
+def test_what_is_an_image_and_what_is_skipped(tree, tmp_path):
     root = tree("classes")
+    victim = root / "thing_1"
     for name in ("a.webp", "b.BMP", "c.tiff", "deeper/still/d.gif", "deeper.ppm", "f.JPEG"):
-        trees.save(root / "thing_1" / name, 1, 0, 8)
+        trees.save(victim / name, 1, 0, 8)
     for name in ("Thumbs.db", "readme.txt", "deeper/list.h5", "._a.webp", ".DS_Store"):
-        (root / "thing_1" / name).write_text("not an image")
+        (victim / name).write_text("not an image")
     trees.save(root / "loose.png", 1, 1)
+    (victim / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(victim / "pipe.jpg")
+    (victim / "null.jpg").symlink_to("/dev/null")
+    places = [victim / f"deep {i}" for i in range(12)]
+    for folder in places:
+        folder.mkdir()
+        for other in (victim, *places):  # each folder is read once, however many links lead there
+            (folder / f"to {other.name}").symlink_to(other)
     benchmark = load(root)
     names = "0.png 1.png 2.png 3.png a.webp b.BMP c.tiff deeper/still/d.gif deeper.ppm f.JPEG".split()
-    assert benchmark.train.paths[:10] == ["thing_1/" + name for name in names]
+    assert benchmark.train.paths[:11] == [*("thing_1/" + name for name in names), "thing_2/0.png"]
     assert benchmark.warnings == (
         f"{root}: images beside the class folders have no class, not used: 1 (loose.png)",
-        f"{root}: skipped 3 × not an image",
+        f"{root}: skipped 6 × not an image",
     )
+    (victim / "loop").symlink_to(root)
+    assert "thing_1/loop/thing_2/0.png (train) and thing_2/0.png (train) are the same file" in refusal(root)
 
 
 def test_what_is_not_used_is_said(tree):
@@ -249,16 +248,16 @@ def test_what_is_not_used_is_said(tree):
     for name in ("list.csv", "list.tsv", "list.txt"):
         (root / name).write_text("path,label,split\n")
     (root / "readme.txt").write_text("Pictures, and no list\n")
+    shutil.copy(root / "train/thing_1/0.png", root / "test/thing_4/new.png")  # copies are no mistake
     notes = load(root).warnings
     assert [Path(note.split()[0]).name for note in notes] == ["list.csv", "list.tsv", "list.txt", "val"]
     assert "is not read, the folders next to it are" in notes[0] and notes[3].endswith("val is not used")
 
 
-@pytest.mark.parametrize("change", [str.upper, str.title, lambda name: name[0] + name[1:].upper()])
 @pytest.mark.parametrize("kind", ["train+test", "train+query+gallery"])
-def test_splits_are_found_in_any_letter_case(tree, forest, kind, change):
+def test_splits_are_found_in_any_letter_case(tree, forest, kind):
     root = tree(kind)
-    for folder in list(root.iterdir()):
+    for folder, change in zip(list(root.iterdir()), (str.upper, str.title, str.upper), strict=False):
         folder.rename(folder.with_name(change(folder.name)))
     found, expected = load(root), load(forest[kind])
     assert found.warnings == () and [len(part[0]) for part in contents(found) if part] == [
@@ -273,7 +272,6 @@ def test_splits_are_found_in_any_letter_case(tree, forest, kind, change):
 @pytest.mark.parametrize("kind", ["train+test", "train+query+gallery"])
 def test_data_without_train_can_be_scored_but_not_trained_on(tree, forest, kind, listed):
     root, expected = tree(kind), load(forest[kind])
-    assert len(load(root, training=False).train) == 12
     for folder in (root / "train").iterdir():
         shutil.rmtree(folder)
     assert "no image in the split 'train'" in refusal(root) and load(root, training=False).query
@@ -298,8 +296,8 @@ def test_class_folders_one_level_too_deep(tree, inside):
     for name in ("0.png", "old/0.png", "new/0.png"):
         trees.save(top / "tools" / name, 8, 0, 8)
     assert load(top.parent if inside else top, training=False).warnings[0] == (
-        f"{top / 'animals'} (and 1 more class folders like it): holds no images itself but 4 folders of them "
-        f"(cat, dog, emu, …), all taken as one class; if each of these is a class, move them into {top}"
+        f"{top / 'animals'}: holds no images itself but 4 folders of them (cat, dog, emu, …), all taken as one class; "
+        f"if each of these is a class, move them into {top}"
     )
 
 
@@ -322,55 +320,6 @@ def test_class_names_that_look_alike_are_pointed_out(tree, one, other):
     (root / "test" / "thing_5").rename(root / "test" / other)
     (line,) = load(root).warnings
     assert f"{one!a} (train)" in line and f"{other!a} (test)" in line and "taken as two classes;" in line
-
-
-# ---------------------------------------------------------------- links, pipes, and what cannot be read
-
-
-def test_what_is_no_regular_file_is_skipped_and_counted(tree, forest, tmp_path):
-    root = tree("classes")
-    victim = root / "thing_1"
-    (victim / "gone.jpg").symlink_to(tmp_path / "nowhere")
-    os.mkfifo(victim / "pipe.jpg")
-    (victim / "null.jpg").symlink_to("/dev/null")
-    (victim / "loop").symlink_to(root)
-    (victim / "README").write_text("no suffix")
-    places = [victim / f"deep {i}" for i in range(12)]
-    for folder in places:
-        folder.mkdir()
-        for other in (victim, *places):  # many links across folders do not multiply
-            (folder / f"to {other.name}").symlink_to(other)
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(os.path.relpath(victim / "socket.jpg"))
-    for link in (victim / "self.jpg", root / "self", root / "loop.jpg"):  # next to the classes, too
-        link.symlink_to(link)
-    benchmark = load(root)
-    assert benchmark.warnings == (
-        f"{root}: skipped 7 × broken link, pipe, socket or device and 157 × link to a folder that is read already "
-        "and 1 × not an image",
-    )
-    assert contents(benchmark) == contents(load(forest["classes"]))
-
-
-def test_folders_that_cannot_be_read_are_skipped_and_counted(tree, monkeypatch):
-    root, scandir = tree("classes"), os.scandir
-    (root / "thing_2" / "locked").mkdir()
-
-    def refuse(path):
-        if os.path.basename(path) in ("locked", "thing_1"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    benchmark = load(root)
-    assert benchmark.warnings == (f"{root}: skipped 2 × folder that cannot be read",)
-    assert benchmark.train.class_names == ["thing_2", "thing_3"]
-
-
-def test_copies_of_a_file_are_no_mistake(tree):
-    root = tree("train+test")
-    shutil.copy(root / "train/thing_1/0.png", root / "test/thing_4/new.png")
-    assert load(root).warnings == ()
 
 
 # ---------------------------------------------------------------- lists of own pictures
@@ -416,13 +365,13 @@ def read(path):
 
 
 @pytest.mark.parametrize("how", WRITTEN)
-@pytest.mark.parametrize("suffix", ["csv", "tsv", "txt", "TXT"])
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "TXT"])
 def test_the_same_list_however_it_is_written(table, how, suffix):
     root, frame = table
     file = root / f"my list.{suffix}"
     options = {"index": False, "encoding": "utf-8"} | WRITTEN[how]
     text = frame.assign(split=frame["split"].str.upper() if "case" in how else frame["split"]).to_csv(**options)
-    if suffix == "txt":  # further columns, with what could mislead; empty lines
+    if suffix == "TXT":  # further columns, with what could mislead; empty lines
         more = frame.assign(note="a;b\tc,d;e\nf", Unnamed="")
         text = more.to_csv(**{key: value for key, value in options.items() if key not in ("columns", "header")}) + "\n"
         text += options.get("sep", ",") * (4 + options["index"]) + "\n"
@@ -432,33 +381,26 @@ def test_the_same_list_however_it_is_written(table, how, suffix):
     assert load(file).query.class_names == sorted(LABELS[3:])
 
 
-def test_without_splits_the_classes_are_split(table):
+def test_without_splits_the_classes_are_split_and_paths_may_lead_anywhere(table):
     root, frame = table
     frame[["path", "label"]].to_csv(root / "list.csv", index=False)
     expected = sorted(LABELS)
-    benchmark = load(root, train_classes=0.67)
-    assert (benchmark.train.class_names, benchmark.query.class_names) == (expected[:4], expected[4:])
-
-
-@pytest.mark.parametrize("prefix", ["{}/", "../../"])
-def test_paths_may_lead_anywhere(table, prefix):
-    root, frame = table
-    frame.to_csv(root / "list.csv", index=False)
-    plain = load(root / "list.csv")
+    plain = load(root, train_classes=0.67)
+    assert (plain.train.class_names, plain.query.class_names) == (expected[:4], expected[4:])
     moved = root / "lists" / "new" / "a.csv"
     moved.parent.mkdir(parents=True)
-    frame.assign(path=prefix.format(root) + frame.path).to_csv(moved, index=False)
-    benchmark = load(moved)
-    assert_sound(benchmark)
-    for found, known in ((benchmark.train, plain.train), (benchmark.query, plain.query)):
-        assert found.labels.tolist() == known.labels.tolist()
-        assert all(os.path.samefile(found.file(i), known.file(i)) for i in range(12))
+    for prefix in (f"{root}/", "../../"):
+        frame[["path", "label"]].assign(path=prefix + frame.path).to_csv(moved, index=False)
+        benchmark = load(moved, train_classes=0.67)
+        assert_sound(benchmark)
+        for found, known in ((benchmark.train, plain.train), (benchmark.query, plain.query)):
+            assert found.labels.tolist() == known.labels.tolist()
+            assert all(os.path.samefile(found.file(i), known.file(i)) for i in range(len(known)))
     (root / "pictures/0/1.png").unlink()
     assert "a.csv names 1 images that are not there" in refusal(moved)
 
 
-@pytest.mark.parametrize("yes, no", [("1", "0"), ("1.0", "0.0"), ("True", "False")])
-@pytest.mark.parametrize("empty", ["", "None"])
+@pytest.mark.parametrize("yes, no, empty", [("1", "0", ""), ("1.0", "0.0", "None"), ("True", "False", "")])
 @pytest.mark.parametrize("both", [True, False])
 def test_lists_of_open_metric_learning(table, yes, no, empty, both):
     root, frame = table
@@ -482,7 +424,6 @@ WRONG = {
     "no header": ("a.png,cat,train\nb.png,dog,test\n", "line 1: expected the columns path,label,split"),
     "no labels": ("path,class,split\na,A,train\n", "line 1: expected the columns path,label,split"),
     "two paths": ("path,label,Path\na,A,b\n", "line 1: expected the columns path,label,split, each once"),
-    "two separators": ("path,label,x;path;label\na,A,b;c;C\n", "line 1: separators ',' and ';' both fit; use one"),
     "header alone": ("path,label\n", "the splits in it are none"),
     "label missing": ("path,label\na,A\nb,\n", "line 3: expected a path and a label, each on one line, found 'b,'"),
     "path missing": ("label,path\nA, \n", "line 2: expected a path and a label"),
@@ -491,17 +432,15 @@ WRONG = {
     "line after a long field": ('x,path,label\n"1\n2",a,A\n3,b\n', "line 4: expected 3 fields"),
     "unknown split": ("path,label,split\na,A,train\nb,B,dev\n", "line 3: expected a split: train, test, query"),
     "empty split": ("path,label,split\na,A,\n", "line 2: expected a split"),
-    "only train": ("path,label,split\na,A,train\n", "the splits in it are train (from line 2); needed are train and"),
+    "only train": ("path,label,split\na,A,train\n", "the splits in it are train; needed are train and test, or"),
     "open quotation": ('path,label\n"a,A\nb,B\n', "line 2: expected 2 fields"),
     "open at the end": ('path,label\na,A\nb,"B\nc,C\nd,D\n', "line 3: expected a path and a label, each on one line"),
     "endless field": ('path,label\na,A\n"' + 140000 * "b" + ",B", "line 3: field larger than field limit"),
     "not UTF-8": ("path,label\na,M\udce4rz\n", "not a text file (byte 14 is no UTF-8); save it as UTF-8"),
     "zero bytes": ("path,label\na,A\0\n", "not a text file"),
     "validation alone": ("path,label,split\na,A,validation\n", "line 2: expected a split: train, test"),
-    "neither": (OML + "b,B,validation,0,False,,,,\n", "line 3: expected a split"),
     "unclear": (OML + "b,B,validation,maybe,1,,,,\n", "line 3: expected a split"),
-    "mixture": (OML + "b,B,validation,1,1,,,,\nc,B,validation,1,0,,,,\n", "test (from line 3), query (from line 4)"),
-    "mixture named": (OML + "b,B,validation,1,1,,,,\nc,B,validation,1,0,,,,\n", "either all rows of validation are"),
+    "mixture": (OML + "b,B,validation,1,1,,,,\nc,B,validation,1,0,,,,\n", "in it are train, test, query; needed are"),
     "boxes": (OML + "b,B,validation,1,1,0,9,,\n", "line 3: expected no bounding box in x_1, x_2, y_1, y_2"),
     "not there": ("path,label\na,A\nb,B\n", "list.csv names 2 images that are not there, the first is"),
 }  # fmt: skip
@@ -541,25 +480,12 @@ def annotate(name, files, classes, field="relative_im_path"):
     return lambda home: trees.write_annotations(home / name, files, classes, field)
 
 
-def unlabelled(home):
-    (home / "cars_test_annos_withlabels.mat").unlink()
-    annotate("devkit/cars_test_annos.mat", ["00001.jpg"], None, "fname")(home)
-
-
 def append(file, line):
     def change(home):
         with open(home / file, "a") as opened:
             opened.write(line.format(home=home) + "\n")
 
     return change
-
-
-def link(make, old, new):
-    return lambda home: make(home / old, home / new)
-
-
-def pipe(name):
-    return lambda home: [(home / name).unlink(), os.mkfifo(home / name)]
 
 
 def move(old, new):
@@ -571,18 +497,15 @@ BROKEN = [
     ("cub", remove("images"), "images is not there; `python code/prepare.py download cub`"),
     ("cub", move("images/002.Bird_2", "images/Sparrow"), "Sparrow: a class folder begins with its number"),
     ("cub", move("images/002.Bird_2", "images/1.Sparrow"), "a second class folder with the number"),
-    ("cub", move("images/002.Bird_2", "images/201.Dodo"), "201.Dodo: class 201, they go from 1 to 200; take it out"),
     ("cub", lambda home: (home / "images/7.None").mkdir(), "images/7.None: the class folder holds no image"),
     ("cub", remove(*(f"images/00{i}.Bird_{i}" for i in (2, 3, 4, 5, 6))), "1 class with images found, at least 2"),
-    ("cars 1", remove("cars_annos.mat"), "cars_annos.mat (or names.csv, or devkit/) is not there; `python code/prep"),
+    ("cars 1", remove("cars_annos.mat"), "cars_annos.mat is not there; `python code/prepare.py download cars`"),
     ("cars 1", write("cars_annos.mat", b"<html>"), "cars_annos.mat: not a readable .mat"),
-    ("cars 1", annotate("cars_annos.mat", ["a"], [1], "x"), "cars_annos.mat: its `annotations` have no field 'rel"),
-    ("cars 1", annotate("cars_annos.mat", ["a", "b"], [196, 197]), "cars_annos.mat: class 197, they go from 1 to 196"),
+    ("cars 1", annotate("cars_annos.mat", ["a"], [1], "x"), "`annotations` with the fields relative_im_path and class"),
     ("cars 1", annotate("cars_annos.mat", ["../1.jpg"], [1]), "cars_annos.mat, line 1: expected a path inside"),
     ("cars 1", remove("car_ims/000003.jpg", "car_ims/000005.jpg"), "cars_annos.mat names 2 images that are not there"),
-    ("cars 2", unlabelled, "cars_test_annos_withlabels.mat is not there, "),
-    ("cars 2", annotate("cars_test_annos_withlabels.mat", ["1.jpg"], None, "fname"), "have no field 'class'"),
-    ("cars 2", remove("devkit/cars_train_annos.mat"), "cars_train_annos.mat is not there; "),
+    ("cars 2", remove("cars_test_annos_withlabels.mat"), "cars_test_annos_withlabels.mat is not there; "),
+    ("cars 2", annotate("cars_test_annos_withlabels.mat", ["1.jpg"], None, "fname"), "fields fname and class (numb"),
     ("cars 3", remove("anno_test.csv"), "anno_test.csv is not there; "),
     ("cars 3", spoil("anno_train.csv", "31,1\n", "31,7\n"), "anno_train.csv, line 1: expected a class from 1 to 6"),
     ("cars 3", spoil("anno_test.csv", ",1,2,", ","), "anno_test.csv, line 1: expected file,x1,y1,x2,y2,class, found"),
@@ -591,49 +514,41 @@ BROKEN = [
     ("SOP", write(SOP, b"image_id class_id super_class_id path"), "no image in the split 'test'"),
     ("SOP", spoil(SOP, " 4 2 ", " 4 "), "Ebay_test.txt, line 2: expected image_id class_id super_class_id path, foun"),
     ("SOP", spoil(SOP, " 4 2 ", " 0 2 "), "line 2: expected image_id"),
-    ("SOP", spoil(SOP, " 4 2 ", " 22635 2 "), "Ebay_*.txt: class 22635, they go from 1 to 22634; take it out"),
     ("SOP", spoil(SOP, "cabinet_final/", "../other/"), "line 2: expected a path inside the data folder, found '../ot"),
     ("SOP", spoil(SOP, "cabinet_final/", "/etc/"), "line 2: expected a path inside"),
     ("SOP", spoil(SOP, "cabinet_final/", "C:\\"), "line 2: expected a path inside"),
     ("SOP", remove("bicycle_final/111000000003_1.JPG"), "names 1 images that are not there, the first is "),
     ("SOP", spoil(SOP, " 4 2 ", " 1 1 "), "train and test share 1 classes, as 1; retrieval is tested on unseen"),
-    ("SOP", spoil(SOP, "000004_0", "000004_1"), "000004_1.JPG is listed twice, in test; keep one"),
+    ("SOP", spoil(SOP, "000004_0", "000004_1"), "000004_1.JPG (test) are the same file, listed twice; keep one"),
+    ("SOP", append(SOP, "25 4 2 ./bicycle_final//111000000001_0.JPG"),
+     "bicycle_final/111000000001_0.JPG (train) and ./bicycle_final//111000000001_0.JPG (test) are the same file"),
     ("SOP", write(SOP, b"\xff\xfe\x00"), "Ebay_test.txt: not a text file"),
     ("Inshop", remove(INSHOP), "list_eval_partition.txt is not there; `python code/prepare.py download Inshop`"),
-    ("Inshop", spoil(INSHOP, "24\n", ""), "line 1: expected the number of images"),
-    ("Inshop", spoil(INSHOP, "image_name", "name"), "line 2: expected the header"),
+    ("Inshop", spoil(INSHOP, "24\n", ""), "line 2: expected the header"),
     ("Inshop", write(INSHOP, b"16"), "line 2: expected the header"),
-    ("Inshop", spoil(INSHOP, " query", " val"), "line 15: expected a path, id_NNNNNNNN and train, query or gallery"),
+    ("Inshop", spoil(INSHOP, " query", " val"), "line 15: expected image_name item_id evaluation_status, found"),
     ("Inshop", spoil(INSHOP, " gallery", " train"), "train and query share 1 classes"),
     ("Inshop", spoil(INSHOP, "* gallery", " query"), "no image in the split 'gallery'"),
     ("train+test", shutil.rmtree, "is not there; --data-root names your folder of images or your list"),
-    ("train+test", remove("test"), "beside train there must be test, or query and gallery"),
-    ("train+test", move("test", "bus"), "beside train there must be test, or query and gallery"),
-    ("train+test", move("test", "query"), "beside train there must be test, or query and gallery"),
-    ("classes", move("thing_1", "QUERY"), "beside QUERY there must be gallery; needed are"),
-    ("classes", move("thing_1", "gallery"), "beside gallery there must be query"),
+    ("train+test", remove("test"), "it has train; needed are train and test, or train, query and gallery"),
+    ("train+test", move("test", "query"), "it has query, train; needed are train and test, or train, query and"),
+    ("classes", move("thing_1", "QUERY"), "it has QUERY; needed are train and test, or train, query and gallery (if "),
     ("train+test", lambda home: (home / "test/nothing").mkdir(), "test/nothing: the class folder holds no image"),
     ("train+test", remove(*(f"test/thing_{i}" for i in (4, 5, 6))), "no image in the split 'test'"),
     ("train+test", move("test/thing_4", "test/thing_1"), "train and test share 1 classes, as 'thing_1'"),
     ("csv", spoil("list.csv", "thing_4", "thing_1"), "train and test share 1 classes, as 'thing_1'"),
-    ("csv", pipe("pictures/0/1.png"), "list.csv names 1 images that are not there"),
+    ("csv", lambda home: [remove("pictures/0/1.png")(home), os.mkfifo(home / "pictures/0/1.png")],
+     "list.csv names 1 images that are not there"),
     ("csv", write("more.csv"), "it has 1 folders and 2 lists"),
     ("csv", remove("list.csv"), "it has 1 folders and 0 lists (.csv, .tsv, .txt); needed are the folders"),
     ("csv", remove("list.csv"), "pictures, which holds 4 folders?"),
-    *((kind, link(make, one, other), f"{one} and {other} are the same file, listed twice, in {splits}; keep one of the")
-      for make in (os.link, os.symlink)
-      for kind, one, other, splits in (
-          ("train+test", "train/thing_1/0.png", "test/thing_4/new.png", "train and test"),
-          ("train+query+gallery", "query/thing_4/0.png", "gallery/thing_4/new.png", "query and gallery"),
-          ("classes", "thing_4/0.png", "thing_4/new.png", "test"),
-      )),
-    ("classes", link(os.symlink, "thing_5", "thing_7"),
-     "thing_5/0.png and thing_7/0.png are the same file, listed twice, in test (and 3 more); keep one"),
-    *(("csv", append("list.csv", f"{path},thing_4,test"),
-       f"pictures/0/1.png and {path} are the same file, listed twice, in train and test; keep one of the two")
-      for path in ("./pictures/0/1.png", "pictures//0/1.png", "pictures/./0/.//1.png", "{home}/pictures/0/1.png")),
-    ("SOP", append(SOP, "25 4 2 ./bicycle_final//111000000001_0.JPG"),
-     "bicycle_final/111000000001_0.JPG and ./bicycle_final//111000000001_0.JPG are the same file, listed twice"),
+    *(("train+test", lambda home, make=make: make(home / "train/thing_1/0.png", home / "test/thing_4/new.png"),
+       "train/thing_1/0.png (train) and test/thing_4/new.png (test) are the same file, listed twice; keep one of the")
+      for make in (os.link, os.symlink)),
+    ("classes", lambda home: (home / "thing_7").symlink_to(home / "thing_5"),
+     "thing_5/0.png (test) and thing_7/0.png (test) are the same file, listed twice; keep one"),
+    *(("csv", append("list.csv", f"{path},thing_4,test"), f"pictures/0/1.png (train) and {path} (test) are the same")
+      for path in ("pictures/./0/.//1.png", "{home}/pictures/0/1.png")),
     ("classes", remove("thing_2", "thing_3", "thing_4", "thing_5", "thing_6"), "it has 1 folders and 0 lists"),
 ]  # fmt: skip
 
@@ -657,11 +572,10 @@ LEFT_OUT = "queries have no other image of their class{}; they are left out of t
 SAYS_LITTLE = [
     ("classes", remove(*TWO_LESS), None, "1 of 5 " + LEFT_OUT.format("")),
     ("classes", remove(*TWO_LESS), 0.75, "only one class to test on, figures say nothing; is it the right folder?"),
-    ("classes", remove(*TWO_LESS, *(f"thing_4/{i}.png" for i in (1, 2, 3))), None,
-     "none of the 2 queries has another image of its class"),
+    ("classes", remove(*TWO_LESS, *(f"thing_4/{i}.png" for i in (1, 2, 3))), None, "2 of 2 " + LEFT_OUT.format("")),
     ("train+query+gallery", remove("gallery/thing_4"), None, "2 of 6 " + LEFT_OUT.format(" in the gallery")),
     ("train+query+gallery", lambda home: [path.rename(f"{path} other") for path in (home / "gallery").iterdir()],
-     None, "none of the 6 queries has another image of its class in the gallery"),
+     None, "6 of 6 " + LEFT_OUT.format(" in the gallery")),
 ]  # fmt: skip
 
 
@@ -713,7 +627,7 @@ def test_damaged_lists(kind, forest, tmp_path_factory, data):
 def test_trains_and_scores(call, tmp_path, kind):
     name, make = MAKERS.get(kind, MAKERS["csv"])
     root = tmp_path / "data"
-    make(root, 8, 6)
+    make(root, classes=8, images=6)
     if kind == "list":  # as open-metric-learning has it, beside other folders, with absolute paths
         frame = pd.read_csv(root / "list.csv")
         seen = frame["split"] == "train"

@@ -4,7 +4,7 @@ A module of this package describes each data set, as LAYOUT. It is imported when
 run on CUB needs neither matplotlib nor scipy. A new benchmark is a new module and a line in MODULES.
 """
 
-import functools
+import contextlib
 import importlib
 import os
 import posixpath
@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from folders import class_folders, file_id
+from folders import class_folders
 from refused import Refused
 
 from layouts.reading import Layout, Listing
@@ -31,7 +31,7 @@ DATASETS = tuple(MODULES)
 
 
 def get(name: str) -> Layout:
-    """What is known about a data set. Raises Refused as dataset_name does."""
+    """What is known about a data set."""
     return importlib.import_module(f"layouts.{MODULES[dataset_name(name)]}").LAYOUT
 
 
@@ -55,11 +55,7 @@ def read_splits(name: str, data_root: Path, train_classes: float | None = None, 
     Whether listed files are there is not looked at. train_classes is the share of the classes that trains, None for
     half of them. Where it has nothing to divide it is refused, or with share_given=False, for a share that comes from
     a checkpoint, ignored.
-
-    Raises Refused with one line that names the thing, the place and the way out.
     """
-    if train_classes is not None and not 0 < train_classes < 1:
-        raise Refused(f"--train-classes is {train_classes}, it must lie between 0 and 1")
     layout = get(name)
     home = Path(data_root, layout.home)
     if name == "folder":
@@ -71,11 +67,6 @@ def read_splits(name: str, data_root: Path, train_classes: float | None = None, 
             f"{error.filename} is not there; `python code/prepare.py download {name}` fetches it or says where to get "
             f"it, and --data-root names the folder that holds {layout.home}"
         ) from None
-    last = sum(classes for _, classes in layout.published.values())
-    for class_id in {class_id for pairs in listing.splits.values() for _, class_id in pairs}:
-        if isinstance(class_id, int) and not 1 <= class_id <= last:
-            named = f"{listing.names[class_id]}: " if class_id in listing.names else ""
-            raise Refused(f"{listing.where}: {named}class {class_id}, they go from 1 to {last}; take it out")
     if name != "folder" or "all" not in listing.splits:
         if share_given and train_classes not in (None, 0.5):
             raise Refused(f"--train-classes {train_classes}: {listing.root} has a split of its own; leave the flag out")
@@ -87,14 +78,13 @@ def read_splits(name: str, data_root: Path, train_classes: float | None = None, 
 
 def refuse_benchmarks(root: Path) -> None:
     """Raises Refused where the benchmarks themselves would be taken for classes."""
-    homes = {get(name).home.lower(): name for name in DATASETS}
-    folders = class_folders(root) if root.is_dir() else []
-    found = [folder for folder in folders if folder.lower() in homes and class_folders(root / folder)]
-    if found:
-        raise Refused(
-            f"{root}: it holds benchmarks ({', '.join(found)}), not classes; give --dataset "
-            f"{homes[found[0].lower()]}, or for pictures of your own --data-root {root / 'FOLDER'}, their folder"
-        )
+    for name in DATASETS:
+        home = get(name).home
+        if home and (root / home).is_dir() and class_folders(root / home):
+            raise Refused(
+                f"{root}: it holds benchmarks ({home}), not classes; give --dataset {name}, or for pictures of your "
+                f"own --data-root {root / 'FOLDER'}, their folder"
+            )
 
 
 def split_by_class(listing: Listing, train_classes: float, last_train_class: int | None = None) -> None:
@@ -136,22 +126,9 @@ def count(pairs: list[tuple[str, int | str]]) -> tuple[int, int]:
 
 
 def missing_files(listing: Listing) -> list[str]:
-    """Listed paths that are not files, found with one directory listing per folder: no stat for each file."""
-
-    @functools.cache
-    def names_in(folder: str) -> set[str]:
-        try:
-            return {entry.name for entry in os.scandir(listing.root / folder) if entry.is_file()}
-        except OSError:
-            return set()
-
-    # The second look is for file systems that take another spelling for the same name.
-    return [
-        path
-        for pairs in listing.splits.values()
-        for path, _ in pairs
-        if posixpath.basename(path) not in names_in(posixpath.dirname(path)) and not (listing.root / path).is_file()
-    ]
+    """Listed paths that are not files."""
+    listed = (path for pairs in listing.splits.values() for path, _ in pairs)
+    return [path for path in listed if not os.path.isfile(os.path.join(listing.root, path))]
 
 
 def examine(name: str, listing: Listing, training: bool = True) -> Findings:
@@ -179,10 +156,8 @@ def examine(name: str, listing: Listing, training: bool = True) -> Findings:
     lonely = sum(searched[class_id] < at_least for _, class_id in queries)
     if len(searched.keys() | {class_id for _, class_id in queries}) == 1:
         found.doubts.append(f"{where}: only one class to test on, figures say nothing; is it the right folder?")
-    if lonely and lonely == len(queries):
-        found.doubts.append(f"{where}: none of the {lonely:,} queries has another image of its class{place}")
-    elif lonely:
-        found.notes.append(
+    if lonely:
+        (found.doubts if lonely == len(queries) else found.notes).append(
             f"{where}: {lonely:,} of {len(queries):,} queries have no other image of their class{place}; "
             "they are left out of the figures"
         )
@@ -190,9 +165,9 @@ def examine(name: str, listing: Listing, training: bool = True) -> Findings:
 
 
 def compare_counts(name: str, listing: Listing) -> list[str]:
-    """Lines about counts that differ from the published ones, none if they agree."""
+    """A line if the counts differ from the published ones, none if they agree."""
     found = {split: count(pairs) for split, pairs in listing.splits.items()}
-    published = get(name).published
+    published, mirrors = get(name).published, get(name).mirrors
     if not published or found == published:
         return []
     parts = [
@@ -200,51 +175,43 @@ def compare_counts(name: str, listing: Listing) -> list[str]:
         f"(published {published[split][0]:,} of {published[split][1]:,})"
         for split, (images, classes) in found.items()
     ]
-    lines = [f"{name}: the counts differ from the published ones: {', '.join(parts)}"]
-    if name == "cub" and sum(images for images, _ in found.values()) == 6033:
-        lines.append(
-            "cub: 6,033 images are the 2010 edition, CUB-200, on which R@1 is lower; "
-            "the benchmark is CUB-200-2011 with 11,788"
-        )
-    return lines
+    return [f"{name}: the counts differ from the published ones: {', '.join(parts)}{'. ' * bool(mirrors)}{mirrors}"]
 
 
 def similar_names(where: str, classes: dict[str, set]) -> list[str]:
     """A line if class names differ in letter case, in blanks around them or in how Unicode writes them, and only so."""
-    alike: dict[str, dict[str, str]] = {}
+    seen: dict[str, tuple[str, str]] = {}
     for split, names in classes.items():
-        for name in (name for name in names if isinstance(name, str)):
-            alike.setdefault(unicodedata.normalize("NFC", name).strip().casefold(), {}).setdefault(name, split)
-    found = [names for names in alike.values() if len(names) > 1]
-    if not found:
-        return []
-    one, other = (f"{name!a} ({split})" for name, split in sorted(found[0].items())[:2])
-    more = f" (and {len(found) - 1:,} more such names)" if len(found) > 1 else ""
-    return [
-        f"{where}: {one} and {other} are taken as two classes{more}; if they are one, give both the same name: "
-        "classes to test on must not be trained on"
-    ]
+        for name in sorted(name for name in names if isinstance(name, str)):
+            plain = unicodedata.normalize("NFC", name).strip().casefold()
+            other, other_split = seen.setdefault(plain, (name, split))
+            if other != name:
+                return [
+                    f"{where}: {other!a} ({other_split}) and {name!a} ({split}) are taken as two classes; if they are "
+                    "one, give both the same name: classes to test on must not be trained on"
+                ]
+    return []
 
 
 def repeated_files(listing: Listing) -> list[str]:
     """A line if a file is listed twice, under one spelling of its path or two (./a.jpg), none if all differ.
 
-    The user's own pictures are also compared by their numbers in the file system, through links of any kind. That
-    looks at every file (60,000 take 0.7 seconds on a local disk); the published lists are trusted. Copies are fine.
+    The user's own pictures are also compared by their numbers in the file system, through links of any kind. Copies
+    are fine.
     """
     seen: dict[object, tuple[str, str]] = {}
-    repeats = []
     for split, pairs in listing.splits.items():
         for path, _ in pairs:
-            identity = file_id(os.path.join(listing.root, path)) if listing.own else None
-            key = identity or posixpath.normpath(path)
+            key = posixpath.normpath(path)
+            if listing.own:
+                with contextlib.suppress(OSError):  # missing_files names what is not there
+                    stat = os.stat(os.path.join(listing.root, path))
+                    key = (stat.st_dev, stat.st_ino) if stat.st_ino else key  # some network drives give no numbers
             if key in seen:
-                repeats.append((*seen[key], path, split))
+                other, other_split = seen[key]
+                return [
+                    f"{listing.where}: {other} ({other_split}) and {path} ({split}) are the same file, listed twice; "
+                    "keep one of the two"
+                ]
             seen[key] = path, split
-    if not repeats:
-        return []
-    path, split, other, other_split = repeats[0]
-    where = f"in {split}" if split == other_split else f"in {split} and {other_split}"
-    what = f"{path} is listed twice" if path == other else f"{path} and {other} are the same file, listed twice"
-    more = f" (and {len(repeats) - 1:,} more)" if len(repeats) > 1 else ""
-    return [f"{listing.where}: {what}, {where}{more}; keep one of the two"]
+    return []

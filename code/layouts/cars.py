@@ -6,13 +6,12 @@
 3. Kaggle's "by classes folder": names.csv, anno_train.csv, anno_test.csv, car_data/car_data/{train,test}/<class name>/.
 """
 
-import errno
 from pathlib import Path
 
 import numpy as np
 from refused import Refused
 
-from layouts.reading import AUDIT, Layout, Listing, bad_line, inside_root, read_lines, read_rows
+from layouts.reading import AUDIT, Layout, Listing, bad_line, inside_root, read_rows, read_text
 
 
 def read(home: Path) -> Listing:
@@ -20,20 +19,13 @@ def read(home: Path) -> Listing:
         return home / name if (home / name).is_file() else home / "devkit" / name
 
     whole = home / "cars_annos.mat"
-    if whole.is_file():
-        return Listing(home, {"all": read_annotations(whole, "relative_im_path")}, str(whole), read_names(whole))
-    if (home / "names.csv").is_file():
+    if not whole.is_file() and (home / "names.csv").is_file():
         return read_kaggle(home)
-    if not any((home / name).is_dir() for name in ("devkit", "cars_train", "cars_test")):
-        raise FileNotFoundError(errno.ENOENT, "not there", f"{whole} (or names.csv, or devkit/)")
-    train, test = find("cars_train_annos.mat"), find("cars_test_annos_withlabels.mat")
-    if not test.is_file() and find("cars_test_annos.mat").is_file():
-        raise Refused(
-            f"{home / test.name} is not there, {find('cars_test_annos.mat')} has no labels; "
-            "`python code/prepare.py download cars` says where to get it"
-        )
-    pairs = read_annotations(train, "fname", "cars_train/") + read_annotations(test, "fname", "cars_test/")
-    return Listing(home, {"all": pairs}, f"{train} or {test.name}", read_names(find("cars_meta.mat")))
+    if not whole.is_file() and (home / "cars_train").is_dir():
+        train, test = find("cars_train_annos.mat"), find("cars_test_annos_withlabels.mat")
+        pairs = read_annotations(train, "fname", "cars_train/") + read_annotations(test, "fname", "cars_test/")
+        return Listing(home, {"all": pairs}, f"{train} or {test.name}", read_names(find("cars_meta.mat")))
+    return Listing(home, {"all": read_annotations(whole, "relative_im_path")}, str(whole), read_names(whole))
 
 
 def read_mat(path: Path) -> dict:
@@ -49,15 +41,12 @@ def read_mat(path: Path) -> dict:
 
 
 def read_annotations(path: Path, file_field: str, folder: str = "") -> list[tuple[str, int]]:
-    annotations = np.atleast_1d(read_mat(path).get("annotations", np.empty(0)))
-    for wanted in (file_field, "class"):
-        if wanted not in (annotations.dtype.names or ()):
-            raise Refused(f"{path}: its `annotations` have no field {wanted!r}")
-    files = [inside_root(folder + str(file), path, n) for n, file in enumerate(annotations[file_field], 1)]
+    annotations = np.atleast_1d(read_mat(path).get("annotations"))
     try:
-        classes = [int(class_id) for class_id in annotations["class"]]
-    except (TypeError, ValueError, OverflowError):
-        raise Refused(f"{path}: a class in its `annotations` is not a number") from None
+        files, classes = annotations[file_field], [int(class_id) for class_id in annotations["class"]]
+    except (IndexError, TypeError, ValueError, OverflowError):
+        raise Refused(f"{path}: `annotations` with the fields {file_field} and class (numbers) expected") from None
+    files = [inside_root(folder + str(file), path, number) for number, file in enumerate(files, 1)]
     return list(zip(files, classes, strict=True))
 
 
@@ -68,12 +57,13 @@ def read_names(path: Path) -> dict[int, str]:
 
 
 def read_kaggle(home: Path) -> Listing:
-    names = dict(enumerate((name.strip('"') for name in read_lines(home / "names.csv") if name), 1))
+    listed = [name.strip().strip('"') for name in read_text(home / "names.csv").split("\n")]
+    names = dict(enumerate(filter(None, listed), 1))
     pairs = []
     for part in ("train", "test"):
         list_file = home / f"anno_{part}.csv"
         pattern = r"(?P<path>[^,]+)(?:,[^,]*){4},\s*(?P<class>\d{1,9})"
-        for number, row in read_rows(list_file, read_lines(list_file), pattern, "file,x1,y1,x2,y2,class"):
+        for number, row in read_rows(list_file, pattern, "file,x1,y1,x2,y2,class"):
             class_id = int(row["class"])
             if class_id not in names:
                 raise bad_line(list_file, number, f"a class from 1 to {len(names)}, as in names.csv", row[0])

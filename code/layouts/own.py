@@ -28,7 +28,6 @@ BOX = ("x_1", "x_2", "y_1", "y_2")
 
 
 def read(root: Path) -> Listing:
-    """Raises Refused for what has none of the layouts above."""
     if root.is_file():
         return read_list(root)
     if not root.is_dir():
@@ -54,7 +53,7 @@ def read(root: Path) -> Listing:
 
 
 def split_folders(root: Path, folders: list[str]) -> dict[str, str]:
-    """{split: folder}, empty if no folder is named like a split. Raises Refused for splits that lack others."""
+    """{split: folder}, empty if no folder is named like a split."""
     found: dict[str, str] = {}
     for name in folders:
         if name.lower() in SPLIT_NAMES and found.setdefault(name.lower(), name) != name:
@@ -63,11 +62,9 @@ def split_folders(root: Path, folders: list[str]) -> dict[str, str]:
         if set(parts) <= set(found):
             return {part: found[part] for part in parts}
     if found:
-        lacking = {"train": "test, or query and gallery", "query": "gallery", "gallery": "query"}
-        first = next(name for name in lacking if name in found)
         raise Refused(
-            f"{root}: beside {found[first]} there must be {lacking[first]}; needed are train and test, or train, query "
-            f"and gallery (if {found[first]} is a class, rename it)"
+            f"{root}: it has {', '.join(found.values())}; needed are train and test, or train, query and gallery (if "
+            "one of these is a class, rename it)"
         )
     return {}
 
@@ -81,21 +78,20 @@ def is_list(path: Path) -> bool:
     if path.name.startswith(".") or suffix not in (".csv", ".tsv", ".txt") or not path.is_file():
         return False
     try:
-        return suffix != ".txt" or bool(read_header(read_text(path)))
+        return suffix != ".txt" or read_header(read_text(path)) is not None
     except Refused:  # not a text
         return False
 
 
-def read_header(text: str) -> dict[str, list[str]]:
-    """{separator: columns in lower case} of the separators that make the first line name path and label."""
-    found = {}
+def read_header(text: str) -> tuple[str, list[str]] | None:
+    """(separator, columns in lower case) if the first line names path and label, each once."""
+    first_line = text[:10_000].partition("\n")[0]  # of a text without lines, not all
     for separator in ",;\t":
-        first_line = text[:10_000].partition("\n")[0]  # of a text without lines, not all
         header = next(csv.reader([first_line], delimiter=separator, skipinitialspace=True), [])
         columns = [name.strip().lower() for name in header]
         if columns.count("path") == columns.count("label") == 1 and columns.count("split") < 2:
-            found[separator] = columns
-    return found
+            return separator, columns
+    return None
 
 
 def split_of(row: dict[str, str]) -> str | None:
@@ -115,20 +111,16 @@ def read_list(list_file: Path) -> Listing:
     order and letter case; others are ignored. Without a split the classes are split, the first in alphabetical order
     train. Paths are relative to the file's folder, or absolute. The lists of open-metric-learning are understood, too:
     a row of the split `validation` is what its is_query and is_gallery say, and both of them is test.
-
-    Raises Refused with the line that is wrong.
     """
     text = read_text(list_file)
-    headers = read_header(text)
-    if len(headers) > 1:
-        raise Refused(f"{list_file}, line 1: separators {' and '.join(map(repr, headers))} both fit; use one of them")
-    if not headers:
+    header = read_header(text)
+    if header is None:
         expected = "the columns path,label,split, each once (split may be left out; or with semicolons or tabs)"
         raise bad_line(list_file, 1, expected, text.partition("\n")[0])
-    ((separator, columns),) = headers.items()
+    separator, columns = header
     rows = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
     splits: dict[str, list[tuple[str, str]]] = {}
-    first_lines, end = {}, 0
+    end = 0
     try:
         for row in rows:
             number, end = end + 1, rows.line_num  # a field in quotation marks may hold line ends
@@ -146,7 +138,6 @@ def read_list(list_file: Path) -> Listing:
                 expected = f"no bounding box in {', '.join(BOX)} (crop the pictures yourself and drop these columns)"
             else:
                 splits.setdefault(split, []).append((values["path"], values["label"]))
-                first_lines.setdefault(split, number)
                 continue
             raise bad_line(list_file, number, expected, separator.join(row))
     except csv.Error as error:
@@ -154,10 +145,9 @@ def read_list(list_file: Path) -> Listing:
     for parts in (("all",), *SPLITS):
         if set(splits) == set(parts):
             return Listing(list_file.parent, {part: splits[part] for part in parts}, str(list_file), own=True)
-    found = ", ".join(f"{split} (from line {number})" for split, number in first_lines.items())
     raise Refused(
-        f"{list_file}: the splits in it are {found or 'none'}; needed are train and test, or train, query and gallery"
-        + ("; either all rows of validation are query and gallery, or each is one of them" * ("is_query" in columns))
+        f"{list_file}: the splits in it are {', '.join(splits) or 'none'}; needed are train and test, or train, query "
+        "and gallery (rows of validation are what their is_query and is_gallery say: test if both, else one of them)"
     )
 
 

@@ -3,13 +3,11 @@
 import codecs
 import posixpath
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import folders
-from folders import class_folders, find_images, has_image_suffix, kind_of, scan, shorten
+from folders import find_images, is_image, scan, shorten
 from refused import Refused
 
 AUDIT = "As an independent audit found (this project has not fetched any of these): "
@@ -69,11 +67,6 @@ def read_text(path: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file, without blanks around them."""
-    return [line.strip() for line in read_text(path).split("\n")]
-
-
 def bad_line(list_file: Path, number: int, expected: str, found: str) -> Refused:
     return Refused(f"{list_file}, line {number}: expected {expected}, found {found[:80]!r}")
 
@@ -85,18 +78,20 @@ def inside_root(path: str, list_file: Path, number: int) -> str:
     return path
 
 
-def read_rows(
-    list_file: Path, lines: list[str], pattern: str, expected: str, first: int = 1
-) -> Iterator[tuple[int, re.Match]]:
-    """(number, what the pattern finds) of each line from the first on that is not empty.
+def read_rows(list_file: Path, pattern: str, columns: str, header: int = 0) -> Iterator[tuple[int, re.Match]]:
+    """(number, what the pattern finds) of each line that is not empty, below line `header` with the names of columns.
 
-    Its group `path` must not lead out of the data folder; expected says what a line should be.
+    Its group `path` must not lead out of the data folder. Blanks around a line do not matter.
     """
-    for number, line in enumerate(lines[first - 1 :], first):
+    lines = [line.strip() for line in read_text(list_file).split("\n")]
+    named = "".join(lines[header - 1 : header])
+    if header and named.split() != columns.split():
+        raise bad_line(list_file, header, f"the header {columns!r}", named)
+    for number, line in enumerate(lines[header:], header + 1):
         if line:
             row = re.fullmatch(pattern, line, re.ASCII)
             if not row:
-                raise bad_line(list_file, number, expected, line)
+                raise bad_line(list_file, number, columns, line)
             inside_root(row["path"], list_file, number)
             yield number, row
 
@@ -106,45 +101,41 @@ def read_rows(
 
 def read_class_folders(root: Path, inside: str, notes: list[str]) -> list[tuple[str, str]]:
     """The images of root/inside/<class>/ with the folder's name as the class id (inside may be '')."""
-    top, pairs, nested = root / inside, [], []
-    entries = [(entry.name, kind_of(entry)) for entry in scan(top)]
-    skipped = Counter(kind for _, kind in entries if kind == folders.NO_FILE)
-    loose = [name for name, kind in entries if kind == "file" and has_image_suffix(name)]
+    top, pairs, skipped, nested = root / inside, [], 0, []
+    entries = scan(top)
+    loose = [entry.name for entry in entries if is_image(entry)]
     if loose:
         notes.append(
             f"{top}: images beside the class folders have no class, not used: {len(loose):,} ({shorten(loose)})"
         )
-    for name in (name for name, kind in entries if kind == "folder"):
-        found, more = find_images(top / name, posixpath.join(inside, name), (root, top))
-        if not found and not more[folders.UNREADABLE] and not more[folders.READ_ALREADY]:
+    for name in (entry.name for entry in entries if entry.is_dir()):
+        found, others = find_images(top / name)
+        if not found:
             raise Refused(f"{top / name}: the class folder holds no image; fill it or remove it")
-        pairs += [(path, name) for path in found]
-        skipped += more
+        pairs += [(posixpath.join(inside, name, path), name) for path in found]
+        skipped += others
         inner = sorted({posixpath.dirname(path) for path in found})
         if len(inner) > 1 and posixpath.commonpath(inner) not in inner:
-            nested.append((top / name, [posixpath.basename(path) for path in inner]))
+            nested.append(
+                f"{top / name}: holds no images itself but {len(inner):,} folders of them ({shorten(inner)}), all "
+                f"taken as one class; if each of these is a class, move them into {top}"
+            )
     if skipped:
-        notes.append(folders.describe_skipped(top, skipped))
-    if nested:
-        folder, inner = nested[0]
-        others = f" (and {len(nested) - 1:,} more class folders like it)" if len(nested) > 1 else ""
-        notes.append(
-            f"{folder}{others}: holds no images itself but {len(inner):,} folders of them ({shorten(inner)}), all "
-            f"taken as one class; if each of these is a class, move them into {top}"
-        )
+        notes.append(f"{top}: skipped {skipped:,} × not an image")
+    notes += nested[:1]
     return pairs
 
 
 def read_numbered_folders(home: Path) -> Listing:
     """home/images/NNN.Name/*: the class id is the folder's number, as in CUB."""
     names: dict[int, str] = {}
-    for folder in class_folders(home / "images"):
+    notes: list[str] = []
+    pairs = []
+    for path, folder in read_class_folders(home, "images", notes):
         number = folder.partition(".")[0]
         if not re.fullmatch(r"0*[1-9]\d{0,8}", number, re.ASCII):
             raise Refused(f"{home / 'images' / folder}: a class folder begins with its number: 001.Name")
-        if int(number) in names:
+        if names.setdefault(int(number), folder) != folder:
             raise Refused(f"{home / 'images' / folder}: a second class folder with the number {number}")
-        names[int(number)] = folder
-    notes: list[str] = []
-    pairs = [(path, int(folder.partition(".")[0])) for path, folder in read_class_folders(home, "images", notes)]
+        pairs.append((path, int(number)))
     return Listing(home, {"all": pairs}, names=names, notes=notes)

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from layouts.reading import AUDIT, Layout, Listing, bad_line, read_lines, read_rows
+from layouts.reading import AUDIT, Layout, Listing, read_rows
 
-HEADER = "image_id class_id super_class_id path"
+COLUMNS = "image_id class_id super_class_id path"
 ROW = r"\d{1,9}\s+(?P<class>0*[1-9]\d{0,8})\s+\d{1,9}\s+(?P<path>\S+)"
 
 
@@ -12,10 +12,7 @@ def read(home: Path) -> Listing:
     splits = {}
     for split in ("train", "test"):
         list_file = home / f"Ebay_{split}.txt"
-        lines = read_lines(list_file)
-        if lines[0].split() != HEADER.split():
-            raise bad_line(list_file, 1, f"the header {HEADER!r}", lines[0])
-        splits[split] = [(row["path"], int(row["class"])) for _, row in read_rows(list_file, lines, ROW, HEADER, 2)]
+        splits[split] = [(row["path"], int(row["class"])) for _, row in read_rows(list_file, ROW, COLUMNS, header=1)]
     return Listing(home, splits, str(home / "Ebay_*.txt"))
 
 
