@@ -50,10 +50,9 @@ class ImageList:
 class Benchmark:
     """What is trained on, and what is retrieved from what; train and test share no class.
 
-    train is None only for a folder that can be scored but not trained on, see load_benchmark. gallery is None where
-    the queries search among themselves; otherwise query and gallery share one label space. recall_at are the K of
-    R@K. warnings are lines for the user, such as counts that differ from the published ones; unreadable has one about
-    each image that was left out.
+    train is None only for a folder that can be scored but not trained on. gallery is None where the queries search
+    among themselves; otherwise query and gallery share one label space. recall_at are the K of R@K. warnings are lines
+    for the user; unreadable has one about each image that was left out.
     """
 
     name: str
@@ -66,11 +65,6 @@ class Benchmark:
 
 
 # ---------------------------------------------------------------- from lists to a benchmark
-
-
-def recall_at(name: str) -> tuple[int, ...]:
-    """The K of R@K that a data set reports."""
-    return layouts.get(name).recall_at
 
 
 def make_image_list(listing: layouts.Listing, splits: Iterable[str]) -> dict[str, ImageList]:
@@ -96,9 +90,8 @@ def load_benchmark(
 ) -> Benchmark:
     """Reads the lists of one data set; no image is opened unless skip_bad asks for it.
 
-    train_classes is the share of the classes that trains, for `folder` without a split of its own; None is half of
-    them. A data set with its own split refuses a share, or with share_given=False (it comes from a checkpoint)
-    ignores it. With training=False a `folder` may lack train: its Benchmark.train is None then.
+    train_classes, share_given: as in layouts.read_splits. With training=False a `folder` may lack train: its
+    Benchmark.train is None then.
 
     With skip_bad every image is decoded once, by so many worker processes (those of train only if training). What
     fails is as if it had not been listed, and a class of nothing else, too.
@@ -120,7 +113,7 @@ def load_benchmark(
     lists = make_image_list(listing, test) | make_image_list(listing, listing.splits.keys() & {"train"})
     query, gallery = lists.get("query", lists.get("test")), lists.get("gallery")
     warnings = (*found.notes, *found.doubts)
-    return Benchmark(name, lists.get("train"), query, gallery, recall_at(name), warnings, tuple(unreadable))
+    return Benchmark(name, lists.get("train"), query, gallery, layouts.get(name).recall_at, warnings, tuple(unreadable))
 
 
 def drop_unreadable(listing: layouts.Listing, splits: Iterable[str], workers: int) -> list[str]:
@@ -131,26 +124,26 @@ def drop_unreadable(listing: layouts.Listing, splits: Iterable[str], workers: in
     rank, count = distributed.processes()
     listed = [(split, pair) for split in splits for pair in listing.splits[split]]
     files = [os.path.join(listing.root, path) for _, (path, _) in listed]
-    decode, mine, why = functools.partial(_undecodable, files, listing.own), range(rank, len(files), count), {}
-    with tqdm(total=len(files), desc="decode", unit="img", disable=None, leave=False) as bar:
-        for decoded, found in Loader(mine, 32, collate_fn=decode, **worker_options(workers, pin_memory=False)):
-            why |= found
-            bar.update(decoded * count)
+    mine, why = range(rank, len(files), count), {}
+    decode = functools.partial(_undecodable, files, listing.own)
+    loader = Loader(mine, 32, collate_fn=decode, **worker_options(workers, pin_memory=False))
+    for found in tqdm(loader, "decode", unit="batch", disable=None, leave=False):
+        why |= found
     why = dict(sorted(item for part in distributed.from_all(why) for item in part.items()))
     for split in splits:
         listing.splits[split] = [pair for row, (of, pair) in enumerate(listed) if of == split and row not in why]
     return list(why.values())
 
 
-def _undecodable(files: list[str], own: bool, rows: list[int]) -> tuple[int, dict[int, str]]:
-    """(how many were decoded, {row: why not})"""
+def _undecodable(files: list[str], own: bool, rows: list[int]) -> dict[int, str]:
+    """{row: why it cannot be decoded} of those that cannot"""
     why = {}
     for row in rows:
         try:
             read_rgb(files[row], own)
         except UnreadableImage as error:
             why[row] = str(error)
-    return len(rows), why
+    return why
 
 
 def split_validation(images: ImageList, share: float, seed: int) -> tuple[ImageList, ImageList]:
@@ -167,15 +160,13 @@ def split_validation(images: ImageList, share: float, seed: int) -> tuple[ImageL
             "2 are needed, and 2 to train on"
         )
     order = torch.randperm(count, generator=generator_for(seed)).numpy()
-    others, held = (np.flatnonzero(np.isin(images.labels, part)) for part in (order[held_out:], order[:held_out]))
-    return relabelled(images, others), relabelled(images, held)
-
-
-def relabelled(images: ImageList, rows: np.ndarray) -> ImageList:
-    """Some of the images, with labels 0..C-1 over the classes that they have."""
-    classes, labels = np.unique(images.labels[rows], return_inverse=True)
-    names = [images.class_names[c] for c in classes]
-    return replace(images, paths=[images.paths[row] for row in rows], labels=labels, class_names=names)
+    parts = []
+    for chosen in (order[held_out:], order[:held_out]):
+        rows = np.flatnonzero(np.isin(images.labels, chosen))
+        classes, labels = np.unique(images.labels[rows], return_inverse=True)
+        paths, names = [images.paths[row] for row in rows], [images.class_names[c] for c in classes]
+        parts.append(replace(images, paths=paths, labels=labels, class_names=names))
+    return tuple(parts)
 
 
 # ---------------------------------------------------------------- from a file to a tensor
@@ -433,29 +424,13 @@ def changes(then: dict, now: dict) -> str:
     """What differs between two fingerprints of one split, in words for one line; '' if nothing does."""
     if then["digest"] == now["digest"]:
         return ""
-    old, new = (  # {class: (images, digest)}
-        {name: kept for name, *kept in zip(part["classes"], part["sizes"], part["class_digests"], strict=True)}
-        for part in (then, now)
-    )
-    gone, added = [name for name in old if name not in new], [name for name in new if name not in old]
-    renamed = dict(zip(gone, added, strict=False))
-    same_places = [renamed.get(name, name) for name in old] == list(new)
-    if gone and same_places and all(old[name][0] == new[later][0] for name, later in renamed.items()):
-        parts = [f"{_classes(gone)} renamed ({_names(gone)} to {_names(added)})"]
-    else:
-        lost_and_new = (gone, "removed"), (added, "added")
-        parts = [f"{_classes(names)} {how} ({_names(names)})" for names, how in lost_and_new if names]
-    changed = [name for name in old if name in new and old[name] != new[name]]
-    if changed:
-        (before, _), (after, _) = old[changed[0]], new[changed[0]]
-        how = "same number, other names or sizes" if before == after else f"{before:,} images before, {after:,} now"
-        parts.append(f"images added, removed or replaced in {_classes(changed)} ({changed[0]!r}: {how})")
-    return "; ".join(parts) or "the same classes and images come in another order"
-
-
-def _classes(names: list[str]) -> str:
-    return "1 class" if len(names) == 1 else f"{len(names):,} classes"
-
-
-def _names(names: list[str]) -> str:
-    return shorten([repr(name) for name in names])
+    old, new = (dict(zip(part["classes"], part["class_digests"], strict=True)) for part in (then, now))
+    kinds = {
+        "removed": [name for name in old if name not in new],
+        "added": [name for name in new if name not in old],
+        "with images added, removed or replaced": [name for name in old if name in new and old[name] != new[name]],
+    }
+    found = [
+        f"classes {how}: {len(names):,} ({shorten(list(map(repr, names)))})" for how, names in kinds.items() if names
+    ]
+    return "; ".join(found) or "the same classes and images come in another order"

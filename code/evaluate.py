@@ -18,6 +18,7 @@ import distributed
 import export
 import flags
 import inference
+import layouts
 import metrics
 import numpy as np
 import run
@@ -213,14 +214,14 @@ def read_embeddings(args, given):
             parts = {"query": embedded(file, "")}
             if any(name.startswith("gallery_") for name in file):
                 parts["gallery"] = embedded(file, "gallery_")
-            ks = [int(k) for k in file["ks"]] if "ks" in file else dataset.recall_at("folder")
+            ks = [int(k) for k in file["ks"]] if "ks" in file else layouts.get("folder").recall_at
             name = file["dataset"].item() if "dataset" in file else None
     except OSError:
         raise
     except Exception as error:  # a damaged archive fails in many ways
         raise Refused(f"{path}: no embeddings that --save-embeddings wrote ({flags.one_line(error)})") from error
     if "dataset" in given:
-        name, ks = name or args.dataset, dataset.recall_at(args.dataset)
+        name, ks = name or args.dataset, layouts.get(args.dataset).recall_at
     splits = {split: {"images": of.numel(), "classes": len(of.unique())} for split, (_, of) in parts.items()}
     measured = dict(checkpoint=str(path), dataset=name, data_root=str(path), splits=splits, image_size=None)
     return parts["query"], parts.get("gallery"), tuple(ks), measured

@@ -73,7 +73,7 @@ def test_pictures_that_changed_in_place_are_noticed(call, refused, trained, pict
     done = call(*score(checkpoint))
     assert (
         done.code == 0
-        and "not the test images of the training run: images added, removed or replaced in 1 class" in done.err
+        and "not the test images of the training run: classes with images added, removed or replaced: 1" in done.err
     )
     save(pictures / "a class" / "0.png", 9, 0)
     save(pictures / "a class" / "1.png", 9, 1)
