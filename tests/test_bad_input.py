@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
-from trees import make_cars, make_cub, make_folder, make_inshop, make_sop
+from trees import make_cub, make_folder, make_sop
 
 
 @pytest.fixture(scope="module")
@@ -16,8 +16,6 @@ def tree(tmp_path_factory):
     root = tmp_path_factory.mktemp("whole")
     make_cub(root)
     make_sop(root)
-    make_cars(root)
-    make_inshop(root)
     make_folder(root / "own")
     torch.save([1, 2], root / "list.pth")
     torch.save({"model_state_dict": {"model.fc.weight": torch.zeros(3)}}, root / "other.pth")
@@ -43,40 +41,17 @@ def tree(tmp_path_factory):
     return root
 
 
-FIRST_CLASS = "CUB_200_2011/images/001.Bird_1"
-
-
-def empty_class(root):
-    for path in (root / FIRST_CLASS).iterdir():
-        path.unlink()
-
-
 def cut_image(root):
-    for victim in (root / FIRST_CLASS).glob("[!.]*.jpg"):
+    for victim in (root / "CUB_200_2011/images/001.Bird_1").glob("[!.]*.jpg"):
         victim.write_bytes(victim.read_bytes()[:200])
 
 
-def no_class_number(root):
-    make_folder(root / "CUB_200_2011" / "images", "classes", 1, 1, 8)
+def add_a_lost_image(root):
+    with open(root / "Stanford_Online_Products/Ebay_train.txt", "a") as file:
+        file.write("9 1 1 chair_final/gone.JPG\n")
 
 
-def edit(path, change):
-    def breaks(root):
-        (root / path).write_text(change((root / path).read_text()))
-
-    return breaks
-
-
-def remove(path):
-    def breaks(root):
-        shutil.rmtree(root / path) if (root / path).is_dir() else (root / path).unlink()
-
-    return breaks
-
-
-SOP_LIST, INSHOP_LIST = "Stanford_Online_Products/Ebay_train.txt", "Inshop_Clothes/Eval/list_eval_partition.txt"
 CUB, SOP = "--dataset cub --data-root {root}", "--dataset SOP --data-root {root}"
-INSHOP, CARS = "--dataset Inshop --data-root {root}", "--dataset cars --data-root {root}"
 SEARCH = "--model-path {run} --gallery {root}/own/test"
 FIND = SEARCH + " --query {root}/own/test"
 VIT = "timm:vit_tiny_patch16_224"
@@ -86,23 +61,18 @@ CASES = [
     # script, flags, what is broken first, what the line must say
     ("train.py", "--dataset cub --data-root {root}/nowhere", None, r"nowhere"),
     ("train.py", "--dataset cub --data-root {root}/own", None, r"CUB_200_2011"),
-    ("train.py", CUB, remove("CUB_200_2011/images"), r"CUB_200_2011"),
-    ("train.py", CUB, empty_class, r"001\.\S+"),
     ("train.py", CUB + " --epochs 1 --workers 2", cut_image, r"001\.\S+\.jpg: cannot be decoded"),
-    ("train.py", CUB, no_class_number, r"thing_1"),
     ("train.py", CUB + " --batch-size 1000", None, r"1,?000.*24"),
     ("train.py", CUB + " --IPC 3", None, r"IPC|images per class|images_per_class"),
     ("train.py", CUB + " --IPC 1", None, r"8 classes.*4|4.*classes"),
     ("train.py", CUB + " --batch-size 1", None, r"--batch-size: must be a whole number of at least 2, got '1'"),
     ("train.py", CUB + " --batch-size 1.5", None, r"--batch-size: must be a whole number"),
     ("train.py", CUB + " --lr x", None, r"--lr: must be a number of at least 0, got 'x'"),
-    ("train.py", CUB + " --lr nan", None, r"--lr: must be a number"),
     ("train.py", CUB + " --tau 0", None, r"--tau: must be a number above 0"),
     ("train.py", CUB + " --val-classes 1", None, r"--val-classes: must be a number of at least 0 and below 1"),
     ("train.py", CUB + " --model googlenet --image-size 8", None, r"--image-size 8: googlenet.* its own size is"),
     ("train.py", CUB + " --model bn_inception --image-size 8", None, r"-size 8: bn_inception.* its own size is"),
     ("train.py", CUB + f" --model {VIT} --image-size 64", None, f"--image-size 64: {VIT}.* its own size is"),
-    ("train.py", CUB + " --model timm:crossvit_9_240 --image-size 240", None, r"features are a list"),
     ("train.py", CUB + " --bn-freeze 2", None, r"--bn-freeze: must be 0 or 1"),
     ("train.py", CUB + " --optimizer lion", None, r"invalid choice: 'lion'"),
     ("train.py", CUB + " --gpu-id -2", None, r"--gpu-id"),
@@ -131,15 +101,7 @@ CASES = [
     ("train.py", CUB + " --log-dir {root}/text.pth", None, r"text\.pth"),
     ("train.py", "--dataset folder", None, r"--dataset folder needs --data-root"),
     ("train.py", "--dataset folder --data-root {root}/nowhere", None, r"nowhere"),
-    ("train.py", "--dataset folder --data-root {root}/own/train/none", None, r"none"),
-    ("train.py", SOP, remove(SOP_LIST), r"Ebay_train\.txt"),
-    ("train.py", SOP, edit(SOP_LIST, lambda text: ""), r"Ebay_train\.txt"),
-    ("train.py", SOP, edit(SOP_LIST, lambda text: text + "9 x 1 a.JPG\n"), r"Ebay_train\.txt(.*line |:)\d+"),
-    ("train.py", SOP, edit(SOP_LIST, lambda text: text + "9 1 1 ../../etc/a.JPG\n"), r"Ebay_train\.txt"),
-    ("train.py", SOP, edit(SOP_LIST, lambda text: text + "9 1 1 chair_final/gone.JPG\n"), r"gone\.JPG"),
-    ("train.py", CARS, remove("cars196/cars_annos.mat"), r"cars196"),
-    ("train.py", INSHOP, remove(INSHOP_LIST), r"list_eval_partition\.txt"),
-    ("train.py", INSHOP, edit(INSHOP_LIST, lambda text: text.replace(" train", " trian")), r"list_eval_partition\.txt"),
+    ("train.py", SOP, add_a_lost_image, r"names 1 images that are not there, the first is .*gone\.JPG"),
     ("evaluate.py", CUB, None, r"--model-path is needed"),
     ("evaluate.py", CUB + " --model-path {root}/nowhere.pth", None, r"nowhere\.pth: there is no such checkpoint"),
     ("evaluate.py", CUB + " --model-path {root}/own", None, r"cub_resnet50_best\.pth: there is no such checkpoint"),
@@ -157,8 +119,6 @@ CASES = [
     ("evaluate.py", "--embeddings {root}/shapes.npz", None, r"shapes\.npz: .*labels of shape \(4,\) expected"),
     ("evaluate.py", "--embeddings {root}/lonely.npz", None, r"none of the 3 queries"),
     ("evaluate.py", "--embeddings {root}/labels_text.npz", None, r"_text\.npz: .*labels whole numbers.*<U1"),
-    ("evaluate.py", "--embeddings {root}/labels_float.npz", None, r"_float\.npz: .*labels whole numb.*float64"),
-    ("evaluate.py", "--embeddings {root}/labels_scalar.npz", None, r"_scalar\.npz: .*labels of shape \(40,\)"),
     ("evaluate.py", "--embeddings {root}/int.npz", None, r"int\.npz: .*embeddings must be float.* are int64"),
     ("evaluate.py", "--embeddings {root}/half.npz", None, r"half\.npz: no embeddings .*gallery_embeddings"),
     ("evaluate.py", "--embeddings {root}/ks.npz", None, r"ks\.npz: no embeddings that --save-embed"),
@@ -180,13 +140,9 @@ CASES = [
     ("prepare.py", "check cub --data-root {root}/nowhere", None, r"nowhere"),
     ("prepare.py", "check birds", None, r"birds"),
     ("prepare.py", "show cub --data-root {root}/nowhere", None, r"nowhere"),
-    *(
-        ("prepare.py", f"{command} {FOLDER}/classes --train-classes={share}", None, r"must be .* above 0 and below 1")
-        for command in ("check", "show")
-        for share in ("0", "1", "-1", "nan", "half")
-    ),
+    ("prepare.py", f"check {FOLDER}/classes --train-classes=1", None, r"must be .* above 0 and below 1"),
+    ("prepare.py", f"show {FOLDER}/classes --train-classes=half", None, r"must be .* above 0 and below 1"),
     ("prepare.py", f"check {FOLDER}/own --train-classes=0.7", None, r"--train-classes 0\.7: .* has a split of its own"),
-    ("prepare.py", f"show {FOLDER}/own --train-classes=0.7", None, r"--train-classes 0\.7: .* has a split of its own"),
     ("prepare.py", "download cub --data-root {root}/own --url http://127.0.0.1:9/ä.tgz", None, r"not a valid address"),
     ("train.py", "@{root}/quote.args", None, r"a file of flags has the line \"--remark don't\": no closing quotation"),
     ("prepare.py", "download cub --data-root {root}/own --url http://127.0.0.1:9/a.tgz", None, r"127\.0\.0\.1:9"),

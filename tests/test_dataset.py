@@ -47,14 +47,9 @@ def test_split_validation_holds_out_whole_classes(tmp_path):
     assert len({tuple(dataset.split_validation(images, 0.3, seed)[1].class_names) for seed in range(9)}) > 3
     for classes, share, sizes in ((10, 0.2, (8, 2)), (10, 0.8, (2, 8)), (4, 0.5, (2, 2))):
         assert tuple(map(len, dataset.split_validation(classes_of_one(classes), share, 0))) == sizes
-
-
-@pytest.mark.parametrize(
-    "classes, share, held_out", [(60, 0.02, 1), (60, 0.001, 0), (60, 0.98, 59), (4, 0.3, 1), (4, 0.9, 4), (3, 0.5, 2)]
-)
-def test_validation_and_training_need_two_classes_each(classes, share, held_out):
-    with pytest.raises(Refused, match=f"--val-classes {share} holds out {held_out} of the {classes} training"):
-        dataset.split_validation(classes_of_one(classes), share, 0)
+    for classes, share, count in ((60, 0.02, 1), (60, 0.98, 59), (4, 0.9, 4), (3, 0.5, 2)):
+        with pytest.raises(Refused, match=f"--val-classes {share} holds out {count} of the {classes} training"):
+            dataset.split_validation(classes_of_one(classes), share, 0)
 
 
 # ---------------------------------------------------------------- pixels
@@ -112,12 +107,10 @@ def test_own_pictures_are_turned_upright_and_published_ones_stay_as_stored(tmp_p
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_exif_that_makes_no_sense_turns_nothing_and_drafts_are_turned(tmp_path):
     exif, path = Image.Exif(), tmp_path / "a.jpg"
-    for number in (0, 9, 700):
-        exif[0x0112] = number
-        Image.new("RGB", (3, 2), "red").save(path, exif=exif)
+    exif[0x0112] = 9
+    for nonsense in (exif, b"Exif\0\0MM\0*\0\0\xff\xff no table"):
+        Image.new("RGB", (3, 2), "red").save(path, exif=nonsense)
         assert read(path, own=True).shape == (2, 3, 3)
-    Image.new("RGB", (3, 2), "red").save(path, exif=b"Exif\0\0MM\0*\0\0\xff\xff no table")
-    assert read(path, own=True).shape == (2, 3, 3)
     exif[0x0112] = 6
     Image.new("RGB", (800, 400), "red").save(path, exif=exif)
     with Image.open(path) as image:  # as thumbnails are read
@@ -157,10 +150,6 @@ def test_own_pictures_lie_on_white_where_they_are_transparent(tmp_path):
         assert own[0, 7].tolist() == plain[0, 7].tolist() == expected, (kind, suffix)
         assert own[0, 0].tolist() == ([131] * 3 if kind == "P half" else [255] * 3), (kind, suffix)
         assert plain[0, 0].max() <= 100  # what convert("RGB") gives, with which the published figures were made
-    for mode, suffix in (("RGB", "jpg"), ("L", "png"), ("P", "png"), ("RGBA", "png"), ("LA", "png"), ("CMYK", "jpg")):
-        path = tmp_path / f"opaque {mode}.{suffix}"
-        trees.save(path, 1, 1, mode=mode)
-        assert np.array_equal(read(path, own=True), read(path))
 
 
 @pytest.mark.parametrize(
@@ -265,15 +254,13 @@ def test_shuffled_batches_hold_every_image_once():
 def test_balanced_batches(k):
     epoch = batches(images_per_class=k)
     assert len(epoch) == 5
-    drawn = set()
     for batch in epoch:
         indices = np.array([i for i, _ in batch])
         classes, counts = np.unique(LABELS[indices], return_counts=True)
         assert len(classes) == 8 // k and set(counts) == {k}
         for c in classes:  # repeats only where there are too few
             assert len(set(indices[LABELS[indices] == c])) == min(k, (LABELS == c).sum())
-        drawn |= set(classes)
-    assert len(drawn) > 1
+    assert len({LABELS[i] for batch in epoch for i, _ in batch}) > 1
 
 
 def test_batches_are_a_function_of_seed_and_epoch():
@@ -293,28 +280,23 @@ def test_batches_are_a_function_of_seed_and_epoch():
 
 
 @pytest.mark.parametrize("images_per_class", [0, 4])
-@pytest.mark.parametrize("count", [1, 2, 4, 8])
-def test_parts_of_all_processes_are_the_batches_of_one(count, images_per_class):
+def test_parts_of_all_processes_are_the_batches_of_one(images_per_class):
     whole = batches(2, images_per_class=images_per_class)
-    parts = [batches(2, images_per_class=images_per_class, shard=(rank, count)) for rank in range(count)]
-    for batch, *shares in zip(whole, *parts, strict=True):
-        assert {len(share) for share in shares} == {8 // count} and sum(shares, []) == batch
+    for count in (2, 4, 8):
+        parts = [batches(2, images_per_class=images_per_class, shard=(rank, count)) for rank in range(count)]
+        for batch, *shares in zip(whole, *parts, strict=True):
+            assert {len(share) for share in shares} == {8 // count} and sum(shares, []) == batch
 
 
-@pytest.mark.parametrize(
-    "options, words",
-    [
+def test_sizes_that_do_not_fit():
+    for options, words in (
         ({"batch_size": 43}, "--batch-size 43: there are 42 training images"),
-        ({"batch_size": 0}, "--batch-size 0"),
         ({"images_per_class": 3}, "--IPC 3: so many images per class do not divide --batch-size 8"),
-        ({"images_per_class": -1}, "--IPC -1: so many images per class do not divide --batch-size 8"),
         ({"images_per_class": 1}, "needs 8 classes, there are 7"),
         ({"batch_size": 10, "shard": (3, 4)}, "^--batch-size 10 is the whole batch, .* to 4 processes evenly$"),
-    ],
-)
-def test_sizes_that_do_not_fit(options, words):
-    with pytest.raises(Refused, match=words):
-        batches(**options)
+    ):
+        with pytest.raises(Refused, match=words):
+            batches(**options)
 
 
 @pytest.fixture(scope="session")
@@ -337,7 +319,10 @@ def same(one, other):
 
 
 def test_epochs_are_the_same_bits_for_any_number_of_workers_and_when_resumed(birds):
+    before = torch.get_rng_state()
     alone = epochs(birds.train, [1, 2, 3])
+    list(dataset.make_eval_loader(birds.query, SMALL_EVAL, 8))
+    assert torch.equal(torch.get_rng_state(), before)  # the global state is left alone
     assert not same(alone[1], alone[2])
     for workers in (1, 2):
         torch.rand(workers)  # what else draws does not matter
@@ -349,14 +334,6 @@ def test_epochs_are_the_same_bits_for_any_number_of_workers_and_when_resumed(bir
     shares = [epochs(birds.train, [3], 2, images_per_class=4, shard=(rank, 2))[0] for rank in (0, 1)]
     joined = [[torch.cat(parts) for parts in zip(*batch, strict=True)] for batch in zip(*shares, strict=True)]
     assert same(joined, balanced)
-
-
-def test_loaders_leave_the_global_random_state_alone(birds):
-    before = torch.get_rng_state()
-    epochs(birds.train, [1])
-    epochs(birds.train, [1], workers=1)
-    list(dataset.make_eval_loader(birds.query, SMALL_EVAL, 8))
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("count, workers", [(1, 0), (1, 2), (2, 1), (5, 0), (25, 0)])  # 24 images
