@@ -173,15 +173,15 @@ class HISTLoss(nn.Module):
         ls: float = 1.0,
     ):
         super().__init__()
-        sizes = {"num_classes": num_classes, "embedding_size": embedding_size, "hgnn_hidden": hgnn_hidden}
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"HISTLoss: {name} must be at least 1, got {value}")
-        if not 0 < tau < float("inf"):
-            raise ValueError(f"HISTLoss: tau must be finite and above 0, got {tau}")
-        for name, value in (("alpha", alpha), ("ls", ls)):
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"HISTLoss: {name} must be finite and at least 0, got {value}")
+        if min(num_classes, embedding_size, hgnn_hidden) < 1:
+            raise ValueError(
+                "HISTLoss: num_classes, embedding_size and hgnn_hidden must be at least 1, "
+                f"got {num_classes}, {embedding_size} and {hgnn_hidden}"
+            )
+        if not (0 < tau < float("inf") and 0 <= alpha < float("inf") and 0 <= ls < float("inf")):
+            raise ValueError(
+                f"HISTLoss: tau must be above 0, alpha and ls at least 0, and all finite, got {tau}, {alpha} and {ls}"
+            )
         self.num_classes = num_classes
         self.embedding_size = embedding_size
         self.ls = ls
@@ -239,32 +239,24 @@ class HISTLoss(nn.Module):
 
         'incidence': mean of H over pairs of a sample and a class that is not its own; near 1 all samples belong to all
         hyperedges, and the HGNN averages over the whole batch. 'variance': mean of sigma^2, at least 1.
-
-        Raises ValueError where no call has made a hypergraph yet, as with ls = 0.
+        There is none before the first call, nor with ls = 0.
         """
-        if not self._hypergraph:
-            raise ValueError("HISTLoss: there is no hypergraph yet: call the loss first, with ls above 0")
         H, same = self._hypergraph
         others = (~same).sum().clamp(min=1)
         variance = self.cds2hg.log_vars.clamp(0, 6).exp().mean()
         return {"incidence": H.masked_fill(same, 0).sum() / others, "variance": variance}
 
     def _check(self, embeddings: Tensor, labels: Tensor) -> None:
-        if not isinstance(embeddings, Tensor) or not isinstance(labels, Tensor):
-            kinds = f"{type(embeddings).__name__} and {type(labels).__name__}"
-            raise ValueError(f"HISTLoss: embeddings and labels must be tensors, got {kinds}")
-        if embeddings.ndim != 2 or embeddings.shape[1] != self.embedding_size:
+        if embeddings.shape[1:] != (self.embedding_size,) or labels.shape != embeddings.shape[:1]:
             raise ValueError(
-                f"HISTLoss: embeddings must have shape (N, {self.embedding_size}), got {tuple(embeddings.shape)}"
+                f"HISTLoss: embeddings must have shape (N, {self.embedding_size}) and labels (N,), "
+                f"got {tuple(embeddings.shape)} and {tuple(labels.shape)}"
             )
-        if labels.shape != embeddings.shape[:1]:
+        if not embeddings.is_floating_point() or labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(
-                f"HISTLoss: labels must have shape ({len(embeddings)},), one per embedding, got {tuple(labels.shape)}"
+                "HISTLoss: embeddings must be floating point and labels integers, "
+                f"got {embeddings.dtype} and {labels.dtype}"
             )
-        if not embeddings.is_floating_point():
-            raise ValueError(f"HISTLoss: embeddings must be floating point, got {embeddings.dtype}")
-        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise ValueError(f"HISTLoss: labels must be integers, got {labels.dtype}")
         if len(embeddings) < (2 if self.training else 1):
             raise ValueError(f"HISTLoss: a training batch needs at least 2 samples, got {len(embeddings)}")
 

@@ -1,13 +1,13 @@
 """Losses to compare HIST with, from pytorch-metric-learning, under the very same conditions: train.py --loss NAME.
 
-Each function below makes one. It is called like HISTLoss: criterion(embeddings (N, D), labels (N,)) -> scalar, with
-raw embeddings as the network emits them. The arguments after the sizes are what --loss-args can set; their defaults are
-those of the paper that the function names, or of the library where it says so. Losses with parameters (proxies,
-centres, class weights) train them at --lr-ds. The others compare images of a batch with each other and need several of
-each class in it (--IPC).
+Each function below makes one, which is called like HISTLoss. The arguments after the sizes are what --loss-args can
+set; their defaults are those of the paper that the function names, or of the library where it says so. Losses with
+parameters (proxies, centres, class weights) train them at --lr-ds. The others compare images of a batch with each other
+and need several of each class in it (--IPC).
 """
 
 import inspect
+import math
 
 import torch
 from pytorch_metric_learning import distances, losses, miners
@@ -92,6 +92,6 @@ def build(name: str, num_classes: int, embedding_size: int, settings: str = "") 
         except ValueError:
             kind = "a whole number" if isinstance(known[key], int) else "a number"
             raise Refused(f"--loss-args: {key} of {name} must be {kind}, got {value!r}") from None
-        if not (given[key] > 0 or (given[key] == 0 and "margin" in key)) or given[key] == float("inf"):
+        if not (0 < given[key] < math.inf or (given[key] == 0 and "margin" in key)):
             raise Refused(f"--loss-args: {key} of {name} must be finite and above 0, got {value}")
     return make(num_classes, embedding_size, **given)

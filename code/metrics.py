@@ -107,10 +107,8 @@ def unit_vectors(embeddings: Tensor, what: str, device: torch.device | str = "cp
     what: their name in the message of a Refused: a wrong shape, NaN or Inf.
     """
     x = torch.as_tensor(embeddings).detach()
-    if x.ndim != 2:
-        raise Refused(f"{what}: embeddings (N, D) expected, got {tuple(x.shape)}")
-    if x.numel() == 0:
-        raise Refused(f"{what}: there are no embeddings, their shape is {tuple(x.shape)}")
+    if x.ndim != 2 or x.numel() == 0:
+        raise Refused(f"{what}: embeddings (N, D) expected, N and D at least 1, got {tuple(x.shape)}")
     x = x.to(device, torch.float64 if x.dtype == torch.float64 else torch.float32)
     largest = torch.linalg.vector_norm(x, INF, dim=1, keepdim=True)
     bad = int((~largest.isfinite()).sum())

@@ -168,10 +168,8 @@ def _draw_classes(axes, history: Sequence[dict]) -> None:
 
 def _plot(axes, history: Sequence[dict], name: str, scale: float, **look) -> None:
     """One column over the epochs that have it; dots on the epochs as long as they can be told apart."""
-    rows = [row for row in history if name in row]
-    marker = "o" if len(history) <= 30 else None
-    values = [scale * row[name] for row in rows]
-    axes.plot([row["epoch"] for row in rows], values, marker=marker, markersize=3.5, **look)
+    points = [(row["epoch"], scale * row[name]) for row in history if name in row]
+    axes.plot(*np.reshape(points, (-1, 2)).T, marker="o" if len(history) <= 30 else None, markersize=3.5, **look)
 
 
 # ---------------------------------------------------------------- pictures in rows

@@ -8,14 +8,14 @@ The twin is plain loops over samples and classes in float64; its gradients come 
 import copy
 import math
 import pickle
-import subprocess
-import sys
+import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from apart import Apart
 from hist import HGNN, CDs2Hg, HISTLoss, propagation
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -103,15 +103,8 @@ def slow_loss(X, T, state, tau, alpha, ls, training=True):
     hgnn = {name.removeprefix("hgnn."): value for name, value in state.items() if name.startswith("hgnn.")}
     logits, statistics = slow_network(X, G, hgnn, training)
     ce_loss = slow_cross_entropy(logits, T)
-    return {
-        "dist_loss": dist_loss,
-        "ce_loss": ce_loss,
-        "loss": dist_loss + ls * ce_loss,
-        "H": H,
-        "G": G,
-        "logits": logits,
-        "statistics": statistics,
-    }
+    loss = dist_loss + ls * ce_loss
+    return dict(dist_loss=dist_loss, ce_loss=ce_loss, loss=loss, H=H, G=G, logits=logits, statistics=statistics)
 
 
 # Criteria and batches ---------------------------------------------------------------------------------------------
@@ -285,11 +278,7 @@ def test_terms_can_be_read_and_compute_is_the_loss_without_its_checks(ls):
 
 
 def test_summary_of_the_hypergraph():
-    criterion, (X, T) = make(5, 8, ls=0), make_batch([0, 4, 4, 2], 8)
-    criterion(X, T)
-    with pytest.raises(ValueError, match="there is no hypergraph yet"):
-        criterion.hypergraph_summary()
-    criterion.ls = 1
+    criterion, (X, T) = make(5, 8), make_batch([0, 4, 4, 2], 8)
     criterion(X, T)
     found, H = criterion.hypergraph_summary(), criterion.cds2hg(X, T)[1][:, [0, 2, 2, 1]]  # a column for each sample
     assert relative(found["incidence"], H[H < 1].mean()) < 1e-12
@@ -354,37 +343,28 @@ def test_distance_zero():
 
 # Size -------------------------------------------------------------------------------------------------------------
 
-MANY_CLASSES = """
-import resource, torch
-from hist import HISTLoss
-torch.set_num_threads(2)
-torch.manual_seed(0)
-N, C, D = 64, 100_000, 64
-warm = HISTLoss(10, D, 8)
-warm(torch.randn(N, D), torch.arange(N) % 10).backward()
-criterion = HISTLoss(C, D, 8)
-X, T = torch.randn(N, D, requires_grad=True), torch.randint(C, (N,))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-loss = criterion(X, T)
-loss.backward()
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in criterion.parameters())
-print((after - before) * 1024 / (4 * N * C * D))
-"""
+
+def share_of_classes_times_batch_times_size():
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    N, C, D = 64, 100_000, 64
+    warm = HISTLoss(10, D, 8)
+    warm(torch.randn(N, D), torch.arange(N) % 10).backward()
+    criterion = HISTLoss(C, D, 8)
+    X, T = torch.randn(N, D, requires_grad=True), torch.randint(C, (N,))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    loss = criterion(X, T)
+    loss.backward()
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in criterion.parameters())
+    print((after - before) * 1024 / (4 * N * C * D))
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_batch_times_classes_times_size():
     """100,000 classes: the whole of forward and backward takes less than half of one (N, C, D) tensor (1.6 GB)."""
-    code = str(Path(sys.modules["hist"].__file__).parent)
-    run = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {code!r})\n{MANY_CLASSES}"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert run.returncode == 0, run.stderr
-    assert float(run.stdout) < 0.5
+    done = Apart(share_of_classes_times_batch_times_size).end()
+    assert done.code == 0 and float(done.out) < 0.5, done
 
 
 # Errors -----------------------------------------------------------------------------------------------------------
@@ -395,18 +375,17 @@ LABELS = torch.zeros(4, dtype=torch.long)
 @pytest.mark.parametrize(
     ("embeddings", "labels", "message"),
     [
-        (torch.zeros(4, 7), LABELS, r"\(N, 8\), got \(4, 7\)"),
-        (torch.zeros(8), torch.zeros(8, dtype=torch.long), r"\(N, 8\), got \(8,\)"),
-        (torch.zeros(4, 8), LABELS[:3], r"\(4,\), one per embedding, got \(3,\)"),
-        (torch.zeros(4, 8), LABELS[:, None], r"\(4,\), one per embedding, got \(4, 1\)"),
-        (torch.zeros(4, 8, dtype=torch.long), LABELS, "floating point, got torch.int64"),
-        (torch.zeros(4, 8), torch.zeros(4), "integers, got torch.float32"),
-        (torch.zeros(4, 8), LABELS.bool(), "integers, got torch.bool"),
+        (torch.zeros(4, 7), LABELS, r"\(N, 8\) .* got \(4, 7\) and \(4,\)"),
+        (torch.zeros(8), torch.zeros(8, dtype=torch.long), r"\(N, 8\) .* got \(8,\) and \(8,\)"),
+        (torch.zeros(4, 8), LABELS[:3], r"labels \(N,\), got \(4, 8\) and \(3,\)"),
+        (torch.zeros(4, 8), LABELS[:, None], r"labels \(N,\), got \(4, 8\) and \(4, 1\)"),
+        (torch.zeros(4, 8, dtype=torch.long), LABELS, "floating point .* got torch.int64 and torch.int64"),
+        (torch.zeros(4, 8), torch.zeros(4), "integers, got torch.float32 and torch.float32"),
+        (torch.zeros(4, 8), LABELS.bool(), "integers, got torch.float32 and torch.bool"),
         (torch.zeros(4, 8), torch.tensor([0, 1, 2, 5]), r"\[0, 5\), this call had labels from 0 to 5"),
         (torch.zeros(4, 8), torch.tensor([0, -1, 2, 4]), r"\[0, 5\), this call had labels from -1 to 4"),
         (torch.zeros(1, 8), LABELS[:1], "at least 2 samples, got 1"),
         (torch.zeros(0, 8), LABELS[:0], "at least 2 samples, got 0"),
-        (torch.zeros(2, 8), [0, 1], "must be tensors, got Tensor and list"),
     ],
 )
 def test_wrong_calls_are_named(embeddings, labels, message):
@@ -417,20 +396,14 @@ def test_wrong_calls_are_named(embeddings, labels, message):
             HISTLoss(5, 8, 4).eval()(embeddings, labels)
 
 
-@pytest.mark.parametrize(
-    ("names", "values", "message"),
-    [
-        (("num_classes", "embedding_size", "hgnn_hidden"), (0, -1), "at least 1"),
-        (("tau",), (0, -1.0, math.nan, math.inf), "finite and above 0"),
-        (("alpha", "ls"), (-0.1, math.nan, math.inf), "finite and at least 0"),
-    ],
-)
-def test_settings_that_mean_nothing_are_refused(names, values, message):
-    usual = {"num_classes": 5, "embedding_size": 8, "alpha": 0, "ls": 0}
+def test_settings_that_mean_nothing_are_refused():
+    usual = {"num_classes": 5, "embedding_size": 8, "hgnn_hidden": 4, "tau": 32, "alpha": 0, "ls": 0}
     HISTLoss(**usual)
-    for name in names:
+    above_0, finite = (0, -1.0, math.nan, math.inf), (-0.1, math.nan, math.inf)
+    wrong = {"num_classes": (0, -1), "embedding_size": (0, -1), "hgnn_hidden": (0, -1)}
+    for name, values in (wrong | {"tau": above_0, "alpha": finite, "ls": finite}).items():
         for value in values:
-            with pytest.raises(ValueError, match=f"^HISTLoss: {name} must be {message}, got {value}"):
+            with pytest.raises(ValueError, match=f"^HISTLoss: .*{name}.* got .*{value}"):
                 HISTLoss(**usual | {name: value})
 
 

@@ -74,9 +74,9 @@ def download_imagenet(name: str) -> dict[str, torch.Tensor]:
     default, comes from a much longer training (80.9 %): another starting point, whose results do not compare.
     """
     if name == "bn_inception":
-        file = "the bn_inception-52deb4733.pth of pretrained-models.pytorch"
         raise Refused(
-            f"bn_inception's ImageNet weights cannot be downloaded: give --weights FILE, {file}, or --weights none"
+            "bn_inception's ImageNet weights cannot be downloaded: give --weights FILE, "
+            "the bn_inception-52deb4733.pth of pretrained-models.pytorch, or --weights none"
         )
     url = models.get_model_weights(name).IMAGENET1K_V1.url
     try:
@@ -92,12 +92,11 @@ def download_imagenet(name: str) -> dict[str, torch.Tensor]:
 def load_network_state(
     network: EmbeddingNet, state: dict[str, torch.Tensor], path: str | Path, beginning: bool = False
 ) -> None:
-    """Loads a state dict ('model.…', as checkpoint.network_state gives it), strictly.
+    """Loads a state dict ('model.…', as checkpoint.network_state gives it), strictly; Refused if it does not fit.
 
     Only GoogLeNet's auxiliary heads, which forward does not use, and num_batches_tracked, which old files lack, may
     be missing. As the beginning of a training, classifier, auxiliary heads and embedding layer are taken where they
     fit and may be missing, and BatchNorm's vectors may be (1, C), as some old files hold them.
-    Raises Refused with one line that names `path`, what does not fit, and the flags that would.
     """
     own, optional = network.state_dict(), ("model.aux1.", "model.aux2.")
     if beginning:

@@ -75,14 +75,10 @@ class Backbone(nn.Module):
             pooled = F.max_pool2d(x, 3, stride=1, padding=1, ceil_mode=True)
         else:
             pooled = F.avg_pool2d(x, 3, stride=1, padding=1, ceil_mode=True, count_include_pad=True)
-        branches = [
-            self._run(x, name + "3x3_reduce", name + "3x3"),
-            self._run(x, name + "double_3x3_reduce", name + "double_3x3_1", name + "double_3x3_2"),
-        ]
-        if downsamples:
-            branches = [*branches, pooled]
-        else:
-            branches = [self._run(x, name + "1x1"), *branches, self._run(pooled, name + "pool_proj")]
+        branches = [] if downsamples else [self._run(x, name + "1x1")]
+        branches.append(self._run(x, name + "3x3_reduce", name + "3x3"))
+        branches.append(self._run(x, name + "double_3x3_reduce", name + "double_3x3_1", name + "double_3x3_2"))
+        branches.append(pooled if downsamples else self._run(pooled, name + "pool_proj"))
         return torch.cat(branches, 1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -106,5 +102,4 @@ class BNInception(EmbeddingNet):
         super().__init__(model, name, model.last_linear.in_features, unused=("last_linear.",), **options)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (N, 3, H, W) → maps (N, 1024, H/32, W/32)."""
         return self.model(images)

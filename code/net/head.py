@@ -14,16 +14,15 @@ class EmbeddingNet(nn.Module):
     forward: images (N, 3, H, W), normalised as `mean`, `std`, `bgr` and `scale` say → embeddings (N, D), not
     L2-normalised. Source: Lim et al., CVPR 2022, and the names and shapes in the published checkpoints.
 
-    model           the bare backbone; all parameters live in it, so every key of the state dict starts with
-                    'model.', as in the published checkpoints, and the embedding layer is model.embedding
-    name            what --model calls this network
-    num_features    channels of the backbone's last layer
-    embedding_size  D
-    add_gmp         add the global maximum to the global average of each channel
-    layer_norm      normalise each embedding to mean 0, variance 1 (LayerNorm without affine parameters)
-    bn_freeze       start with the affine parameters of the backbone's BatchNorm2d frozen
-    unused          prefixes of the names, inside `model`, of what forward does not use: classifier, auxiliary
-                    heads. Kept only because the published state dicts hold them
+    model         the bare backbone; all parameters live in it, so every key of the state dict starts with
+                  'model.', as in the published checkpoints, and the embedding layer is model.embedding
+    name          what --model calls this network
+    num_features  channels of the backbone's last layer
+    add_gmp       add the global maximum to the global average of each channel
+    layer_norm    normalise each embedding to mean 0, variance 1 (LayerNorm without affine parameters)
+    bn_freeze     start with the affine parameters of the backbone's BatchNorm2d frozen
+    unused        prefixes of the names, inside `model`, of what forward does not use: classifier, auxiliary
+                  heads. Kept only because the published state dicts hold them
     """
 
     # The input this network wants: values in [0, 1] times scale, in BGR order if bgr, minus mean, over std;

@@ -30,6 +30,8 @@ class TimmModel(EmbeddingNet):
         # (a convolutional model's own norm before its classifier, position embeddings that timm keeps fixed).
         model.eval()
         maps = model.forward_features(torch.zeros(1, 3, image_size, image_size))
+        if not isinstance(maps, torch.Tensor):
+            raise Refused(f"--model {name}: its features are a {type(maps).__name__}, not one tensor; not supported")
         gives_maps = maps.ndim == 4 and getattr(model, "output_fmt", "NCHW") == "NCHW"
         pooled = maps.mean((2, 3)) if gives_maps else model.forward_head(maps, pre_logits=True)
         trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
