@@ -8,7 +8,7 @@ python code/prepare.py show cub --output cub.png   # look at it before training
 import functools
 import http.client
 import os
-import ssl
+import shutil
 import sys
 import tarfile
 import urllib.error
@@ -21,7 +21,7 @@ import dataset
 import layouts
 import numpy as np
 from flags import DATA, Parser, one_line, real, run_script
-from folders import written_whole
+from folders import shorten, written_whole
 from refused import Refused
 from torchvision.datasets.utils import calculate_md5
 from tqdm import tqdm
@@ -51,10 +51,8 @@ def check(name: str, data_root: Path, decode: bool = False, train_classes: float
     for note in found.notes:
         print(f"note: {note}")
     problems = found.doubts + found.obstacles
-    missing = layouts.missing_files(listing)
-    problems += [f"{listing.root / path}: the file is not there" for path in missing[:5]]
-    if len(missing) > 5:
-        problems.append(f"... and {len(missing) - 5:,} more files that are not there")
+    if missing := layouts.missing_files(listing):
+        problems.append(f"{listing.root}: {len(missing):,} listed files are not there: {shorten(missing)}")
     if decode:
         problems += dataset.drop_unreadable(listing, listing.splits, dataset.available_cores())
     for problem in problems:
@@ -67,60 +65,33 @@ def check(name: str, data_root: Path, decode: bool = False, train_classes: float
 # ---------------------------------------------------------------- download
 
 
-def fetch(url: str, part: Path, bar: tqdm) -> bool:
-    """Appends the missing rest of a file to `part`, asking the server only for that; True if it is now complete.
-
-    Raises Refused if the server refuses; a broken connection is no error but returns False.
-    """
-    start = size_of(part)
+def fetch(url: str, part: Path) -> None:
+    """Appends the missing rest of a file to `part`, asking the server only for that. Raises Refused if none comes."""
+    start = part.stat().st_size if part.exists() else 0
     try:
         request = urllib.request.Request(url, headers={"Range": f"bytes={start}-", "User-Agent": "Mozilla/5.0"})
         with urllib.request.urlopen(request, timeout=30) as answer:
-            if answer.status != 206:  # the server sends everything from the start
-                start = 0
-            length = answer.headers.get("Content-Length")
-            bar.total, bar.n = start + int(length) if length else None, start
-            with open(part, "ab" if start else "wb") as file:
-                while chunk := answer.read(1 << 20):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-            return bar.total in (None, size_of(part))
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and start:  # nothing is left to send; the md5 tells whether it is right
-            return True
-        raise Refused(f"{url}: the server says {error.code} {error.reason}") from None
-    except urllib.error.URLError as error:
-        raise Refused(f"{url}: {error.reason}") from None
-    except (ValueError, http.client.InvalidURL) as error:
-        raise Refused(f"{url}: not a valid address ({error})") from None
-    except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError):
-        return False
-
-
-def size_of(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0
+            resumed = answer.status == 206  # else the server sends everything from the start
+            bar = tqdm.wrapattr(answer, "read", answer.length, desc=part.stem, disable=None)
+            with open(part, "ab" if resumed else "wb") as file, bar as reading:
+                shutil.copyfileobj(reading, file)
+            if answer.length:
+                raise ConnectionError("the connection breaks")
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        if isinstance(error, urllib.error.HTTPError) and error.code == 416:
+            return  # nothing is left to send; the md5 tells whether it is right
+        kept = f"; run the same command to go on from what is in {part}" if part.exists() else ""
+        raise Refused(f"{url}: {one_line(error)}{kept}") from error
 
 
 def fetch_archive(whole: Path, md5: str, url: str) -> None:
-    """Downloads the archive `whole` unless it is there, and compares its md5.
-
-    Continues where an earlier call stopped, and when the connection breaks, until that brings nothing more. Raises
-    Refused then, or if the md5 is wrong.
-    """
+    """Downloads the archive `whole` unless it is there, going on where an earlier call stopped; compares its md5."""
     if whole.exists():
         if calculate_md5(whole) != md5:
             raise Refused(f"{whole}: its md5 is not {md5}; remove the file to download it again")
         return
     part = whole.with_name(f"{whole.name}.part")
-    size = size_of(part)
-    with tqdm(desc=whole.name, unit="B", unit_scale=True, disable=None) as bar:
-        while not fetch(url, part, bar):
-            size, earlier = size_of(part), size
-            if size <= earlier:
-                raise Refused(
-                    f"{url}: the connection breaks; {size:,} bytes are in {part}, "
-                    "run the same command to go on from there"
-                )
+    fetch(url, part)
     found = calculate_md5(part)
     if found != md5:
         part.unlink()

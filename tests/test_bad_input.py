@@ -143,7 +143,7 @@ CASES = [
     ("prepare.py", f"check {FOLDER}/classes --train-classes=1", None, r"must be .* above 0 and below 1"),
     ("prepare.py", f"show {FOLDER}/classes --train-classes=half", None, r"must be .* above 0 and below 1"),
     ("prepare.py", f"check {FOLDER}/own --train-classes=0.7", None, r"--train-classes 0\.7: .* has a split of its own"),
-    ("prepare.py", "download cub --data-root {root}/own --url http://127.0.0.1:9/ä.tgz", None, r"not a valid address"),
+    ("prepare.py", "download cub --data-root {root}/own --url http://127.0.0.1:9/ä.tgz", None, r"9/ä\.tgz: .*ascii"),
     ("train.py", "@{root}/quote.args", None, r"a file of flags has the line \"--remark don't\": no closing quotation"),
     ("prepare.py", "download cub --data-root {root}/own --url http://127.0.0.1:9/a.tgz", None, r"127\.0\.0\.1:9"),
 ]

@@ -45,8 +45,8 @@ def test_check_finds_all_that_is_off_at_once(tmp_path, monkeypatch, call):
     list_file.write_text(list_file.read_text().replace(" 3 1 ", " 1 1 ", 1))
     status, out, _ = call("prepare.py", "check", "SOP", "--data-root", tmp_path, "--decode")
     assert status == 1 and "counts differ" in out and "share 1 classes" in out
-    assert out.count("problem: ") == 2 + 6 + 8  # counts, classes; five missing files and the rest; eight not decoded
-    assert "... and 2 more files" in out
+    assert out.count("problem: ") == 2 + 1 + 8  # counts, classes; missing files; eight not decoded
+    assert "7 listed files are not there: cabinet_final/111000000004_0.JPG, " in out
     assert "111000000001_5.JPG: cannot be decoded (cannot identify image file" in out
 
 
@@ -175,33 +175,32 @@ def test_download_zip(tmp_path, fetch, leads_out):
     assert names(root) == ["Stanford_Online_Products", "Stanford_Online_Products.zip"]
 
 
-def test_download_goes_on_after_a_cut_line_and_in_a_later_call(tmp_path, server, fetch):
+def test_download_goes_on_in_the_next_call_where_the_line_was_cut(tmp_path, server, fetch):
     content = tar_of(tmp_path)
-    (tmp_path / "data").mkdir()
     part = tmp_path / "data" / "CUB_200_2011.tgz.part"
-    part.write_bytes(content[:1000])
-    server.cut_after, server.cuts = 0, 99
-    with pytest.raises(ValueError, match="the connection breaks; 1,000 bytes are in .*go on from there"):
-        fetch(content)
-    assert names(tmp_path / "data") == ["CUB_200_2011.tgz.part"] and part.read_bytes() == content[:1000]
-    server.cut_after, server.cuts, server.asked_from = len(content) // 9, 7, []
+    server.cut_after, server.cuts = len(content) // 3, 2
+    for asked in (1, 2):
+        with pytest.raises(ValueError, match="the connection breaks; run the same command to go on from what is in"):
+            fetch(content)
+        assert names(part.parent) == [part.name] and part.read_bytes() == content[: asked * server.cut_after]
     root = fetch(content)
-    asked = len(server.asked_from)
-    assert asked > 6 and server.asked_from == [1000 + i * server.cut_after for i in range(asked)]
+    assert server.asked_from == [0, server.cut_after, 2 * server.cut_after]
     assert len(dataset.load_benchmark("cub", root).train) == 6
     assert names(root) == ["CUB_200_2011", "CUB_200_2011.tgz"]
 
 
 def test_download_from_servers_that_cannot_resume_or_have_nothing_left_to_send(tmp_path, server, fetch):
     content = tar_of(tmp_path)
-    server.ranges, server.cut_after, server.cuts = False, 1000, 1
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "CUB_200_2011.tgz.part").write_bytes(content[:1000])
+    server.ranges = False
     root = fetch(content)
-    assert server.asked_from == [0, 0] and len(dataset.load_benchmark("cub", root).train) == 6
+    assert server.asked_from == [0] and len(dataset.load_benchmark("cub", root).train) == 6
     shutil.rmtree(root / "CUB_200_2011")
     (root / "CUB_200_2011.tgz").rename(root / "CUB_200_2011.tgz.part")  # whole, but not unpacked
     server.ranges = True
     assert len(dataset.load_benchmark("cub", fetch(content)).train) == 6  # the server says 416
-    assert server.asked_from == [0, 0, len(content)]
+    assert server.asked_from == [0, len(content)]
 
 
 def test_download_with_another_md5_is_thrown_away(tmp_path, server, call):
@@ -268,12 +267,12 @@ def test_other_places_are_named_where_a_benchmark_cannot_be_fetched(tmp_path, se
     assert status == 1 and err.splitlines()[-1].startswith("prepare.py: error: ")
     said = out + err
     assert right in said and trap in said and "As an independent audit found" in said
-    assert ("the server says 503" if url else f"put it under {tmp_path}") in err and list(tmp_path.iterdir()) == []
+    assert ("HTTP Error 503" if url else f"put it under {tmp_path}") in err and list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_downloaded(tmp_path, call):
     for words, said in (
-        (["cub", "--url", "not-a-url"], "not-a-url: not a valid address"),
+        (["cub", "--url", "not-a-url"], "not-a-url: unknown url type"),
         (["emoji", "--url", "http://127.0.0.1:9/x"], "--url: emoji is no download from a page"),
         (["folder"], "'folder' cannot be downloaded; there are cub, cars, "),
         (["birds"], "'birds' is not a dataset"),
@@ -283,13 +282,15 @@ def test_what_cannot_be_downloaded(tmp_path, call):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_one_line_and_not_the_servers_fault(tmp_path, call, monkeypatch):
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, server, call, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(prepare, "fetch_archive", full)
-    outcome = call("prepare.py", "download", "cub", "--data-root", tmp_path)
-    assert outcome.code == 1 and outcome.err == "prepare.py: error: [Errno 28] No space left on device\n"
+    server.content = b"much"
+    monkeypatch.setattr(prepare.shutil, "copyfileobj", full)
+    outcome = call("prepare.py", "download", "cub", "--data-root", tmp_path, "--url", server.url)
+    said = f"No space left on device; run the same command to go on from what is in {tmp_path}/CUB_200_2011.tgz.part. "
+    assert outcome.code == 1 and said in outcome.err.splitlines()[-1]
 
 
 # ---------------------------------------------------------------- show
