@@ -110,31 +110,26 @@ def embed(
     """
     network.eval()
     device = torch.device(device)
-    rank, count = distributed.processes()
+    count = distributed.processes().count
     total = len(loader.dataset)
     if total == 0:
         raise Refused("there is no image to embed")
-    share, layout = len(range(rank, total, count)), memory_format(channels_last)
-    embeddings, labels, done = None, torch.empty(share, dtype=torch.int64), 0
+    embeddings, labels, layout = [], [], memory_format(channels_last)
     with tqdm(total=total, desc="embed", unit="img", disable=None, leave=False) as bar:
         for images, targets in loader:
             images = network.normalise(images.to(device, non_blocking=True, memory_format=layout))
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                batch = network(images).float()
-            if embeddings is None:
                 # Collected on the device: reading every batch back would make the host wait for each of them.
-                embeddings = torch.empty(share, batch.shape[1], device=device)
-            embeddings[done : done + len(batch)] = batch
-            labels[done : done + len(batch)] = targets
-            done += len(batch)
-            bar.update(len(batch) * count)
+                embeddings.append(network(images).float())
+            labels.append(targets)
+            bar.update(len(targets) * count)
             after_batch()
     largest_share = -(-total // count)
     for _ in range(len(loader), -(-largest_share // loader.batch_size)):
         after_batch()  # other processes have a batch more
-    if embeddings is None:  # fewer images than processes
-        embeddings = torch.empty(0, network.embedding_size, device=device)
-    embeddings, labels = (distributed.gather_shares(x, total).cpu() for x in (embeddings, labels.to(device)))
+    if not embeddings:  # fewer images than processes
+        embeddings, labels = [torch.empty(0, network.embedding_size)], [torch.empty(0, dtype=torch.int64)]
+    embeddings, labels = (distributed.gather_shares(torch.cat(x).to(device), total).cpu() for x in (embeddings, labels))
     if bad := int((~torch.isfinite(embeddings)).any(dim=1).sum()):
         raise NotFinite(f"{bad:,} of {total:,} embeddings hold NaN or Inf: the network has diverged")
     return Embedded(embeddings, labels)
@@ -172,7 +167,7 @@ def draw_search(
     gallery is None where the queries search among themselves; max_points: see pictures.embedding_map.
     """
     recalls = [values for name, values in found.per_query.items() if name.startswith("R@")]
-    worst, others = choose_queries(np.mean(recalls, axis=0), 4, 4, seed=0)
+    worst, others = choose_queries(np.mean(recalls, axis=0))
     chosen = np.concatenate([worst, others])
     targets, images = (query, query_images) if gallery is None else (gallery, gallery_images)
     itself = torch.from_numpy(chosen) if gallery is None else None
@@ -191,17 +186,16 @@ def draw_search(
     pictures.embedding_map(query.embeddings.numpy(), files, folder / "embedding.png", query_images.own, max_points)
 
 
-def choose_queries(scores: np.ndarray, count_worst: int, count_random: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Queries worth a look: (indices of the worst, worst first; indices of random others), none in both.
+def choose_queries(scores: np.ndarray, count: int = 4, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Queries worth a look: (indices of the worst, worst first; indices of as many random others), fewer if need be.
 
     scores (Q,): how well each query went, more is better, NaN for queries that do not count. The seed decides between
-    equal scores and draws the random ones; the same arguments give the same choice. There may be fewer than asked for.
+    equal scores and draws the random ones.
     """
-    shuffled = np.random.default_rng(seed).permutation(len(scores))
-    shuffled = shuffled[~np.isnan(scores[shuffled])]
-    worst = shuffled[np.argsort(scores[shuffled], kind="stable")][:count_worst]
-    others = shuffled[~np.isin(shuffled, worst)]
-    return worst, others[:count_random]
+    random = np.random.default_rng(seed)
+    shuffled = random.permutation(np.flatnonzero(~np.isnan(scores)))
+    ranked = shuffled[np.argsort(scores[shuffled], kind="stable")]
+    return ranked[:count], random.permutation(ranked[count:])[:count]
 
 
 def draw_hypergraph(folder: Path, network, criterion, loader: DataLoader, at_once: int, device) -> None:

@@ -104,15 +104,15 @@ def test_curves_of_the_hypergraph_are_there_if_the_rows_have_them(figures):
 def test_chosen_queries_are_the_worst_and_random_others():
     scores = np.linspace(0, 1, 50)
     scores[[3, 4]] = np.nan
-    worst, others = inference.choose_queries(scores, 4, 5, seed=1)
+    worst, others = inference.choose_queries(scores, 4, seed=1)
     assert worst.tolist() == [0, 1, 2, 5]
-    assert len(set(others)) == 5 and not set(others) & {*worst, 3, 4}
-    again = inference.choose_queries(scores, 4, 5, seed=1)
+    assert len(set(others)) == 4 and not set(others) & {*worst, 3, 4}
+    again = inference.choose_queries(scores, 4, seed=1)
     assert worst.tolist() == again[0].tolist() and others.tolist() == again[1].tolist()
-    assert others.tolist() != inference.choose_queries(scores, 4, 5, seed=2)[1].tolist()
-    equal = [inference.choose_queries(np.zeros(1000), 5, 5, seed)[0].tolist() for seed in (0, 1, 0)]
+    assert others.tolist() != inference.choose_queries(scores, 4, seed=2)[1].tolist()
+    equal = [inference.choose_queries(np.zeros(1000), 5, seed)[0].tolist() for seed in (0, 1, 0)]
     assert equal[0] == equal[2] != equal[1] and equal[0] != [0, 1, 2, 3, 4]
-    few = inference.choose_queries(np.array([0.5, np.nan, 0.1]), 4, 4, seed=0)
+    few = inference.choose_queries(np.array([0.5, np.nan, 0.1]))
     assert few[0].tolist() == [2, 0] and few[1].tolist() == []
 
 
