@@ -39,17 +39,18 @@ SOURCES = {
 EXPLANATION = (
     "R@K in percent, at the epoch that each run chose. A group holds the runs that differ only in their seed: mean ± "
     "standard deviation (n − 1); report.csv says which commit and torch made each. data: images/classes of each split "
-    "and a digest of them, unknown for runs that do not record it; a group never mixes data. s/epoch: median seconds "
-    "of a training epoch, scoring included."
+    "and a digest of them; a group never mixes data. repeats: a run with the same seed and the same figures, which "
+    "counts once. s/epoch: median seconds of a training epoch, scoring included."
 )
 COMPARISON = (
     "Δ: our mean minus the published figure, in points. within: no larger than the published ±, or, where none was "
     "published, than our own standard deviation; else above or below. A single run beside a figure without ± gets no "
-    "verdict. The paper's protocol chooses the epoch on the test split."
+    "verdict. The paper's protocol chooses the epoch on the test split. Published figures stand beside runs of the "
+    "whole method in 512 dimensions, on as many images and classes as were published, without held-out classes."
 )
 MADE_BY = ["commit", "torch"]  # columns of results.csv: what made the best epoch, for report.csv
-# What reading a damaged or foreign file can raise
-BROKEN = (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+# Control characters, those that turn the direction of text, and what is no Unicode
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def main():
@@ -62,20 +63,20 @@ def main():
 
     sections, left_out = [], []
     folders = args.folders or sorted(path for path in LOGS.glob("*") if run_folders(path))
-    folders = {folder.resolve(): folder for folder in folders}
-    names = [resolved.name for resolved in folders]
-    for resolved, folder in folders.items():
+    folders = dict.fromkeys(folder.resolve() for folder in folders)
+    names = [folder.name for folder in folders]
+    for folder in folders:
         runs, reasons = read_runs(folder)
         left_out += reasons
         if runs:
-            sections.append(Section(one_line(folder if names.count(resolved.name) > 1 else resolved.name), runs))
+            sections.append(Section(str(folder) if names.count(folder.name) > 1 else folder.name, runs))
     for line in left_out:
         print(f"warning: {line}", file=sys.stderr)
     if not sections:
         raise Refused(f"no finished run in {', '.join(map(str, args.folders)) or LOGS}")
 
     args.output.mkdir(parents=True, exist_ok=True)
-    text = markdown(sections)
+    text = UNPRINTABLE.sub("?", markdown(sections))
     files = {
         "report.md": text + "".join(f"\n{markdown_escape(line)}\n" for line in left_out),
         "report.tex": latex(sections),
@@ -84,7 +85,7 @@ def main():
         "report.html": page(sections, left_out),
     }
     for name, content in files.items():
-        checkpoint.write_text(content, args.output / name)
+        checkpoint.write_text(UNPRINTABLE.sub("?", content), args.output / name)
     print(text)
     print("written: " + ", ".join(str(args.output / name) for name in files))
 
@@ -95,8 +96,8 @@ def main():
 def read_runs(folder: Path) -> tuple[list[dict], list[str]]:
     """(a row for each finished run, one line for each of the others). Raises Refused for a folder without any run_N.
 
-    A row holds what report.csv does, all flags and the data under their names, and what else the report shows; its
-    text is plain.
+    A row holds what report.csv does, all flags and the data under their names, and what else the report shows. Its text
+    is what the files hold, which the writers below escape.
     """
     if not run_folders(folder):
         raise Refused(f"{folder}: there is no run_N in it" if folder.is_dir() else f"{folder}: there is no such folder")
@@ -108,18 +109,16 @@ def read_runs(folder: Path) -> tuple[list[dict], list[str]]:
             file = path / "results.csv"
             row = {"run": path.name, **read_epochs(file, *origin), "results": "", "pictures": {}}
             for file in sorted(path.glob("*_best_results.txt")):
-                row["results"] = plain(file.read_text(encoding="utf-8", errors="replace"))
+                row["results"] = file.read_text(encoding="utf-8", errors="replace")
             for file in (path / "curves.png", path / "neighbours.png"):
                 if file.exists():
                     row["pictures"][file.stem] = base64.b64encode(file.read_bytes()).decode()
             runs.append(row)
-        except BROKEN as error:
+        except Exception as error:  # a damaged or foreign file fails in many ways
             why = f"{file.name}: {getattr(error, 'strerror', None) or f'it is damaged or not of train.py ({error})'}"
             if isinstance(error, Refused):
                 why = str(error)
-            elif isinstance(error, FileNotFoundError) and file.name == "results.csv":
-                why = "it has no epoch yet"
-            reasons.append(one_line(f"{path}: left out, {why[:300]}"))
+            reasons.append(UNPRINTABLE.sub("?", one_line(f"{path}: left out, {why[:300]}")))
     return runs, reasons
 
 
@@ -127,50 +126,41 @@ def read_args(path: Path) -> tuple[dict, dict, str, dict, int | None]:
     """Of args.json: flags by destination, made_by, data and counts as read_data, when the images last changed."""
     content = json.loads(path.read_text(encoding="utf-8"), parse_constant=int)  # which refuses NaN
     # A flag that is younger than the run had its default.
-    run_flags = train_flags()[0] | {plain(name): plain_value(value) for name, value in content["flags"].items()}
-    resumed = content.get("resumptions") or []
-    for entry in resumed:  # the last word on the number of epochs counts
-        run_flags["nb_epochs"] = entry.get("flags", {}).get("nb_epochs", run_flags["nb_epochs"])
-    if not isinstance(run_flags["nb_epochs"], int):
-        raise Refused(f"args.json: nb_epochs is {run_flags['nb_epochs']!r}, not a number")
-    made_by = {plain(name): plain(value) for name, value in content.get("made_by", {}).items()}
-    if resumed:
-        after = ", ".join(plain(entry["after_epoch"]) for entry in resumed)
-        made_by["resumed"] = f"{len(resumed)} ×, after epoch {after}"
-    changed_after = [int(entry["after_epoch"]) for entry in resumed if entry.get("data_before")]
-    return run_flags, made_by, *read_data(content.get("data")), max(changed_after, default=None)
+    run_flags = train_flags()[0] | {name: plain(value) for name, value in content["flags"].items()}
+    made_by = {name: str(value) for name, value in content["made_by"].items()}
+    changed_after = None
+    for resumed in content.get("resumptions") or []:  # the last word on the number of epochs counts
+        run_flags["nb_epochs"] = resumed.get("flags", {}).get("nb_epochs", run_flags["nb_epochs"])
+        made_by["resumed after epoch"] = f"{made_by.get('resumed after epoch', '')} {resumed['after_epoch']}".strip()
+        if resumed.get("data_before"):
+            changed_after = int(resumed["after_epoch"])
+    data, counts = read_data(content["data"])
+    return run_flags, made_by, data, counts, changed_after
 
 
-def read_data(data) -> tuple[str, dict[str, tuple[int, int]]]:
-    """(data in a line, (images, classes) by split) of args.json's "data"; ("unknown", {}) for older runs.
+def read_data(data: dict) -> tuple[str, dict[str, tuple[int, int]]]:
+    """(data in a line, (images, classes) by split) of args.json's "data".
 
     Runs on the same data have the same line: 'train 5864/100, query 5924/100 (1a2b3c4d)', with a digest of all splits.
     """
-    if not data:
-        return "unknown", {}
-    names = ["train", "query", *(name for name in ("validation", "gallery") if data.get(name))]
+    names = ["train", "query", *(["gallery"] if data.get("gallery") else [])]
     counts = {name: (int(data[name]["images"]), int(data[name]["classes"])) for name in names}
-    digests = {name: str.lower(data[name]["digest"]) for name in names}  # refuses what is no text
-    shown = {name: counts[name] for name in names if name != "validation"}
-    if "validation" in names:  # the seed draws the held-out classes: only together are they the same data
-        shown["train"] = tuple(map(sum, zip(counts["train"], counts["validation"], strict=True)))
-        digests = {name: digests[name] for name in names if name not in ("train", "validation")}
-        digests["train"] = str(data["train"].get("digest_with_validation", ""))
-    text = ", ".join(f"{name} {images}/{classes}" for name, (images, classes) in shown.items())
+    digests = {name: data[name]["digest"].lower() for name in names}  # refuses what is no text
+    if held_out := data.get("validation"):  # the seed draws the held-out classes: only together are they the same data
+        images, classes = counts["train"]
+        counts["train"] = (images + int(held_out["images"]), classes + int(held_out["classes"]))
+        digests["train"] = data["train"].get("digest_with_validation")
+    text = ", ".join(f"{name} {images}/{classes}" for name, (images, classes) in counts.items())
     return f"{text} ({hashlib.sha256(repr(digests).encode()).hexdigest()[:8]})", counts
 
 
 def read_epochs(path: Path, run_flags: dict, made_by: dict, data: str, counts: dict, changed_after: int | None) -> dict:
     """The row of a run, of results.csv and what read_args found; the latter says how to read the former."""
-    # With a header, pandas would rename columns of the same name.
-    table = pd.read_csv(path, header=None, dtype=str, keep_default_na=False)
-    table = table[1:].set_axis(table.iloc[0], axis="columns")
-    if not table.columns.is_unique:
-        raise Refused(f"results.csv: it has the column {table.columns[table.columns.duplicated()][0]} twice")
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
     chosen_by = "val R@1" if run_flags["val_classes"] else "R@1"
-    names = [name for name in table if re.fullmatch(r"(val )?R@[1-9][0-9]*", str(name))]
+    names = [name for name in table if re.fullmatch(r"(val )?R@[1-9][0-9]*", name)]
     figures = [name for name in names if name.startswith("R@")]
-    numbers = ["epoch", *names, "seconds", "undecoded"]
+    numbers = ["epoch", *names, "seconds"]
     trained = table[table["phase"] == "train"].reindex(columns=[*numbers, *MADE_BY], fill_value="")
     trained[numbers] = trained[numbers].apply(pd.to_numeric, errors="coerce")
     if len(trained) < max(run_flags["nb_epochs"], 1):
@@ -178,23 +168,18 @@ def read_epochs(path: Path, run_flags: dict, made_by: dict, data: str, counts: d
     for name, most in ({"epoch": 1e9} | dict.fromkeys(["R@1", chosen_by, *names], 1)).items():
         if name not in trained or not trained[name].between(0, most).all():
             raise Refused(f"results.csv: the column {name} lacks numbers, or has some outside 0 to {most:g}, or text")
-    since = trained[trained["epoch"] > (changed_after or 0)]
-    if since.empty:
-        raise Refused("its images changed and no epoch was trained since")
-    best, last = since.loc[since[chosen_by].idxmax()], trained.iloc[-1]
+    made = {name: value for name, value in run_flags.items() if name not in flags.BOOKKEEPING | {"seed"}}
+    made["nb_epochs"] = len(trained)
     if changed_after is not None:
         data, counts = f"{data}, other images until epoch {changed_after}", {}
-    if best["undecoded"] > 0:  # of versions that left such images out of the scores alone
-        data, counts = f"{data}, {best['undecoded']:.0f} of them could not be decoded", {}
-
-    made = {name: value for name, value in run_flags.items() if name not in flags.BOOKKEEPING | {"seed"}}
-    if made["dataset"] == "folder" and data == "unknown":  # then its folder's name has to do
-        made["data_root"] = Path(str(run_flags["data_root"])).name
-    made |= {"nb_epochs": len(trained), "data": data}
-    whole_method = made["loss"] == "hist" and made["ls"] != 0 and made["sz_embedding"] == PUBLISHED_SIZE
+        trained = trained[trained["epoch"] > changed_after]
+        if trained.empty:
+            raise Refused("its images changed and no epoch was trained since")
+    best, last = trained.loc[trained[chosen_by].idxmax()], trained.iloc[-1]
+    experiment = {flag_name(name): value for name, value in made.items()} | {"data": data}
     return {
-        "experiment": [flag_name(name) for name in made],  # columns: what makes two runs the same but for their seed
-        **{flag_name(name): value for name, value in made.items()},
+        "experiment": list(experiment),  # columns: what makes two runs the same but for their seed
+        **experiment,
         **{name: run_flags[name] for name in ("seed", "remark")},
         "chosen by": "held-out classes" if run_flags["val_classes"] else "test split",
         "best epoch": int(best["epoch"]),
@@ -203,10 +188,9 @@ def read_epochs(path: Path, run_flags: dict, made_by: dict, data: str, counts: d
         **{f"last {name} (%)": round(100 * last[name], 6) for name in figures},
         "all figures": str(trained[names].to_numpy().tolist()),
         "seconds": trained["seconds"].dropna().tolist(),
-        **{name: plain(best[name]) for name in MADE_BY},
+        **best[MADE_BY],
         "made by": made_by,
-        "of": f"{made['dataset']}, {made['model']}" if whole_method else "",
-        "unlike": unlike_published(made, counts),
+        "of": f"{made['dataset']}, {made['model']}" if comparable(made, counts) else "",
     }
 
 
@@ -214,23 +198,17 @@ def read_epochs(path: Path, run_flags: dict, made_by: dict, data: str, counts: d
 def train_flags() -> tuple[dict, dict[str, str]]:
     """(defaults of train.py's flags, their names on the command line), by destination."""
     parser = flags.train_parser()
-    defaults = {name: plain_value(value) for name, value in flags.plain(parser.parse_args([])).items()}
+    defaults = {name: plain(value) for name, value in flags.plain(parser.parse_args([])).items()}
     return defaults, {action.dest: action.option_strings[-1].lstrip("-") for action in parser._actions}
 
 
-def plain_value(value) -> str | int | float:
+def plain(value) -> str | int | float:
     """A flag's value: numbers as they are, nothing as nothing, all else as text."""
-    return value if isinstance(value, int | float) else plain("" if value is None else value)
+    return value if isinstance(value, int | float) else str("" if value is None else value)
 
 
-def plain(value) -> str:
-    """Text that every file can hold: control characters and what is no Unicode become escapes."""
-    unwanted = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
-    return re.sub(unwanted, lambda match: repr(match[0])[1:-1], str(value))
-
-
-def one_line(text: str) -> str:
-    return " ".join(plain(text).split())
+def one_line(text) -> str:
+    return " ".join(str(text).split())
 
 
 # ---------------------------------------------------------------- grouping and comparing
@@ -248,11 +226,11 @@ class Section:
     """
 
     def __init__(self, name: str, rows: list[dict]):
-        self.name = name
+        self.name = one_line(name)
         self.figures = [name for name in rows[0]["figures"] if all(name in row["figures"] for row in rows)]
         self.experiment = list(dict.fromkeys(name for row in rows for name in row["experiment"]))
         self.runs = runs = pd.DataFrame([dict.fromkeys(self.experiment, "") | row for row in rows], dtype=object)
-        runs.insert(0, "dataset", name)
+        runs.insert(0, "dataset", self.name)
         self.differing = [name for name in self.experiment if runs[name].nunique() > 1]
         runs["group"] = runs.groupby(self.experiment, sort=False).ngroup()
         first = runs.groupby(["group", "seed", "all figures"], sort=False)["run"].transform("first")
@@ -260,23 +238,13 @@ class Section:
         means = runs[runs["repeats"] == ""].groupby("group")["R@1 (%)"].agg(statistics.fmean)
         runs["group"] = runs["group"].map(means.rank(ascending=False, method="first").astype(int))
         self.counted = runs[runs["repeats"] == ""]
-        self.best = max(runs[runs["group"] == 1].to_dict("records"), key=lambda run: run["R@1 (%)"])["run"]
 
-    def lines(self) -> list[str]:
-        """What all runs share, which of them count once, and which groups stand beside nothing published, and why."""
+    def shared(self) -> str:
+        """The flags and the data that all runs share, on one line, without defaults."""
         usual = {flag_name(name): value for name, value in train_flags()[0].items() if name not in ("dataset", "model")}
         shared = [(name, self.runs[name][0]) for name in self.experiment if name not in self.differing]
         shared = [f"{name.lstrip('-')} {value}" for name, value in shared if value not in ("", usual.get(name))]
-        lines = [f"All runs: {', '.join(shared)}."]
-        for run, first in self.runs.query("repeats != ''")[["run", "repeats"]].itertuples(index=False):
-            lines.append(f"{run} repeats {first} (same seed, same figures): counted once.")
-        for (_, _), again in self.counted.groupby(["group", "seed"], sort=False)["run"]:
-            if len(again) > 1:
-                lines.append(f"{' and '.join(again)} have the same seed but different figures: each is counted.")
-        told = self.counted[(self.counted["unlike"] != "") & self.counted["of"].isin(published()["of"])]
-        for reason, groups in told.sort_values("group").groupby("unlike", sort=False)["group"]:
-            lines.append(f"No published figures beside group {', '.join(map(str, groups.unique()))}: {reason}.")
-        return [one_line(line) for line in lines]
+        return one_line(f"All runs: {', '.join(shared)}.")
 
     def runs_table(self) -> pd.DataFrame:
         """One row per run, in order of number; figures in percent."""
@@ -292,14 +260,14 @@ class Section:
             common = {"dataset": self.name, "group": number, **run[self.differing], "runs": len(group)}
             common |= {"seeds": ", ".join(map(str, group["seed"])), "chosen by": run["chosen by"]}
             common["s/epoch"] = round(statistics.median(seconds), 2) if seconds else None
-            common["of"] = "" if run["unlike"] else run["of"]
+            common["of"] = run["of"]
             for name in self.figures:
                 values = group[f"{name} (%)"]
                 std = statistics.stdev(values) if len(values) > 1 else None
                 rows.append(common | {"figure": name, "mean (%)": statistics.fmean(values), "std (%)": std})
         table = pd.DataFrame(rows, dtype=object).merge(published(), "left", on=["of", "figure"]).drop(columns="of")
         table["difference"] = (table["mean (%)"] - table["published (%)"]).astype(float).round(6)
-        compared = table[["mean (%)", "std (%)", "published (%)", "published ± (%)"]]
+        compared = table[["difference", "std (%)", "published ± (%)"]]
         return table.assign(verdict=[verdict(*figures) for figures in compared.itertuples(index=False)])
 
     def tables(self) -> dict[str, pd.DataFrame]:
@@ -323,7 +291,7 @@ class Section:
 
 def flag_name(destination: str) -> str:
     """As on the command line; with its dashes where the report has a column of that name, or train.py no such flag."""
-    return {**train_flags()[1], "dataset": "--dataset", "data": "data"}.get(destination, f"--{destination}")
+    return {**train_flags()[1], "dataset": "--dataset"}.get(destination, f"--{destination}")
 
 
 @functools.cache
@@ -339,28 +307,22 @@ def published() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["of", "figure", "source", "published (%)", "published ± (%)"])
 
 
-def unlike_published(made: dict, counts: dict[str, tuple[int, int]]) -> str:
-    """Why figures that were published for its data set do not belong beside a run; empty if they do."""
-    if made["val_classes"]:
-        return "its runs held out training classes (--val-classes), the published ones trained on all of them"
-    if not counts:
-        return "its runs do not say how many images and classes they used, or these changed"
+def comparable(made: dict, counts: dict[str, tuple[int, int]]) -> bool:
+    """Whether figures that were published for its data set and network belong beside a run."""
     theirs = layouts.get(made["dataset"]).published if made["dataset"] in layouts.DATASETS else {}
     theirs = {"query" if split == "test" else split: tuple(sizes) for split, sizes in theirs.items()}
-    if counts != theirs:
-        theirs = ", ".join(f"{split} {images}/{classes}" for split, (images, classes) in theirs.items())
-        return f"its runs used {made['data']}, the published ones {theirs} (images/classes)"
-    return ""
+    whole_method = made["loss"] == "hist" and made["ls"] != 0 and made["sz_embedding"] == PUBLISHED_SIZE
+    return whole_method and not made["val_classes"] and counts == theirs
 
 
-def verdict(mean: float, std: float | None, value: float, spread: float | None) -> str:
+def verdict(difference: float, std: float | None, spread: float | None) -> str:
     """within, above or below the published ±, or our own deviation where there is none; empty without either."""
     allowed = std if pd.isna(spread) else spread
-    if pd.isna(value) or pd.isna(allowed):
+    if pd.isna(difference) or pd.isna(allowed):
         return ""
-    if round(abs(mean - value), 6) <= round(allowed, 6):  # 71.2 − 71.4 is a hair more than 0.2 in binary
+    if abs(difference) <= round(allowed, 6):
         return "within"
-    return "above" if mean > value else "below"
+    return "above" if difference > 0 else "below"
 
 
 # ---------------------------------------------------------------- writing
@@ -387,14 +349,13 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
 def explanations(sections: list[Section]) -> list[str]:
     """How to read the tables, and who published what stands in them."""
     beside = {source for section in sections for source in section.figures_table()["source"]}
-    sources = [f"{name}: {who}" for name, who in SOURCES.items() if name in beside]
-    return [EXPLANATION, COMPARISON, *sources] if beside else [EXPLANATION]
+    return [EXPLANATION, COMPARISON, *(f"{name}: {who}" for name, who in SOURCES.items() if name in beside)]
 
 
 def markdown(sections: list[Section]) -> str:
     parts = ["# Runs"]
     for section in sections:
-        parts += [f"## {markdown_escape(section.name)}", *map(markdown_escape, section.lines())]
+        parts += [f"## {markdown_escape(section.name)}", markdown_escape(section.shared())]
         for title, table in section.tables().items():
             escaped = table.map(markdown_escape).rename(columns=markdown_escape)
             parts += [f"### {title}", escaped.to_markdown(index=False, disable_numparse=True)]
@@ -407,36 +368,22 @@ def markdown_escape(text: str) -> str:
     return re.sub(special, lambda match: "\\" + match[0], text)
 
 
-def styled(table: pd.DataFrame, escape: str):
-    """A Styler without the index, cells and heads escaped for 'html' or 'latex'."""
-    return table.style.hide(axis="index").format(escape=escape).format_index(escape=escape, axis="columns")
-
-
 def latex(sections: list[Section]) -> str:
-    r"""One tabular per table, to be \input; needs no package."""
-    rules = [{"selector": rule, "props": ":hline"} for rule in ("toprule", "midrule", "bottomrule")]
-    # Characters that pandas leaves as they are and LaTeX's text fonts lack
-    commands = (r"\textless{}", r"\textgreater{}", r"\textbar{}", r"$\pm$", "$-$", r"$\Delta$")
-    symbols = str.maketrans(dict(zip("<>|±−Δ", commands, strict=True)))
+    r"""One tabular per table, to be \input; needs the package booktabs."""
     parts = [f"% {line}" for line in explanations(sections)]
     for section in sections:
-        parts += ["", *(f"% {section.name}: {line}" for line in section.lines())]
+        parts += ["", f"% {section.name}: {section.shared()}"]
         for title, table in section.tables().items():
-            text = styled(table, "latex").set_table_styles(rules).to_latex(column_format="l" * len(table.columns))
-            parts += [f"\n% {section.name}: {title}", text.rstrip().translate(symbols)]
-    return "\n".join(parts) + "\n"
+            parts += [f"\n% {section.name}: {title}", table.to_latex(index=False, escape=True)]
+    # Characters that pandas leaves as they are and LaTeX's text fonts lack
+    commands = (r"\textless{}", r"\textgreater{}", r"\textbar{}", r"$\pm$", "$-$", r"$\Delta$")
+    return "\n".join(parts).translate(str.maketrans(dict(zip("<>|±−Δ", commands, strict=True))))
 
 
 def page(sections: list[Section], left_out: list[str]) -> str:
     """The report as one file."""
-
-    def html_table(table: pd.DataFrame) -> str:
-        verdicts = table.filter(regex="^Δ R@").map(lambda cell: cell.rpartition(" ")[2])
-        return styled(table, "html").set_td_classes(verdicts).to_html(cell_ids=False)
-
     template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
-    lines = explanations(sections)
-    return template.render(sections=sections, left_out=left_out, explanations=lines, html_table=html_table)
+    return template.render(sections=sections, left_out=left_out, explanations=explanations(sections))
 
 
 if __name__ == "__main__":
