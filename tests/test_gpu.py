@@ -7,6 +7,7 @@ import copy
 import pickle
 import threading
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import flags
 import losses
@@ -21,25 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # What torch.use_deterministic_algorithms refuses on CUDA tensors (its documentation, and the names in torch 2.14's
 # library), by the names that reach the device, but for what is of one or three dimensions and no network of images can
 # take. On the CPU torch refuses none of them.
-REFUSED = {
-    "_adaptive_avg_pool2d_backward",
-    "adaptive_max_pool2d_backward",
-    "_embedding_bag_dense_backward",
-    "_embedding_bag_per_sample_weights_backward",
-    "grid_sampler_2d_backward",
-    "histc",
-    "index_reduce_",
-    "max_unpool2d",
-    "median",
-    "nanmedian",
-    "nll_loss2d_backward",
-    "nll_loss2d_forward",
-    "put_",
-    "replication_pad2d_backward",
-    "scatter_reduce_",
-    "upsample_bicubic2d_backward",
-    "upsample_bilinear2d_backward",
-}
+REFUSED = set(
+    """
+    _adaptive_avg_pool2d_backward adaptive_max_pool2d_backward _embedding_bag_dense_backward
+    _embedding_bag_per_sample_weights_backward grid_sampler_2d_backward histc index_reduce_ max_unpool2d median
+    nanmedian nll_loss2d_backward nll_loss2d_forward put_ replication_pad2d_backward scatter_reduce_
+    upsample_bicubic2d_backward upsample_bilinear2d_backward
+    """.split()
+)
 
 
 class Recorded(TorchDispatchMode):
@@ -54,33 +44,30 @@ class Recorded(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("add_gmp", [False, True])
-@pytest.mark.parametrize("model", ["resnet18", "resnet50", "googlenet", "bn_inception"])
-def test_no_network_takes_what_a_gpu_refuses_under_deterministic(model, add_gmp):
-    network = net.build(model, 8, "none", add_gmp=add_gmp)
-    with Recorded() as recorded:
-        network.train()(torch.randn(2, 3, 64, 64)).sum().backward()
-    assert "convolution_backward" in recorded.names
-    assert not recorded.names & REFUSED
+def train_network(model):
+    for add_gmp in (False, True):
+        net.build(model, 8, "none", add_gmp=add_gmp).train()(torch.randn(2, 3, 64, 64)).sum().backward()
 
 
-@pytest.mark.parametrize("name", flags.LOSSES)
-def test_no_loss_takes_what_a_gpu_refuses_under_deterministic(name):
+def train_loss(name):
     criterion = HISTLoss(5, 8, 4) if name == "hist" else losses.build(name, 5, 8)
-    embeddings = torch.randn(12, 8, requires_grad=True)
-    with Recorded() as recorded:
-        criterion(embeddings, torch.arange(12) % 5).backward()
-    assert embeddings.grad.abs().sum() > 0
-    assert not recorded.names & REFUSED
+    criterion(torch.randn(12, 8, requires_grad=True), torch.arange(12) % 5).backward()
 
 
-@pytest.mark.parametrize("gallery", [False, True])
-def test_scoring_takes_nothing_that_a_gpu_refuses_under_deterministic(gallery):
+def search(gallery):
     X, T = torch.randn(60, 8), torch.arange(60) % 7
+    metrics.retrieval(X, T, *((X, T) if gallery else ()), precision=True)
+
+
+CALLS = [(train_network, model) for model in ("resnet18", "resnet50", "googlenet", "bn_inception")]
+CALLS += [*((train_loss, name) for name in flags.LOSSES), (search, False), (search, True)]
+
+
+@pytest.mark.parametrize(("work", "what"), CALLS)
+def test_nothing_takes_what_a_gpu_refuses_under_deterministic(work, what):
     with Recorded() as recorded:
-        metrics.retrieval(X, T, *((X, T) if gallery else ()), precision=True)
-    assert "mm" in recorded.names
-    assert not recorded.names & REFUSED
+        work(what)
+    assert recorded.names & {"convolution_backward", "sum", "mm"} and not recorded.names & REFUSED
 
 
 @pytest.fixture
@@ -92,14 +79,7 @@ def fake_gpu(monkeypatch):
     if not torch.backends.cuda.is_built():
         pytest.skip("this torch was built without CUDA, it knows no such tensors")
 
-    class Event:
-        def record(self, stream):
-            pass
-
-        def synchronize(self):
-            pass
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Event", Mock)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
         yield
@@ -118,8 +98,15 @@ def test_the_fake_gpu_notices():
 def test_the_loss_asks_a_gpu_for_no_number(ls):
     criterion = HISTLoss(50, 16, 8, ls=ls)
     loss = criterion(torch.randn(32, 16), torch.randint(0, 50, (32,)))
-    assert loss.device.type == "cuda" and loss.shape == ()
-    assert criterion.dist_loss.device.type == "cuda"
+    assert loss.device.type == criterion.dist_loss.device.type == "cuda" and loss.shape == ()
+
+
+@pytest.mark.usefixtures("fake_gpu")
+@pytest.mark.parametrize("model", ["resnet18", "bn_inception"])  # torchvision's googlenet reads numbers when it is made
+def test_the_networks_ask_a_gpu_for_no_number(model):
+    network = net.build(model, 8, "none")
+    for training in (True, False):
+        assert network.train(training)(torch.randn(2, 3, 64, 64)).device.type == "cuda"
 
 
 def test_a_loss_with_labels_still_to_be_looked_at_can_be_copied():
@@ -143,11 +130,3 @@ def test_synchronised_batchnorm_is_the_same_network(model):
         assert torch.equal(network(images), before)
     assert list(network.state_dict()) == names
     assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in network.modules())
-
-
-@pytest.mark.usefixtures("fake_gpu")
-@pytest.mark.parametrize("model", ["resnet18", "bn_inception"])  # torchvision's googlenet reads numbers when it is made
-def test_the_networks_ask_a_gpu_for_no_number(model):
-    network = net.build(model, 8, "none")
-    for training in (True, False):
-        assert network.train(training)(torch.randn(2, 3, 64, 64)).device.type == "cuda"

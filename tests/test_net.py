@@ -48,12 +48,9 @@ def images(size=64, n=2):
     return torch.randn(n, 3, size, size, generator=generator(0))
 
 
-def batchnorms(network):
-    return [module for module in network.model.modules() if isinstance(module, nn.BatchNorm2d)]
-
-
 def batchnorm_parameters(network):
-    return [parameter for module in batchnorms(network) for parameter in module.parameters()]
+    batchnorms = [module for module in network.model.modules() if isinstance(module, nn.BatchNorm2d)]
+    return [parameter for module in batchnorms for parameter in module.parameters()]
 
 
 def same_backbone(state, network):
@@ -91,12 +88,10 @@ def test_names_shapes_and_embeddings_of_the_published_networks(name):
 
 
 def test_preprocessing():
-    network = build()
-    assert (network.mean, network.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    assert (network.bgr, network.scale, network.image_size) == (False, 1.0, 224)
-    network = build("bn_inception")
-    assert (network.mean, network.std) == ((104, 117, 128), (1, 1, 1))
-    assert (network.bgr, network.scale, network.image_size) == (True, 255.0, 224)
+    usual = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), False, 1.0, 224)
+    caffe = ((104, 117, 128), (1, 1, 1), True, 255.0, 224)
+    for network, expected in ((build(), usual), (build("bn_inception"), caffe)):
+        assert (network.mean, network.std, network.bgr, network.scale, network.image_size) == expected
 
 
 # ---- head ----
@@ -187,21 +182,6 @@ def without(state, *parts):
     return {key: value for key, value in state.items() if not any(part in key for part in parts)}
 
 
-def test_torchvision_file_gives_the_same_backbone(tmp_path):
-    reference = models.resnet18(weights=None)
-    for buffer in reference.buffers():
-        if buffer.is_floating_point():
-            buffer.uniform_(0.5, 1.5)
-    torch.save(reference.state_dict(), tmp_path / "resnet18.pth")
-    network = build(weights=str(tmp_path / "resnet18.pth"), layer_norm=False, add_gmp=False).eval()
-    assert same_backbone(reference.state_dict(), network)
-
-    reference.fc = nn.Identity()
-    with torch.no_grad():
-        expected = network.model.embedding(reference.eval()(images()))
-        torch.testing.assert_close(network(images()), expected)
-
-
 def old_bn_inception():
     """Files of its time have no num_batches_tracked and hold BatchNorm's vectors as (1, C)."""
     state = without(build("bn_inception").model.state_dict(), "num_batches_tracked", "embedding")
@@ -215,9 +195,8 @@ def old_bn_inception():
         ("resnet18", lambda: without(models.resnet18(weights=None).state_dict(), "fc.")),
         ("googlenet", lambda: models.googlenet(weights=None, aux_logits=False, init_weights=True).state_dict()),
         ("bn_inception", old_bn_inception),
-        ("resnet18", lambda: build(embedding_size=8).state_dict()),  # its embedding layer has another size
+        ("resnet18", lambda: build(embedding_size=8).state_dict()),
     ],
-    ids=["another classifier", "no classifier", "no auxiliary heads", "old file", "another embedding size"],
 )
 def test_files_of_backbones_that_differ_a_little(tmp_path, name, make):
     state = make()
@@ -272,14 +251,14 @@ def test_whole_networks_load_strictly_but_for_auxiliary_heads_and_counters():
         assert match in message and key in message
 
 
-@pytest.mark.parametrize("name", net.MODELS)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "bn_inception"])
 def test_another_network_or_embedding_size_is_refused(name, tmp_path):
-    state = build(name, embedding_size=8).state_dict()
+    torch.save(build(name, embedding_size=8).state_dict(), tmp_path / "other.pth")
+    state = torch.load(tmp_path / "other.pth", weights_only=True)
     message = refused(net.load_network_state, build(), state, "best.pth")
     assert "best.pth does not fit resnet18 with embedding size 16" in message and "--embedding-size" in message
     assert ("shape torch.Size([8, 512])" if name == "resnet18" else "key(s)") in message
     if name != "resnet18":
-        torch.save(state, tmp_path / "other.pth")
         message = refused(build, weights=tmp_path / "other.pth")
         assert "other.pth does not fit resnet18" in message and "--model" in message
 
