@@ -95,8 +95,6 @@ def load_benchmark(
 
     With skip_bad every image is decoded once, by so many worker processes (those of train only if training). What
     fails is as if it had not been listed, and a class of nothing else, too.
-
-    Raises Refused with one line that names the thing, the place and the way out.
     """
     listing = layouts.read_splits(name, data_root, train_classes, share_given)
     if listing.source and (missing := layouts.missing_files(listing)):
@@ -246,11 +244,9 @@ class RandomBatches(Sampler):
 
     def __init__(self, labels: np.ndarray, batch_size: int, seed: int, images_per_class: int = 0, shard=(0, 1)):
         labels = np.asarray(labels)
-        if not 1 <= batch_size <= len(labels):
-            raise Refused(
-                f"--batch-size {batch_size}: there are {len(labels)} training images, a batch has 1 to {len(labels)}"
-            )
-        if images_per_class < 0 or images_per_class and batch_size % images_per_class:
+        if batch_size > len(labels):
+            raise Refused(f"--batch-size {batch_size}: there are only {len(labels)} training images")
+        if images_per_class and batch_size % images_per_class:
             raise Refused(f"--IPC {images_per_class}: so many images per class do not divide --batch-size {batch_size}")
         rank, count = shard
         if batch_size % count:

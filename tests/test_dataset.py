@@ -290,7 +290,7 @@ def test_parts_of_all_processes_are_the_batches_of_one(images_per_class):
 
 def test_sizes_that_do_not_fit():
     for options, words in (
-        ({"batch_size": 43}, "--batch-size 43: there are 42 training images"),
+        ({"batch_size": 43}, "--batch-size 43: there are only 42 training images"),
         ({"images_per_class": 3}, "--IPC 3: so many images per class do not divide --batch-size 8"),
         ({"images_per_class": 1}, "needs 8 classes, there are 7"),
         ({"batch_size": 10, "shard": (3, 4)}, "^--batch-size 10 is the whole batch, .* to 4 processes evenly$"),

@@ -263,9 +263,6 @@ def test_splits_are_found_in_any_letter_case(tree, forest, kind):
     assert found.warnings == () and [len(part[0]) for part in contents(found) if part] == [
         len(part[0]) for part in contents(expected) if part
     ]
-    trees.save(root / "tesT" / "thing_9" / "0.png", 9, 0, 8)
-    trees.save(root / "tEsT" / "thing_9" / "0.png", 9, 0, 8)
-    assert "are the same split; merge them" in refusal(root)
 
 
 @pytest.mark.parametrize("listed", [False, True])
@@ -299,16 +296,6 @@ def test_class_folders_one_level_too_deep(tree, inside):
         f"{top / 'animals'}: holds no images itself but 4 folders of them (cat, dog, emu, …), all taken as one class; "
         f"if each of these is a class, move them into {top}"
     )
-
-
-@pytest.mark.parametrize("name", ["cub", "SOP", "Inshop"])
-def test_a_data_root_of_benchmarks_is_not_taken_for_classes(tree, name):
-    root = tree(name)
-    trees.make_classes(root / "mine", 2, 2)
-    words = f"it holds benchmarks ({layouts.get(name).home}), not classes; give --dataset {name}"
-    assert words in refusal(root) and words in refusal(root, training=False)
-    trees.save(root / "mine" / "glyphs" / "0.png", 1, 0, 8)  # but a class may be called glyphs
-    assert load(root / "mine").query.class_names == ["glyphs"]
 
 
 @pytest.mark.parametrize(

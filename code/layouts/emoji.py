@@ -100,19 +100,10 @@ def find_svg(icons: dict, name: str) -> str | None:
     )
 
 
-def draw(svg: str) -> bytes:
-    """The SVG document as a PNG file on white. Raises ValueError if it cannot be drawn or shows nothing."""
+def write_emoji(folder: Path, sources: dict[str, dict]) -> None:
+    """Draws all classes on white into folder/images; sources are the icon sets by name."""
     from resvg_py import svg_to_bytes
 
-    png = svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE, background="white", skip_system_fonts=True)
-    with Image.open(io.BytesIO(png)) as image:
-        if image.convert("L").getextrema() == (255, 255):
-            raise ValueError("nothing but white")
-    return png
-
-
-def write_emoji(folder: Path, sources: dict[str, dict]) -> None:
-    """Draws all classes into folder/images; sources are the icon sets by name."""
     names = CLASSES_FILE.read_text().split()
     for number, name in enumerate(tqdm(names, "drawing emoji", unit="class", disable=None), 1):
         class_name = f"{number:04d}.{name}"
@@ -123,7 +114,10 @@ def write_emoji(folder: Path, sources: dict[str, dict]) -> None:
             if svg is None:
                 continue
             try:
-                png = draw(svg)
+                png = svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE, background="white", skip_system_fonts=True)
+                with Image.open(io.BytesIO(png)) as image:
+                    if image.convert("L").getextrema() == (255, 255):
+                        raise ValueError("nothing but white")
             except ValueError as error:
                 raise Refused(
                     f"emoji: {name!r} of @iconify-json/{source} cannot be drawn ({error}); "

@@ -54,10 +54,7 @@ def read(root: Path) -> Listing:
 
 def split_folders(root: Path, folders: list[str]) -> dict[str, str]:
     """{split: folder}, empty if no folder is named like a split."""
-    found: dict[str, str] = {}
-    for name in folders:
-        if name.lower() in SPLIT_NAMES and found.setdefault(name.lower(), name) != name:
-            raise Refused(f"{root}: {found[name.lower()]} and {name} are the same split; merge them into one folder")
+    found = {name.lower(): name for name in folders if name.lower() in SPLIT_NAMES}
     for parts in SPLITS:
         if set(parts) <= set(found):
             return {part: found[part] for part in parts}
