@@ -24,11 +24,9 @@ def tree(tmp_path_factory):
     (root / "quote.args").write_text("--dataset cub\n--remark don't\n")
     np.savez(root / "nan.npz", embeddings=np.full((4, 3), np.nan, np.float32), labels=np.array([0, 0, 1, 1]))
     np.savez(root / "shapes.npz", embeddings=np.zeros((4, 3), np.float32), labels=np.array([0, 0, 1]))
-    np.savez(root / "keys.npz", x=np.zeros(3))
     np.savez(root / "objects.npz", embeddings=np.array([{}], dtype=object), labels=np.array([0]))
     np.savez(root / "lonely.npz", embeddings=np.eye(3, dtype=np.float32), labels=np.arange(3))
-    for name, array in {"text": np.array(["a", "b"] * 20), "float": np.zeros(40), "scalar": np.array(3)}.items():
-        np.savez(root / f"labels_{name}.npz", embeddings=np.ones((40, 8), np.float32), labels=array)
+    np.savez(root / "labels_text.npz", embeddings=np.ones((40, 8), np.float32), labels=np.array(["a", "b"] * 20))
     arrays = dict(embeddings=np.ones((40, 8), np.float32), labels=np.arange(40) % 4)
     np.savez(root / "half.npz", **arrays, gallery_labels=np.arange(4))
     np.savez(root / "ks.npz", **arrays, ks=np.array(["one", "two"]))
@@ -55,8 +53,6 @@ CUB, SOP = "--dataset cub --data-root {root}", "--dataset SOP --data-root {root}
 SEARCH = "--model-path {run} --gallery {root}/own/test"
 FIND = SEARCH + " --query {root}/own/test"
 VIT = "timm:vit_tiny_patch16_224"
-FOLDER = "folder --data-root {root}"
-
 CASES = [
     # script, flags, what is broken first, what the line must say
     ("train.py", "--dataset cub --data-root {root}/nowhere", None, r"nowhere"),
@@ -66,7 +62,6 @@ CASES = [
     ("train.py", CUB + " --IPC 3", None, r"IPC|images per class|images_per_class"),
     ("train.py", CUB + " --IPC 1", None, r"8 classes.*4|4.*classes"),
     ("train.py", CUB + " --batch-size 1", None, r"--batch-size: must be a whole number of at least 2, got '1'"),
-    ("train.py", CUB + " --batch-size 1.5", None, r"--batch-size: must be a whole number"),
     ("train.py", CUB + " --lr x", None, r"--lr: must be a number of at least 0, got 'x'"),
     ("train.py", CUB + " --tau 0", None, r"--tau: must be a number above 0"),
     ("train.py", CUB + " --val-classes 1", None, r"--val-classes: must be a number of at least 0 and below 1"),
@@ -80,13 +75,10 @@ CASES = [
     ("train.py", CUB + " --overwrite", None, r"--overwrite needs --run-num N"),
     ("train.py", CUB + " --epoch 3", None, r"unrecognized arguments"),  # abbreviations would change their meaning
     ("train.py", CUB + " --datset cub", None, r"unrecognized arguments: --datset cub; did you mean --dataset"),
-    ("train.py", CUB + " --qqq", None, r"unrecognized arguments: --qqq \("),
     ("train.py", "@recipe/cub.args", None, r"@recipe/cub\.args: there is no such .*@recipes/cub\.args"),
-    ("train.py", CUB + " --loss tripplet", None, r"invalid choice: 'tripplet'"),
     ("train.py", CUB + " --loss hist --loss-args tau=3", None, r"--loss-args: hist has flags of its own"),
     ("train.py", CUB + " --loss proxy_anchor --loss-args tau=3", None, r"proxy_anchor takes margin, alpha.*'tau=3'"),
     ("train.py", CUB + " --loss proxy_anchor --loss-args margin", None, r"margin of proxy_anchor must be a n.*got ''"),
-    ("train.py", CUB + " --loss triplet --loss-args margin=wide", None, r"must be a number, got 'wide'"),
     ("train.py", CUB + " --loss softtriple --loss-args centers_per_class=2.5", None, r"must be a whole number.*'2\.5'"),
     ("train.py", CUB + " --loss softtriple --loss-args gamma=0", None, r"gamma of softtriple must be finite and above"),
     ("train.py", CUB + " --model resnet51", None, r"resnet51.*resnet50"),
@@ -97,7 +89,6 @@ CASES = [
     ("train.py", CUB + " --resume {root}/nowhere.pth", None, r"nowhere\.pth: there is no such checkpoint"),
     ("train.py", "--resume {run} --run-num 7", None, r"run_1: --run-num or --log-dir name another run: leave"),
     ("train.py", CUB + " --dataset flowers", None, r"invalid choice: 'flowers'"),
-    ("train.py", CUB + " --learning-rate 3", None, r"unrecognized arguments: --learning-rate"),
     ("train.py", CUB + " --log-dir {root}/text.pth", None, r"text\.pth"),
     ("train.py", "--dataset folder", None, r"--dataset folder needs --data-root"),
     ("train.py", "--dataset folder --data-root {root}/nowhere", None, r"nowhere"),
@@ -113,7 +104,6 @@ CASES = [
     ("evaluate.py", "--model-path {run} --model resnet50 --dataset folder", None, r"trained with --model timm:test_"),
     ("evaluate.py", "--embeddings {root}/nowhere.npz", None, r"nowhere\.npz"),
     ("evaluate.py", "--embeddings {root}/text.pth", None, r"text\.pth: no embeddings"),
-    ("evaluate.py", "--embeddings {root}/keys.npz", None, r"keys\.npz: no embeddings"),
     ("evaluate.py", "--embeddings {root}/objects.npz", None, r"objects\.npz: no embeddings"),
     ("evaluate.py", "--embeddings {root}/nan.npz", None, r"nan\.npz: .*4 of 4 embeddings hold NaN"),
     ("evaluate.py", "--embeddings {root}/shapes.npz", None, r"shapes\.npz: .*labels of shape \(4,\) expected"),
@@ -123,7 +113,6 @@ CASES = [
     ("evaluate.py", "--embeddings {root}/half.npz", None, r"half\.npz: no embeddings .*gallery_embeddings"),
     ("evaluate.py", "--embeddings {root}/ks.npz", None, r"ks\.npz: no embeddings that --save-embed"),
     ("evaluate.py", "--embeddings {root}/lonely.npz --model-path {run}", None, r"cannot be combined"),
-    ("evaluate.py", CUB + " --metrics speed", None, r"invalid choice: 'speed'"),
     ("evaluate.py", "--model-path {run} --export x.onnx --json x.json", None, r"--export scores noth.*--json"),
     ("retrieve.py", SEARCH, None, r"--query"),
     ("retrieve.py", SEARCH + " --query {root}/none.png", None, r"--query .*none\.png: there is no such image or fol"),
@@ -134,15 +123,11 @@ CASES = [
     ("retrieve.py", FIND + " --top-k 0", None, r"at least 1"),
     ("retrieve.py", FIND + " --model-path {root}/void", None, r"there is no such checkpoint"),
     ("retrieve.py", FIND + " --output {root}/own/test/out", None, r"--output .* lies in"),
-    ("report.py", "{root}/void --output {root}/out", None, r"there is no run_N in it"),
     ("report.py", "{root}/none --output {root}/out", None, r"there is no such folder"),
     ("report.py", "{root}/runs/cub --output {root}/out", None, r"no finished run in .*cub$"),
     ("prepare.py", "check cub --data-root {root}/nowhere", None, r"nowhere"),
     ("prepare.py", "check birds", None, r"birds"),
-    ("prepare.py", "show cub --data-root {root}/nowhere", None, r"nowhere"),
-    ("prepare.py", f"check {FOLDER}/classes --train-classes=1", None, r"must be .* above 0 and below 1"),
-    ("prepare.py", f"show {FOLDER}/classes --train-classes=half", None, r"must be .* above 0 and below 1"),
-    ("prepare.py", f"check {FOLDER}/own --train-classes=0.7", None, r"--train-classes 0\.7: .* has a split of its own"),
+    ("prepare.py", "check folder --data-root {root}/own --train-classes=1", None, r"must be .* above 0 and below 1"),
     ("prepare.py", "download cub --data-root {root}/own --url http://127.0.0.1:9/ä.tgz", None, r"9/ä\.tgz: .*ascii"),
     ("train.py", "@{root}/quote.args", None, r"a file of flags has the line \"--remark don't\": no closing quotation"),
     ("prepare.py", "download cub --data-root {root}/own --url http://127.0.0.1:9/a.tgz", None, r"127\.0\.0\.1:9"),

@@ -16,8 +16,6 @@ import numpy as np
 import pytest
 import torch
 import trees
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from refused import Refused
 from trees import pairs
@@ -449,24 +447,3 @@ def test_queries_and_gallery_keep_their_common_labels_when_a_class_is_left_out(t
     kept = dataset.load_benchmark("Inshop", tmp_path, skip_bad=True)
     assert len(kept.unreadable) == 2 and sorted(set(kept.query.labels)) == [0, 2, 3]
     assert pairs(kept.gallery) == pairs(whole.gallery) and pairs(kept.query) == without(whole.query, bad)
-
-
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    suffix=st.sampled_from(["jpg", "png", "gif", "bmp", "webp", "tiff"]),
-    position=st.floats(0, 1),
-    patch=st.binary(min_size=1, max_size=30),
-    cut=st.booleans(),
-)
-def test_damaged_images_decode_or_are_named(tmp_path, suffix, position, patch, cut):
-    path = tmp_path / f"image.{suffix}"
-    trees.picture(1, 1, 24).save(path)
-    content = path.read_bytes()
-    place = int(position * len(content))
-    path.write_bytes(content[:place] + (b"" if cut else patch + content[place + len(patch) :]))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            assert decoding.read_rgb(str(path)).mode == "RGB"
-        except decoding.UnreadableImage as error:
-            assert str(error).startswith(f"{path}: cannot be decoded (") and "\n" not in str(error)

@@ -3,16 +3,19 @@
 import hashlib
 import io
 import json
+import shutil
 import sys
 import tarfile
 
 import layouts
 import numpy as np
 import pytest
+import trees
 from layouts import emoji
 from PIL import Image
 from refused import Refused
 
+NONE = ("no-such-program", "pack")
 SQUARE = '<path fill="red" d="M0 0h8v16H0z"/>'  # the left half of 16 × 16
 
 
@@ -48,26 +51,12 @@ PACKAGES = {
 @pytest.fixture
 def world(tmp_path, monkeypatch):
     """Two sources, four classes, and an npm that 'downloads' from tmp_path/registry; gives the data root."""
-    registry, programs = tmp_path / "registry", tmp_path / "bin"
-    registry.mkdir()
-    programs.mkdir()
+    (tmp_path / "registry").mkdir()
     for name, content in PACKAGES.items():
-        (registry / f"iconify-json-{name}-1.0.0.tgz").write_bytes(content)
-    npm = programs / "npm"
-    npm.write_text(
-        f"#!{sys.executable}\n"
-        "import pathlib, shutil, sys\n"
-        "name = sys.argv[-1].removeprefix('@').replace('/', '-').replace('@', '-') + '.tgz'\n"
-        f"source = pathlib.Path({str(registry)!r}) / name\n"
-        "if sys.argv[1] != 'pack' or not source.exists():\n"
-        "    sys.exit('npm error code E404\\nnpm error 404 Not Found')\n"
-        "shutil.copy(source, name)\n"
-    )
-    npm.chmod(0o755)
-    monkeypatch.setenv("PATH", str(programs))
-    classes = tmp_path / "classes.txt"
-    classes.write_text("right\ncat\nwide\nleft\n")
-    monkeypatch.setattr(emoji, "CLASSES_FILE", classes)
+        (tmp_path / "registry" / f"iconify-json-{name}-1.0.0.tgz").write_bytes(content)
+    monkeypatch.setattr(emoji, "NPM_PACK", trees.registry(tmp_path / "registry"))
+    monkeypatch.setattr(emoji, "CLASSES_FILE", tmp_path / "classes.txt")
+    emoji.CLASSES_FILE.write_text("right\ncat\nwide\nleft\n")
     sources = {name: ("1.0.0", hashlib.sha256(content).hexdigest()) for name, content in PACKAGES.items()}
     monkeypatch.setattr(emoji, "SOURCES", sources)
     return tmp_path / "data"
@@ -108,17 +97,15 @@ def test_layout_drawings_and_attribution(world, tmp_path, monkeypatch):
     second = emoji.download(tmp_path / "b")
     for path in folder.rglob("*.*"):
         assert path.is_dir() or path.read_bytes() == (second / path.relative_to(folder)).read_bytes()
-    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(emoji, "NPM_PACK", NONE)
     assert emoji.download(world) == folder
 
 
-def test_training_downloads_nothing_and_placed_packages_need_no_npm(world, monkeypatch):
+def test_training_downloads_nothing_and_placed_packages_need_no_npm(world, tmp_path, monkeypatch):
     with pytest.raises(Refused, match="emoji/images is not there; `python code/prepare.py download emoji`"):
         layouts.read_splits("emoji", world)
-    (world / "emoji_packages").mkdir(parents=True)
-    for name, content in PACKAGES.items():
-        (world / "emoji_packages" / f"iconify-json-{name}-1.0.0.tgz").write_bytes(content)
-    monkeypatch.setenv("PATH", "")
+    shutil.copytree(tmp_path / "registry", world / "emoji_packages")
+    monkeypatch.setattr(emoji, "NPM_PACK", NONE)
     assert len(list(emoji.download(world).rglob("*.png"))) == 5
 
 
@@ -126,7 +113,7 @@ NOT_PUBLISHED = "iconify-json-two-1.0.0.tgz: not @iconify-json/two@1.0.0 as publ
 NOT_DRAWN = "'wide' of @iconify-json/two cannot be drawn .*pip install"
 # The second package as npm has it, and with which words it is refused
 REFUSED = {
-    "none": (None, "two@1.0.0 cannot be fetched .npm says: .*E404.*put the .*-one-1.0.0.tgz, .*-two-1.0.0.tgz into"),
+    "none": (None, "two@1.0.0 cannot be fetched .*says: code E404.*put the .*-one-1.0.0.tgz, .*-two-1.0.0.tgz into"),
     "empty": (b"", NOT_PUBLISHED),
     "cut": (PACKAGES["two"][:-20], NOT_PUBLISHED),
     "malformed": (make_package({"wide": {"body": "<path"}}), NOT_DRAWN),
@@ -147,8 +134,8 @@ def test_what_cannot_be_had_or_drawn_is_named_and_nothing_is_left(world, tmp_pat
 
 
 def test_nothing_is_fetched_without_npm_or_resvg(world, monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(Refused, match="one@1.0.0 cannot be fetched .npm is not installed"):
+    monkeypatch.setattr(emoji, "NPM_PACK", NONE)
+    with pytest.raises(Refused, match="one@1.0.0 cannot be fetched .no-such-program is not installed"):
         emoji.download(world)
     monkeypatch.setitem(sys.modules, "resvg_py", None)
     with pytest.raises(Refused, match="needs resvg_py: pip install"):

