@@ -57,7 +57,7 @@ def save(content: dict, path: Path) -> None:
 
 def write_text(text: str, path: Path) -> None:
     """Write a text file. Raises Refused, the file that was there before intact."""
-    write(lambda file: file.write(text.encode()), path)
+    write(lambda file: file.write(text.encode(errors="backslashreplace")), path)  # bytes given that are no text
 
 
 def remove_leftovers(folder: Path, beginning: str = "") -> None:

@@ -8,7 +8,6 @@ loss of the whole batch. On one process the functions here do nothing.
 """
 
 import contextlib
-import datetime
 import inspect
 import os
 import signal
@@ -34,6 +33,9 @@ class Lost(RuntimeError):
     """Another process of the group has ended."""
 
 
+LOST = (Lost, dist.DistError)  # errors that only say that another process has ended, or cannot be reached
+
+
 class Processes(NamedTuple):
     """This process's number, and how many there are."""
 
@@ -49,7 +51,7 @@ def processes() -> Processes:
 
 def several() -> bool:
     """Whether torchrun started this process beside others; they have not met before start()."""
-    return _from_environment("WORLD_SIZE", 1) > 1
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def is_first() -> bool:
@@ -63,38 +65,32 @@ def start(gpu_id: int) -> torch.device:
     gpu_id: as --gpu-id says, -1 for the CPU; of several processes on one machine each takes the GPU of its own number.
     From here on only process 0 speaks: the standard output, warnings and progress bars of the others are silenced.
 
-    Raises Refused: no GPU of that number, fewer GPUs than processes on this machine, an environment that is not
-    torchrun's, or processes that cannot reach each other.
+    Raises Refused: no GPU of that number, fewer GPUs than processes on this machine, or an environment that is not
+    torchrun's; DistError: processes that cannot reach each other.
     """
     if not several():
         return choose_device(gpu_id)
-    rank, local_rank = (_from_environment(name) for name in ("RANK", "LOCAL_RANK"))
-    on_gpu = torch.cuda.is_available() and gpu_id >= 0
-    here, count = _from_environment("LOCAL_WORLD_SIZE", local_rank + 1), torch.cuda.device_count()
+    rank, local_rank, here = map(_from_environment, ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    on_gpu, count = torch.cuda.is_available() and gpu_id >= 0, torch.cuda.device_count()
     if on_gpu and here > count:  # seen by all processes of the machine, so that the first one says it
         raise Refused(f"{here} processes were started on this machine, which has {count} GPU{'s' * (count != 1)}: "
                          "start fewer with --nproc-per-node, or use --gpu-id -1")  # fmt: skip
     device = choose_device(local_rank if on_gpu else -1)
     global _control
-    try:
-        dist.init_process_group("nccl" if on_gpu else "gloo")
-        _control = dist.new_group(backend="gloo")
-    except RuntimeError as error:
-        raise Refused(f"the {_from_environment('WORLD_SIZE')} processes could not meet: {error}") from error
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    _control = dist.new_group(backend="gloo")
     if rank != 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # a progress bar shows itself on a terminal only
     return device
 
 
-def _from_environment(name: str, default: int | None = None) -> int:
-    """A whole number that torchrun sets. Raises ValueError."""
-    value = os.environ.get(name, default)
+def _from_environment(name: str) -> int:
+    """A whole number that torchrun sets. Raises Refused."""
     try:
-        return int(value)
-    except (TypeError, ValueError):
-        found = "is not set" if value is None else f"is {value!r}"
+        return int(os.environ[name])
+    except (KeyError, ValueError):
         raise Refused(
-            f"WORLD_SIZE is set, but {name} {found}: start several processes with torchrun, or unset WORLD_SIZE"
+            f"WORLD_SIZE is set, but {name} is not, or no number: start several processes with torchrun, or unset it"
         ) from None
 
 
@@ -128,12 +124,8 @@ def reports_errors() -> bool:
     if not dist.is_initialized():
         return os.environ.get("LOCAL_RANK", "0") == "0"
     try:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(
-            address, port, is_master=False, wait_for_workers=False, timeout=datetime.timedelta(seconds=5)
-        )
-        return store.add(f"hist/errors/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
-    except (KeyError, ValueError, RuntimeError):  # the store went with the process that failed first
+        return dist.distributed_c10d._get_default_store().add("hist/errors", 1) == 1
+    except RuntimeError:  # the store went with the process that failed first
         return dist.get_rank() == 0
 
 
@@ -150,11 +142,6 @@ def together():
         if dist.is_initialized() and (type(error) is RuntimeError or isinstance(error, dist.DistError)):
             raise Lost(error) from error
         raise
-
-
-def lost_another_process(error: RuntimeError) -> bool:
-    """Whether the error only says that another process of the group has ended."""
-    return isinstance(error, Lost | dist.DistError)
 
 
 def stop() -> None:

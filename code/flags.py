@@ -6,7 +6,6 @@ Later flags override earlier ones.
 """
 
 import argparse
-import difflib
 import errno
 import functools
 import math
@@ -86,14 +85,6 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str):
-        if message.startswith("unrecognized arguments: -"):
-            flag = message.split()[2].partition("=")[0]
-            likely = difflib.get_close_matches(flag, self._option_string_actions, 1)
-            message += f"; did you mean {likely[0]}?" if likely else ""
-        elif "No such file or directory: '" in message:
-            name = message.rpartition("No such file or directory: '")[2].rstrip("'")
-            recipes = ", ".join(f"@recipes/{path.name}" for path in sorted((CODE / "recipes").glob("*.args")))
-            message = f"@{name}: there is no such file of flags; shipped are {recipes}"
         if not distributed.reports_errors():
             self.exit(2)
         self.exit(2, f"{self.prog.split()[0]}: error: {message} ({self.prog} --help lists the flags)\n")
@@ -166,7 +157,7 @@ def explain(error: Exception) -> str | None:
         return line
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is full: a smaller --batch-size or --image-size, or --amp bf16, needs less"
-    if isinstance(error, RuntimeError) and distributed.lost_another_process(error):
+    if isinstance(error, distributed.LOST):
         return f"the other processes were lost ({line[:300]}); if one of them ended, its own message says why"
     if isinstance(error, RuntimeError) and line.startswith("DataLoader worker"):
         cause = "too little memory, or shared memory (docker run --shm-size=8g)? --workers 0 needs less"
@@ -198,21 +189,9 @@ def run_script(main) -> None:
 # ---------------------------------------------------------------- types of flags
 
 
-def text(value: str) -> str:
-    """Any text. Bytes of the command line that are no text could not be written to a run's files."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"is not valid text: {value!r}") from None
-    return value
-
-
 def dataset_name(name: str) -> str:
-    """The documented name of a data set, whatever the case it is given in; any other name as it is."""
-    try:
-        return layouts.dataset_name(name)
-    except ValueError:
-        return name  # argparse then lists the choices
+    """The documented name of a data set, whatever the case it is given in; any other name as it is, to be refused."""
+    return {known.lower(): known for known in layouts.DATASETS}.get(name.lower(), name)
 
 
 def binary(text: str) -> int:
@@ -255,7 +234,7 @@ DESTINATIONS = {"--embedding-size": "sz_embedding", "--batch-size": "sz_batch", 
 LOSSES = ("hist", "proxy_anchor", "proxy_nca", "softtriple", "arcface", "normalized_softmax", "multi_similarity",
           "triplet", "contrastive")
 MODEL_PATH = ("--model-path", str, "", "PATH")
-REMARK = ("--remark", text, "", "TEXT")
+REMARK = ("--remark", str, "", "TEXT")
 SKIP_BAD_IMAGES = (
     "--skip-bad-images", "switch", False, None,
     "go on without images that cannot be decoded: all are decoded once at the start, those that fail are counted and "
@@ -287,7 +266,7 @@ def image_flags(batch_size: int, smallest: int = 1) -> tuple:
 
 FROM_CHECKPOINT = "only needed for published checkpoints and bare weights: this project's carry them and the image size"
 NETWORK_FLAGS = (
-    ("--model", text, "resnet50", "NAME",
+    ("--model", str, "resnet50", "NAME",
      "backbone: resnet18, resnet34, resnet50, resnet101, googlenet, bn_inception, or timm:NAME for any model of timm"),
     ("--embedding-size", whole(1), 512, "D", "dimensions of an embedding"),
     ("--add-gmp", binary, 1, "0|1", "1: add global max pooling to global average pooling"),
@@ -327,7 +306,7 @@ def train_parser() -> Parser:
     )
     parser.add_table(
         "network", *NETWORK_FLAGS,
-        ("--weights", text, "imagenet", "imagenet|none|FILE",
+        ("--weights", str, "imagenet", "imagenet|none|FILE",
          "initial weights of the backbone: imagenet (IMAGENET1K_V1, downloaded), none (random), or a file (.pth or "
          ".safetensors: a state dict of the backbone, or a checkpoint), looked for in the current folder, the data "
          "root and data/"),
@@ -340,7 +319,7 @@ def train_parser() -> Parser:
         ("--loss", LOSSES, "hist", None,
          "hist, or for comparison a loss of pytorch-metric-learning; multi_similarity, triplet and contrastive compare "
          "the images of a batch with each other and need --IPC 4 or so"),
-        ("--loss-args", text, "", "NAME=NUMBER,…",
+        ("--loss-args", str, "", "NAME=NUMBER,…",
          "settings of a loss other than hist, such as margin=0.1,alpha=32; default: those of its paper or library"),
         ("--tau", real(positive=True), 32.0, "X", "temperature of the distribution loss; the paper uses 16 to 32"),
         ("--alpha", real(), 0.9, "X", "scale of distances in the hypergraph; the paper uses 0.9 to 2"),

@@ -107,7 +107,7 @@ IN_A_WORKER = (
         (torch.OutOfMemoryError("Tried to allocate 2 GiB.\nOf which 3"), "a smaller --batch-size"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "signal.*--shm-size.*--workers 0"),
         (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), "exited unexpectedly: too little memory"),
-        (RuntimeError("lost: NCCL error"), r"the other processes were lost \(lost: NCCL error\)"),
+        (distributed.Lost("lost: NCCL error"), r"the other processes were lost \(lost: NCCL error\)"),
         (KeyboardInterrupt(), "^130$"),
         (ValueError("4 is not in list"), None),
         (OSError("ours"), None),
@@ -115,7 +115,6 @@ IN_A_WORKER = (
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_a_slip_keeps_its_traceback(monkeypatch, error, said):
-    monkeypatch.setattr(distributed, "lost_another_process", lambda error: str(error).startswith("lost"))
     monkeypatch.setattr(sys, "argv", ["code/train.py"])
 
     def main():
