@@ -38,9 +38,9 @@ def write(content: Callable[[Any], None], path: Path) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         # A write that fails inside torch.save surfaces as a RuntimeError of its archive writer.
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if isinstance(cause, OSError) or "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
-            reason = getattr(cause, "strerror", None) or "is the disk full?"
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError):
+            reason = cause.strerror
             raise Refused(f"{path}: cannot be written ({reason}); what was saved before is untouched") from error
         raise
     folder = os.open(path.parent, os.O_RDONLY)
@@ -109,13 +109,10 @@ def find(model_path: str, name: str, only: bool) -> Path:
     candidates = sorted(path.glob("*_best.pth"))
     if len(candidates) == 1 and (not only or (path / "last.pth").exists()):
         return candidates[0]
-    there = "there is no *_best.pth at all"
-    if candidates:
-        there = f"there are {', '.join(c.name for c in candidates)}"
-    elif below := sorted({str(found.parent) for depth in ("*", "*/*") for found in path.glob(f"{depth}/*_best.pth")}):
-        there = f"it holds the runs {shorten(below)}: give one of them"
+    below = candidates or [*path.glob("*/*_best.pth"), *path.glob("*/*/*_best.pth")]
+    there = shorten(sorted(map(str, below))) or "no *_best.pth at all"
     wanted = path / (name if only else "*_best.pth")
-    raise Refused(f"{wanted}: there is no such checkpoint ({there}); give --model-path a file")
+    raise Refused(f"{wanted}: there is no such checkpoint, the folder holds {there}; give --model-path a file")
 
 
 def load(path: Path) -> dict:
@@ -125,8 +122,7 @@ def load(path: Path) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        what = "this is a folder, a checkpoint file is needed" if path.is_dir() else "there is no such checkpoint"
-        raise Refused(f"{path}: {what}")
+        raise Refused(f"{path}: there is no such checkpoint file")
     try:
         with open(path, "rb") as file:  # says why a file cannot be opened, which safetensors does not
             if path.suffix == ".safetensors":
@@ -136,11 +132,10 @@ def load(path: Path) -> dict:
     except OSError as error:
         raise Refused(f"{path}: cannot be read ({error.strerror or 'input/output error'})") from error
     except Exception as error:  # what a damaged file sets off in unpickling and unzipping has no common type
-        refusals = [line for line in str(error).splitlines() if "GLOBAL" in line]  # a name that code would be run by
-        if refusals:
-            reason = refusals[0].removeprefix("WeightsUnpickler error: ").strip().partition(". ")[0]
+        name = re.search(r"GLOBAL (\S+)", str(error))  # of what would be run
+        if name:
             raise Refused(
-                f"{path}: refused, it holds more than tensors and plain values ({reason}); save the state dict alone "
+                f"{path}: refused, it holds more than tensors and plain values ({name[1]}); save the state dict alone "
                 "where the file was made: torch.save(network.state_dict(), FILE)"
             ) from error
         raise Refused(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from error

@@ -43,8 +43,7 @@ def _commit() -> str:
 
 def csv_text(rows: list[dict]) -> str:
     """Rows as CSV with one header; a row may lack columns that others have."""
-    fullest_first = sorted(rows, key=len, reverse=True)
-    columns = list(dict.fromkeys(name for row in fullest_first for name in row))
+    columns = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()

@@ -15,9 +15,8 @@ def start(args: Namespace, folder: Path, config: dict, run_id: str | None):
 
     Raises Refused if wandb was asked for and is not installed.
     """
-    by_environment = {"online": "online", "offline": "offline", "dryrun": "offline"}
-    mode = args.wandb or by_environment.get(os.environ.get("WANDB_MODE"), "off")
-    if mode == "off":
+    mode = args.wandb or os.environ.get("WANDB_MODE")
+    if mode not in ("online", "offline"):
         return None
     try:
         import wandb

@@ -189,4 +189,4 @@ def test_a_runs_folder_needs_no_model_beside_its_data_set_and_a_folder_of_runs_l
     mine, run = trained[0], trained[1].parent
     assert call(*score(run, "--dataset", "folder", "--data-root", mine)).code == 0  # not resnet50's
     for folder in (run.parent, run.parents[1]):
-        refused(*score(folder), match=f"it holds the runs {run}: give one of them")
+        refused(*score(folder), match=f"the folder holds {run}/.*_best.pth")
