@@ -6,7 +6,6 @@ import os
 import random
 import re
 import secrets
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,9 +54,13 @@ def save(content: dict, path: Path) -> None:
     write(lambda file: torch.save(content, file), path)
 
 
-def write_text(text: str, path: Path) -> None:
-    """Write a text file. Raises Refused, the file that was there before intact."""
-    write(lambda file: file.write(text.encode(errors="backslashreplace")), path)  # bytes given that are no text
+def write_text(text: str, path: Path) -> bool:
+    """Write a text file unless it holds just that; gives whether it did not. Raises Refused, the old file intact."""
+    content = text.encode(errors="backslashreplace")  # flags may hold bytes that are no text
+    if path.is_file() and path.read_bytes() == content:
+        return False
+    write(lambda file: file.write(content), path)
+    return True
 
 
 def remove_leftovers(folder: Path, beginning: str = "") -> None:
@@ -76,13 +79,11 @@ def require_writable(path: Path | None, option: str, folder: bool = False) -> No
         return
     if path.exists() and path.is_dir() != folder:
         raise Refused(f"{option} {path}: this is a {'file, name a folder' if folder else 'folder, name a file'}")
-    above = path.absolute().parents
-    existing = next(place for place in (path, *above) if place.exists()) if folder else path.parent
-    try:
-        with tempfile.NamedTemporaryFile(dir=existing, prefix=".", suffix=TEMPORARY):
-            pass
-    except OSError as error:
-        raise Refused(f"{option} {path}: cannot be written ({existing}: {error.strerror})") from error
+    place = path.absolute() if folder else path.absolute().parent
+    while folder and not place.exists():
+        place = place.parent
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise Refused(f"{option} {path}: cannot be written, {place} is no folder that can be written to")
 
 
 # ---------------------------------------------------------------- checkpoints and weights

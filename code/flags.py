@@ -9,7 +9,6 @@ import argparse
 import errno
 import functools
 import math
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -21,13 +20,7 @@ from refused import Refused
 
 CODE = Path(__file__).resolve().parent
 DATA = CODE.parent / "data"  # where the benchmarks are looked for
-# The flags that make the network, by destination: a trained one cannot change them.
-ARCHITECTURE = {
-    "model": "--model",
-    "sz_embedding": "--embedding-size",
-    "add_gmp": "--add-gmp",
-    "layer_norm": "--layer-norm",
-}
+ARCHITECTURE = ("model", "sz_embedding", "add_gmp", "layer_norm")  # make the network: a trained one cannot change them
 TAKEN_FROM_CHECKPOINT = (*ARCHITECTURE, "dataset", "image_size", "train_classes", "amp", "channels_last")
 # Flags that change nothing about an experiment, by destination: they may change when a run is resumed, and runs that
 # differ only in them are repetitions of one experiment. --cuda-graphs is here because float32 gives the same bits.
@@ -115,18 +108,16 @@ class Parser(argparse.ArgumentParser):
 
         args, given: what parse() returned; stored: the flags in the checkpoint at path. Raises Refused.
         """
-        for name, option in ARCHITECTURE.items():
-            if name in given and name in stored and getattr(args, name) != stored[name]:
-                raise Refused(
-                    f"{path} was trained with {option} {stored[name]}, the command line says {getattr(args, name)}"
-                )
+        options = {action.dest: action.option_strings[0] for action in self._actions}
+        for name in given.intersection(ARCHITECTURE, stored):
+            if (here := getattr(args, name)) != stored[name]:
+                raise Refused(f"{path} was trained with {options[name]} {stored[name]}, the command line says {here}")
         taken = {name: stored[name] for name in TAKEN_FROM_CHECKPOINT if name in stored}
         if "dataset" in given and args.dataset != stored.get("dataset"):
             taken.pop("train_classes", None)  # it said how to divide another data set
         elif stored.get("dataset") == "folder" and "data_root" in stored:
             taken["data_root"] = stored["data_root"]  # the benchmarks have a usual place, the user's pictures have none
-        adopted = self.command_line(taken)
-        return self.parse(adopted + sys.argv[1:])[0]
+        return self.parse(self.command_line(taken) + sys.argv[1:])[0]
 
 
 def plain(args: argparse.Namespace) -> dict[str, object]:
@@ -141,11 +132,8 @@ def one_line(error: BaseException) -> str:
     """What an error says, on one line."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    text = str(error).strip()
-    _, wrapped, traceback = text.rpartition("Traceback (most recent call last):\n")
-    if text.startswith("Caught ") and wrapped:  # torch copies the whole traceback of a loader's worker process
-        message = "\n".join(line for line in traceback.splitlines() if not line.startswith(" "))
-        text = re.sub(r"^[\w.]+: ", "", message)
+    # torch puts the whole traceback of a loader's worker process before what it says
+    text = str(error).rpartition("\nrefused.Refused: ")[2]
     return " ".join(text.split()) or type(error).__name__
 
 

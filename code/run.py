@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import sys
@@ -39,9 +40,11 @@ from refused import Refused
 from summary import environment
 from tqdm import tqdm
 
-# What last.pth holds beside what every checkpoint does; the last two are younger than version 1.0.
-PROGRESS = {"criterion_state_dict", "optimizer_state_dict", "scheduler_state_dict", "random_states", "history", "best"}
-RESUMPTIONS = {"first_flags", "resumptions"}
+# What a run carries from one process to the next, each an attribute of Run and an entry of last.pth
+CARRIED = ("flags", "made_by", "data", "wandb_id", "epoch", "history", "best", "first_flags", "resumptions")
+# What last.pth holds beside what every checkpoint does
+PROGRESS = {"criterion_state_dict", "optimizer_state_dict", "scheduler_state_dict", "random_states"}
+PROGRESS |= {"history", "best", "first_flags", "resumptions"}
 LOCK = ".lock"  # file in a run's folder that its process holds
 # Flags that a resumption does not change
 OF_THE_CALL = {"resume", "overwrite", "run_num", "log_dir", "allow_changed_images"}
@@ -74,9 +77,10 @@ def parse_flags() -> tuple[Namespace, dict | None]:
     if distributed.is_first():
         lock(path.parent)
     state = checkpoint.load(path)
+    stored = checkpoint.stored_flags(state)
+    state = {"first_flags": stored, "resumptions": []} | state  # those of version 1.0.0 lack them
     if missing := (PROGRESS | {"flags", "epoch", "data"}) - state.keys():
         raise Refused(f"{path}: cannot be resumed from, it lacks {', '.join(sorted(missing))}; give a run's last.pth")
-    stored = checkpoint.stored_flags(state)
     changed = [
         f"{name} {getattr(args, name)} instead of {stored[name]}"
         for name in sorted(given - flags.BOOKKEEPING - {"nb_epochs"})
@@ -108,8 +112,8 @@ def last_checkpoint(args: Namespace, given: set[str]) -> Path:
 
 def run_folders(parent: Path) -> list[Path]:
     """The folders run_N in order of N."""
-    found = [path for path in parent.glob("run_*") if path.name[4:].isascii() and path.name[4:].isdigit()]
-    return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name[4:]))
+    found = [path for path in parent.glob("run_*") if re.fullmatch("run_[0-9]+", path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("run_")))
 
 
 def newest_run_folder(parent: Path) -> Path:
@@ -209,15 +213,14 @@ class Run:
             self.folder = distributed.from_all(self._new_folder() if distributed.is_first() else None)[0]
             number = int(self.folder.name.removeprefix("run_"))
             of_the_call = {"resume": None, "overwrite": False, "run_num": number, "image_size": image_size}
-            state = {"flags": flags.plain(args) | of_the_call, "made_by": here, "data": data, "wandb_id": None}
-            state |= {"epoch": -args.warm, "history": [], "best": None}
+            first = flags.plain(args) | of_the_call
+            state = {"flags": first, "made_by": here, "data": data, "wandb_id": None, "epoch": -args.warm}
+            state |= {"history": [], "best": None, "first_flags": first, "resumptions": []}
         else:
             self.folder = Path(args.resume).resolve().parent
             self._restore(state)
-        self.flags, self.made_by, self.data = checkpoint.stored_flags(state), state["made_by"], state["data"]
-        self.first_flags, self.resumptions = state.get("first_flags", self.flags), state.get("resumptions", [])
-        self.epoch, self.history, self.best = state["epoch"], list(state["history"]), state["best"]
-        self.wandb_id = state["wandb_id"]
+        for name in CARRIED:
+            setattr(self, name, state[name])
         self.best_path = self.folder / checkpoint.best_name(args.dataset, args.model)
         self.results_path = self.folder / f"{self.best_path.stem}_results.txt"
         if args.resume:
@@ -296,25 +299,13 @@ class Run:
         """What last.pth holds."""
         parts = {f"{name}_state_dict": part.state_dict() for name, part in self.parts.items() if name != "network"}
         network = self.parts["network"].state_dict()
-        return parts | {
-            # on the CPU, for readers elsewhere that do not say where to
-            "model_state_dict": {name: value.cpu() for name, value in network.items()},
-            "epoch": self.epoch,
-            "figures": summary.recalls(self.history[-1]),
-            "flags": self.flags,
-            "made_by": self.made_by,
-            "data": self.data,
-            "wandb_id": self.wandb_id,
-            "random_states": checkpoint.random_states(),
-            "history": self.history,
-            "best": self.best,
-            "first_flags": self.first_flags,
-            "resumptions": self.resumptions,
-        }
+        parts["model_state_dict"] = {name: value.cpu() for name, value in network.items()}  # to be read anywhere
+        carried = {name: getattr(self, name) for name in CARRIED}
+        figures = summary.recalls(self.history[-1])
+        return parts | carried | {"figures": figures, "random_states": checkpoint.random_states()}
 
     def _save_best(self, state: dict) -> None:
-        of_last = PROGRESS | RESUMPTIONS
-        checkpoint.save({name: value for name, value in state.items() if name not in of_last}, self.best_path)
+        checkpoint.save({name: value for name, value in state.items() if name not in PROGRESS}, self.best_path)
 
     def _mend_best(self, state: dict) -> None:
         """Make the best checkpoint, where it is missing or of another epoch, from the last one if that is the best."""
@@ -330,10 +321,10 @@ class Run:
         origin = {"flags": self.first_flags, "made_by": self.made_by, "data": summary_of(self.data)}
         origin["wandb_id"] = self.wandb_id
         origin |= {"resumptions": self.resumptions} if self.resumptions else {}
-        write_if_new(json.dumps(origin, indent=2) + "\n", self.folder / "args.json")
+        checkpoint.write_text(json.dumps(origin, indent=2) + "\n", self.folder / "args.json")
         if self.best:
-            write_if_new(summary.results_text(self), self.results_path)
-        return bool(self.history) and write_if_new(summary.csv_text(self.history), self.folder / "results.csv")
+            checkpoint.write_text(summary.results_text(self), self.results_path)
+        return bool(self.history) and checkpoint.write_text(summary.csv_text(self.history), self.folder / "results.csv")
 
     # ------------------------------------------------------------ pictures
 
@@ -361,14 +352,6 @@ class Run:
         """ln C, the HGNN's cross-entropy while it only guesses; None without an HGNN."""
         hgnn = self.args.loss == "hist" and self.args.ls
         return math.log(len(self.data["train"]["classes"])) if hgnn else None
-
-
-def write_if_new(text: str, path: Path) -> bool:
-    """Write a text file unless it holds the text already: resuming a finished run leaves its files as they are."""
-    if path.is_file() and path.read_bytes() == text.encode():
-        return False
-    checkpoint.write_text(text, path)
-    return True
 
 
 def summary_of(data: dict) -> dict:

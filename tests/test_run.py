@@ -160,8 +160,8 @@ def test_a_run_of_before_resumes(call, run_folder):
     """As an earlier version left it: without some flags, what is known of resumptions, and shares of waiting."""
     pictures, folder = run_folder
     state = checkpoint.load(folder / "last.pth")
-    younger = [(state, name) for name in run.RESUMPTIONS]
-    for content, name in (*younger, (state["flags"], "cuda_graphs"), (state["history"][1], "data_time")):
+    younger = (state, "first_flags"), (state, "resumptions"), (state["history"][1], "data_time")
+    for content, name in (*younger, (state["flags"], "cuda_graphs")):
         del content[name]
     checkpoint.save(state, folder / "last.pth")
     before = json.loads((folder / "args.json").read_text())
@@ -179,7 +179,7 @@ def test_images_that_cannot_be_decoded_are_left_out_and_counted(call, refused, t
     words += ["--batch-size", 4, "--val-classes", 0.5]
     refused("train.py", *words, match=r"/0.png: cannot be decoded .*--skip-bad-images")
     shutil.rmtree(tmp_path / "folder")
-    done = call("train.py", *words, "--skip-bad-images")
+    done = call("train.py", *words, "--skip-bad-images", "--remark", os.fsdecode(b"\xff"))  # no text, but no harm
     assert done.code == 0, done.err
     assert f"left out: 3 images that could not be decoded: {pictures}/class 1/0.png: cannot be decoded (" in done.out
     assert "test 22 images of 4 classes" in done.out
