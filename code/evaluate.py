@@ -85,13 +85,12 @@ def main():
 
 def check_flags(args, given):
     """Refuse what cannot work before the work begins: contradictory flags, files that cannot be written."""
-    if args.embeddings and args.model_path:
-        raise Refused("--embeddings and --model-path cannot be combined: a file is scored, or a network")
-    for option in ("pictures", "export", "save_embeddings"):
-        if args.embeddings and getattr(args, option):
-            raise Refused(f"--{option.replace('_', '-')} needs a network: give --model-path instead of --embeddings")
-    if args.export and (others := sorted(given & {"json", "pictures", "save_embeddings", "metrics"})):
-        raise Refused(f"--export scores nothing: leave out --{others[0].replace('_', '-')}")
+    for flag, unfit, does in (
+        ("embeddings", {"model_path", "pictures", "export", "save_embeddings"}, "scores a file without a network"),
+        ("export", {"json", "pictures", "save_embeddings", "metrics"}, "scores nothing"),
+    ):
+        if flag in given and (others := sorted(given & unfit)):
+            raise Refused(f"--{flag} {does}: leave out --{others[0].replace('_', '-')}")
     for option in ("json", "save_embeddings", "export"):
         checkpoint.require_writable(getattr(args, option), f"--{option.replace('_', '-')}")
     checkpoint.require_writable(args.pictures, "--pictures", folder=True)

@@ -24,7 +24,16 @@ def to_onnx(network, image_size: int, path: Path) -> None:
         raise Refused(f"--export: {error.name} is not installed (pip install onnx onnxscript)") from error
     network.eval()
     images = torch.randn(3, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    program = _trace(network, images[:2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about torch's own parts
+        names = {"input_names": ["images"], "output_names": ["embeddings"]}
+        sizes = ({0: torch.export.Dim("batch")},)
+        try:
+            program = torch.onnx.export(
+                network, (images[:2],), dynamo=True, verbose=False, dynamic_shapes=sizes, **names
+            )
+        except torch.onnx.OnnxExporterError as error:  # some networks of timm cannot be traced
+            raise Refused(f"--export: torch cannot export {network.name} ({str(error).strip()[:200]})") from error
     program.model.metadata_props.update(
         {
             "image_size": str(image_size),
@@ -36,29 +45,12 @@ def to_onnx(network, image_size: int, path: Path) -> None:
         }
     )
     content = program.model_proto.SerializeToString()
-    compared = _compare(network, images, content)
+    compared = compare(network, images, content)
     checkpoint.write(lambda file: file.write(content), path)
     print(f"exported: {path} ({len(content) / 2**20:.0f} MiB; {compared})")
 
 
-def _trace(network, images: torch.Tensor):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about torch's own parts
-        try:
-            return torch.onnx.export(
-                network,
-                (images,),
-                dynamo=True,
-                verbose=False,
-                input_names=["images"],
-                output_names=["embeddings"],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-            )
-        except torch.onnx.OnnxExporterError as error:  # some networks of timm cannot be traced
-            raise Refused(f"--export: torch cannot export {network.name} ({str(error).strip()[:200]})") from error
-
-
-def _compare(network, images: torch.Tensor, content: bytes) -> str:
+def compare(network, images: torch.Tensor, content: bytes) -> str:
     """How far onnxruntime's embeddings are from torch's, in words. Raises Refused if too far."""
     try:
         import onnxruntime

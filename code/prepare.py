@@ -20,7 +20,7 @@ from pathlib import Path
 import dataset
 import layouts
 import numpy as np
-from flags import DATA, Parser, one_line, real, run_script
+from flags import DATA, Parser, dataset_name, one_line, real, run_script
 from folders import shorten, written_whole
 from refused import Refused
 from torchvision.datasets.utils import calculate_md5
@@ -136,8 +136,6 @@ def download(name: str, data_root: Path, url: str | None = None) -> None:
     elif layout.by_hand:
         print(f"{layout.by_hand.format(home=home)}\n{layout.mirrors}")
         raise Refused(f"{name} cannot be downloaded; get it by hand as said above and put it under {home}")
-    elif not layout.archive:
-        raise Refused(f"{name!r} cannot be downloaded; there are {', '.join(DOWNLOADS)}")
     elif home.exists():
         print(f"{home} is there already; `python code/prepare.py check {name}` says whether it is complete")
     else:
@@ -155,13 +153,8 @@ def download(name: str, data_root: Path, url: str | None = None) -> None:
 # ---------------------------------------------------------------- show
 
 
-def spread(values: np.ndarray, wanted: int) -> list[int]:
-    """Up to `wanted` of the values, evenly spread."""
-    return values[np.unique(np.linspace(0, len(values) - 1, min(len(values), wanted)).round().astype(int))].tolist()
-
-
 def show(name: str, data_root: Path, output: Path, train_classes: float | None = None) -> None:
-    """Draw a contact sheet (PNG): 8 classes of each split, 6 images of each. train_classes: as in load_benchmark."""
+    """Draw a contact sheet (PNG): up to 8 classes of each split, up to 6 images of each."""
     import pictures  # matplotlib takes a second
 
     benchmark = dataset.load_benchmark(name, data_root, train_classes, training=False)
@@ -171,9 +164,9 @@ def show(name: str, data_root: Path, output: Path, train_classes: float | None =
         if images is None:
             continue
         rows, present = [], np.unique(images.labels)
-        for c in spread(present, 8):
+        for c in present[:: -(-len(present) // 8)]:  # evenly spread
             members = np.flatnonzero(images.labels == c)
-            files = [Path(images.file(row)) for row in spread(members, 6)]
+            files = [images.file(row) for row in members[:: -(-len(members) // 6)]]
             rows.append((f"{images.class_names[c]} ({len(members)})", files))
         columns.append((f"{name} {part}: {len(images):,} images, {len(present):,} classes", rows))
     pictures.contact_sheet(columns, output, benchmark.query.own)
@@ -193,7 +186,7 @@ def build_parser() -> Parser:
     ):
         sub = commands.add_parser(command, help=text, description=text)
         names = DOWNLOADS if command == "download" else layouts.DATASETS
-        sub.add_argument("name", metavar="NAME", help=f"one of {', '.join(names)}")
+        sub.add_argument("name", type=dataset_name, choices=names, metavar="NAME", help=f"one of {', '.join(names)}")
         where = "folder that holds the benchmarks; for folder, your folder or .csv, .tsv or .txt file"
         sub.add_argument("--data-root", type=Path, default=DATA, metavar="DIR", help=where)
         if command == "download":
@@ -210,14 +203,12 @@ def build_parser() -> Parser:
 
 def main() -> None:
     args = build_parser().parse_args()
-    name = args.name if args.name == WEIGHTS else layouts.dataset_name(args.name)
     if args.command == "check":
-        if not check(name, args.data_root, args.decode, args.train_classes):
-            sys.exit(1)
+        sys.exit(0 if check(args.name, args.data_root, args.decode, args.train_classes) else 1)
     elif args.command == "download":
-        download(name, args.data_root, args.url)
+        download(args.name, args.data_root, args.url)
     else:
-        show(name, args.data_root, args.output or Path(f"{name}.png"), args.train_classes)
+        show(args.name, args.data_root, args.output or Path(f"{args.name}.png"), args.train_classes)
 
 
 if __name__ == "__main__":

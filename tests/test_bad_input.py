@@ -111,7 +111,7 @@ CASES = [
     ("evaluate.py", "--embeddings {root}/int.npz", None, r"int\.npz: .*embeddings must be float.* are int64"),
     ("evaluate.py", "--embeddings {root}/half.npz", None, r"half\.npz: no embeddings .*gallery_embeddings"),
     ("evaluate.py", "--embeddings {root}/ks.npz", None, r"ks\.npz: no embeddings that --save-embed"),
-    ("evaluate.py", "--embeddings {root}/lonely.npz --model-path {run}", None, r"cannot be combined"),
+    ("evaluate.py", "--embeddings {root}/lonely.npz --model-path {run}", None, r"leave out --model"),
     ("evaluate.py", "--model-path {run} --export x.onnx --json x.json", None, r"--export scores noth.*--json"),
     ("retrieve.py", SEARCH, None, r"--query"),
     ("retrieve.py", SEARCH + " --query {root}/none.png", None, r"--query .*none\.png: there is no such image or fol"),
