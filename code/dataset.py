@@ -123,7 +123,7 @@ def drop_unreadable(listing: layouts.Listing, splits: Iterable[str], workers: in
     listed = [(split, pair) for split in splits for pair in listing.splits[split]]
     files = [os.path.join(listing.root, path) for _, (path, _) in listed]
     mine, why = range(rank, len(files), count), {}
-    decode = functools.partial(_undecodable, files, listing.own)
+    decode = functools.partial(undecodable, files, listing.own)
     loader = Loader(mine, 32, collate_fn=decode, **worker_options(workers, pin_memory=False))
     for found in tqdm(loader, "decode", unit="batch", disable=None, leave=False):
         why |= found
@@ -133,7 +133,7 @@ def drop_unreadable(listing: layouts.Listing, splits: Iterable[str], workers: in
     return list(why.values())
 
 
-def _undecodable(files: list[str], own: bool, rows: list[int]) -> dict[int, str]:
+def undecodable(files: list[str], own: bool, rows: list[int]) -> dict[int, str]:
     """{row: why it cannot be decoded} of those that cannot"""
     why = {}
     for row in rows:

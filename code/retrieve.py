@@ -83,8 +83,7 @@ def list_images(path: Path, option: str) -> dataset.ImageList:
     if path.is_file() and option == "--query":
         return own_pictures(path.parent, [path.name])
     if not path.is_dir():
-        wanted = "image or folder" if option == "--query" else "folder"
-        raise Refused(f"{option} {path}: {'not an' if path.exists() else 'there is no such'} {wanted}")
+        raise Refused(f"{option} {path}: there is no such {'image or ' * (option == '--query')}folder")
     found, others = folders.find_images(path)
     if others:
         print(f"note: {path}: skipped {others:,} × not an image", file=sys.stderr)
@@ -114,18 +113,9 @@ def embed(loaded, images, device) -> tuple[torch.Tensor, np.ndarray, dict[int, s
     options = dataset.worker_options(args.nb_workers, pin_memory=device.type == "cuda")
     loader = dataset.Loader(marked, args.sz_batch, **options)
     done = inference.embed(loaded.network, loader, device, args.amp == "bf16", args.channels_last)
-    decoded = done.labels >= 0
-    why = {row: why_not(images.file(row)) for row in np.flatnonzero(~decoded).tolist()}
-    return done.embeddings[decoded], np.flatnonzero(decoded), why
-
-
-def why_not(file: str) -> str:
-    """Why an image could not be decoded."""
-    try:
-        decoding.read_rgb(file, own=True)
-    except decoding.UnreadableImage as error:
-        return str(error)
-    return f"{file}: could not be decoded"
+    decoded = done.labels.numpy() >= 0
+    files, bad = list(map(images.file, range(len(images)))), np.flatnonzero(~decoded).tolist()
+    return done.embeddings[decoded], np.flatnonzero(decoded), dataset.undecodable(files, True, bad)
 
 
 # ---------------------------------------------------------------- the gallery and its cache
