@@ -219,6 +219,9 @@ def check_labels(sizes: Sizes, device: torch.device) -> Rows:
         expected = "the next call" if device.type == "cuda" else "this call"
         yield {"check": f"label {impossible}, reported by", "found": caught_by, "ok": caught_by == expected}
 
+    same = all(torch.equal(criterion(X, labels), criterion(X, T)) for labels in (T.cpu(), T.int()))
+    yield {"check": "labels on the CPU, or of another type, give the same", "found": same, "ok": same}
+
     def steps(count: int) -> None:
         for _ in range(count):
             criterion(X, T).backward()

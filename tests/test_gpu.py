@@ -1,6 +1,6 @@
 """What a GPU would make of the training step, as far as a machine without one can tell.
 
-Tests that need a GPU stand beside what they test (needs_gpu) and are skipped without one.
+What only a GPU can show is checked by benchmarks/gpu.py.
 """
 
 import copy

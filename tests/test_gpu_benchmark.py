@@ -93,7 +93,7 @@ def test_a_part_that_fails_does_not_stop_the_others(main, monkeypatch):
     assert status == "gpu.py: failed: values"
     broken, other = report["parts"]
     assert broken["error"] == "RuntimeError: no such kernel" and len(broken["rows"]) == 1
-    assert other["error"] is None and len(other["rows"]) == 3
+    assert other["error"] is None and len(other["rows"]) == 4
     assert "FAILED: RuntimeError: no such kernel\n" in text and "label -1" in text
 
 

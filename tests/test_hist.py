@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 GOLDEN = Path(__file__).parent / "golden"
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def relative(found, expected):
@@ -405,44 +404,3 @@ def test_settings_that_mean_nothing_are_refused():
         for value in values:
             with pytest.raises(ValueError, match=f"^HISTLoss: .*{name}.* got .*{value}"):
                 HISTLoss(**usual | {name: value})
-
-
-# On a GPU ---------------------------------------------------------------------------------------------------------
-
-
-@needs_gpu
-def test_gpu_gives_the_same_without_waiting():
-    criterion, twin = make(50, 64, 32, torch.float32), make(50, 64, 32, torch.float32).cuda()
-    X, T = make_batch([i % 11 for i in range(32)], 64, torch.float32)
-    gpu_X, gpu_T = X.detach().cuda().requires_grad_(), T.cuda()
-    twin(gpu_X, gpu_T)  # loads the libraries
-    twin.load_state_dict(criterion.state_dict())
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(3):
-            gpu_loss = twin(gpu_X, gpu_T)
-        gpu_loss.backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    for _ in range(3):
-        loss = criterion(X, T)
-    loss.backward()
-    assert relative(gpu_loss.cpu(), loss) < 1e-4
-    assert relative(gpu_X.grad.cpu(), X.grad) < 1e-3
-    assert torch.equal(twin(gpu_X, T), twin(gpu_X, gpu_T))  # labels may stay behind
-    HISTLoss(300, 64).cuda()(gpu_X, gpu_T.byte())  # a byte does not hold the largest class
-
-
-@needs_gpu
-@pytest.mark.parametrize("label", [-1, 5])
-def test_gpu_reports_an_impossible_label_at_the_next_call(label):
-    criterion = make(5, 8, dtype=torch.float32).cuda()
-    X = torch.randn(4, 8, device="cuda")
-    good, bad = torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 2, label])
-    with pytest.raises(ValueError, match="this call"):
-        criterion(X, bad)
-    criterion(X, bad.cuda())
-    with pytest.raises(ValueError, match="the previous call"):
-        criterion(X, good.cuda())
-    criterion(X, good.cuda())
