@@ -65,13 +65,14 @@ def main():
         raise Refused(f"{measured['data_root']}: {error}") from error
     wanted = {"r", *names}  # R@K, RP and MAP@R
     scores = {name: value for name, value in found.figures().items() if name.split("@")[0].lower() in wanted}
-    if "nmi" in names:
-        everything = [torch.cat(parts) for parts in zip(query[:2], gallery[:2], strict=True)] if gallery else query[:2]
-        scores["NMI"] = metrics.nmi(*everything, memory_gib=args.search_memory, device=device, progress=True)
     scored_by = run.environment(device)
     distributed.stop()
     if processes.rank != 0:
         return
+
+    if "nmi" in names:
+        everything = [torch.cat(parts) for parts in zip(query[:2], gallery[:2], strict=True)] if gallery else query[:2]
+        scores["NMI"] = metrics.nmi(*everything)
 
     # What was reached, on what
     report(args, scored_by, measured, found, scores)
