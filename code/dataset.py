@@ -124,7 +124,7 @@ def drop_unreadable(listing: layouts.Listing, splits: Iterable[str], workers: in
     files = [os.path.join(listing.root, path) for _, (path, _) in listed]
     mine, why = range(rank, len(files), count), {}
     decode = functools.partial(undecodable, files, listing.own)
-    loader = Loader(mine, 32, collate_fn=decode, **worker_options(workers, pin_memory=False))
+    loader = Loader(mine, workers, pin_memory=False, batch_size=32, collate_fn=decode)
     for found in tqdm(loader, "decode", unit="batch", disable=None, leave=False):
         why |= found
     why = dict(sorted(item for part in distributed.from_all(why) for item in part.items()))
@@ -148,7 +148,6 @@ def split_validation(images: ImageList, share: float, seed: int) -> tuple[ImageL
     """Holds out whole classes: (the others, the held out), both relabelled to 0...
 
     round(share * C) classes are held out; the seed chooses which.
-    Raises Refused for a share that leaves fewer than 2 classes on either side.
     """
     count = images.num_classes
     held_out = round(share * count)
@@ -175,8 +174,6 @@ class ImageDataset(Dataset):
 
     dataset[i] transforms with the random state as it is. dataset[i, seed] seeds torch's CPU generator for the
     transform and restores its state afterwards, so the result depends only on the seed, in any process.
-
-    An image that cannot be decoded raises UnreadableImage; load_benchmark can leave them out beforehand.
     """
 
     def __init__(self, images: ImageList, transform):
@@ -302,7 +299,17 @@ def available_cores() -> int:
 
 
 class Loader(DataLoader):
-    """A DataLoader whose worker processes obey their parent's SIGTERM, and only their parent's."""
+    """A DataLoader whose worker processes obey their parent's SIGTERM, and only their parent's.
+
+    In each worker process torch uses one thread by itself.
+    """
+
+    def __init__(self, data, workers: int, pin_memory: bool, **options):
+        workers = min(workers, available_cores())  # more would only compete for the cores
+        if workers > 0:
+            options |= dict(persistent_workers=True, prefetch_factor=4, worker_init_fn=leave_stopping_to_the_parent)
+        # With its own generator, a loader does not draw from the global one every epoch.
+        super().__init__(data, num_workers=workers, pin_memory=pin_memory, generator=torch.Generator(), **options)
 
     def __iter__(self):
         # All threads of a worker have to block the signal. Torch starts some before worker_init_fn: they inherit this.
@@ -333,16 +340,6 @@ def leave_stopping_to_the_parent(worker: int) -> None:
     threading.Thread(target=obey_the_parent, daemon=True).start()
 
 
-def worker_options(workers: int, pin_memory: bool) -> dict:
-    """Loader options. In each worker process torch uses one thread by itself."""
-    workers = min(workers, available_cores())  # more would only compete for the cores
-    # With its own generator, a loader does not draw from the global one every epoch.
-    options = {"num_workers": workers, "pin_memory": pin_memory, "generator": torch.Generator()}
-    if workers > 0:
-        options |= {"persistent_workers": True, "prefetch_factor": 4, "worker_init_fn": leave_stopping_to_the_parent}
-    return options
-
-
 def make_train_loader(
     images: ImageList,
     transform,
@@ -356,11 +353,9 @@ def make_train_loader(
     """Batches of (N, 3, H, W) uint8 and (N,) int64. Call loader.batch_sampler.set_epoch(epoch) before each epoch.
 
     batch_size counts the images of all processes together; process shard[0] of shard[1] gets its part of each batch.
-
-    Raises Refused as RandomBatches does; iterating raises UnreadableImage.
     """
     batches = RandomBatches(images.labels, batch_size, seed, images_per_class, shard)
-    return Loader(ImageDataset(images, transform), batch_sampler=batches, **worker_options(workers, pin_memory))
+    return Loader(ImageDataset(images, transform), workers, pin_memory, batch_sampler=batches)
 
 
 def make_eval_loader(
@@ -377,7 +372,7 @@ def make_eval_loader(
     images than processes. len(loader.dataset) is the number of all images.
     """
     mine = range(shard[0], len(images), shard[1])
-    return Loader(ImageDataset(images, transform), batch_size, sampler=mine, **worker_options(workers, pin_memory))
+    return Loader(ImageDataset(images, transform), workers, pin_memory, batch_size=batch_size, sampler=mine)
 
 
 # ---------------------------------------------------------------- what a run was trained on

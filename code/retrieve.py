@@ -86,7 +86,7 @@ def list_images(path: Path, option: str) -> dataset.ImageList:
         raise Refused(f"{option} {path}: there is no such {'image or ' * (option == '--query')}folder")
     found, others = folders.find_images(path)
     if others:
-        print(f"note: {path}: skipped {others:,} × not an image", file=sys.stderr)
+        print(f"note: {path}: skipped {others:,} files that are no images", file=sys.stderr)
     if not found:
         raise Refused(f"{option} {path}: the folder holds no image")
     return own_pictures(path, found)
@@ -110,8 +110,7 @@ def embed(loaded, images, device) -> tuple[torch.Tensor, np.ndarray, dict[int, s
     """Embeddings (n, D) of those of the images that can be decoded, which these are (n,), and why others cannot."""
     args = loaded.args
     marked = MarkedWhereUnreadable(images, dataset.eval_transform(loaded.image_size))
-    options = dataset.worker_options(args.nb_workers, pin_memory=device.type == "cuda")
-    loader = dataset.Loader(marked, args.sz_batch, **options)
+    loader = dataset.Loader(marked, args.nb_workers, device.type == "cuda", batch_size=args.sz_batch)
     done = inference.embed(loaded.network, loader, device, args.amp == "bf16", args.channels_last)
     decoded = done.labels.numpy() >= 0
     files, bad = list(map(images.file, range(len(images)))), np.flatnonzero(~decoded).tolist()
