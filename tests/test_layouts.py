@@ -232,10 +232,7 @@ def test_what_is_an_image_and_what_is_skipped(tree, tmp_path):
     benchmark = load(root)
     names = "0.png 1.png 2.png 3.png a.webp b.BMP c.tiff deeper/still/d.gif deeper.ppm f.JPEG".split()
     assert benchmark.train.paths[:11] == [*("thing_1/" + name for name in names), "thing_2/0.png"]
-    assert benchmark.warnings == (
-        f"{root}: images beside the class folders have no class, not used: 1 (loose.png)",
-        f"{root}: skipped 6 × not an image",
-    )
+    assert benchmark.warnings == (f"{root}: skipped 7 files that are no images, or lie beside the class folders",)
     (victim / "loop").symlink_to(root)
     assert "thing_1/loop/thing_2/0.png (train) and thing_2/0.png (train) are the same file" in refusal(root)
 
@@ -498,16 +495,16 @@ BROKEN = [
     ("Inshop", spoil(INSHOP, " query", " val"), "line 15: expected image_name item_id evaluation_status, found"),
     ("Inshop", spoil(INSHOP, " gallery", " train"), "train and query share 1 classes"),
     ("train+test", shutil.rmtree, "is not there; --data-root names your folder of images or your list"),
-    ("train+test", remove("test"), "it has train; needed are train and test, or train, query and gallery"),
-    ("classes", move("thing_1", "QUERY"), "it has QUERY; needed are train and test, or train, query and gallery (if "),
+    ("train+test", remove("test"), "it has 1 folders (train) and 0 lists (.csv, .tsv, .txt); needed are the"),
+    ("classes", move("thing_1", "QUERY"), "6 folders (QUERY, thing_2, thing_3, …) and 0 lists (.csv, .tsv"),
     ("train+test", lambda home: (home / "test/nothing").mkdir(), "test/nothing: the class folder holds no image"),
     ("train+test", remove(*(f"test/thing_{i}" for i in (4, 5, 6))), "no image in the split 'test'"),
     ("train+test", move("test/thing_4", "test/thing_1"), "train and test share 1 classes, as 'thing_1'"),
     ("csv", spoil("list.csv", "thing_4", "thing_1"), "train and test share 1 classes, as 'thing_1'"),
     ("csv", lambda home: [remove("pictures/0/1.png")(home), os.mkfifo(home / "pictures/0/1.png")],
      "list.csv names 1 images that are not there"),
-    ("csv", write("more.csv"), "it has 1 folders and 2 lists"),
-    ("csv", remove("list.csv"), "pictures, which holds 4 folders?"),
+    ("csv", write("more.csv"), "it has 1 folders (pictures) and 2 lists"),
+    ("csv", remove("list.csv"), "it has 1 folders (pictures) and 0 lists (.csv, .tsv, .txt); needed are"),
     *(("train+test", lambda home, make=make: make(home / "train/thing_1/0.png", home / "test/thing_4/new.png"),
        "train/thing_1/0.png (train) and test/thing_4/new.png (test) are the same file, listed twice; keep one of the")
       for make in (os.link, os.symlink)),

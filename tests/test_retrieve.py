@@ -193,7 +193,7 @@ def test_pictures_that_cannot_be_decoded_are_named_and_left_out(find, gallery, t
         assert outcome.code == 0
         assert "left out of the gallery: 1 that cannot be decoded" in outcome.err
         assert "bad.jpg: cannot be decoded" in outcome.err
-        assert f"note: {gallery}: skipped 1 × not an image" in outcome.err
+        assert f"note: {gallery}: skipped 1 files that are no images" in outcome.err
         assert "b <i>.jpg: cannot be decoded" in outcome.err
         assert [(Path(row["query"]).name, row["rank"]) for row in rows] == [
             ("a.png", "1"),

@@ -35,10 +35,7 @@ def get(name: str) -> Layout:
 
 
 def dataset_name(text: str) -> str:
-    """The documented name of a data set, given in any letter case, with or without hyphens: In-Shop is Inshop.
-
-    Raises Refused with the names that there are.
-    """
+    """The documented name of a data set, given in any letter case, with or without hyphens: In-Shop is Inshop."""
     for name in DATASETS:
         if name.lower() == text.lower().replace("-", ""):
             return name

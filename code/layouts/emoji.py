@@ -58,10 +58,6 @@ def download(root: Path) -> Path:
     target = root / "emoji"
     if target.is_dir():
         return target
-    try:
-        import resvg_py  # noqa: F401  (before the download, as only drawing needs it)
-    except ImportError as error:
-        raise Refused(f"drawing the emoji needs resvg_py: pip install -r requirements.txt ({error})") from error
     packages = [
         Package(f"@iconify-json/{name}@{version}", f"iconify-json-{name}-{version}.tgz", sha256)
         for name, (version, sha256) in SOURCES.items()

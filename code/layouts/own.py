@@ -13,7 +13,7 @@ import csv
 import io
 from pathlib import Path
 
-from folders import class_folders
+from folders import class_folders, shorten
 from refused import Refused
 
 from layouts.reading import Layout, Listing, bad_line, read_class_folders, read_text
@@ -21,6 +21,7 @@ from layouts.reading import Layout, Listing, bad_line, read_class_folders, read_
 SPLIT_NAMES = ("train", "test", "query", "gallery")
 # Which of them belong together; without train they can be scored, but not trained on.
 SPLITS = (("train", "query", "gallery"), ("train", "test"), ("query", "gallery"), ("test",))
+NEEDED = "train and test, or train, query and gallery"
 # Of open-metric-learning's lists: the split of a row of `validation` by (is_query, is_gallery), and bounding boxes
 VALIDATION = {(True, True): "test", (True, False): "query", (False, True): "gallery"}
 TRUTH = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
@@ -37,33 +38,19 @@ def read(root: Path) -> Listing:
     if len(folders) < 2 and len(lists) == 1:  # a single folder holds what the list names
         return read_list(lists[0])
     notes = [f"{path} is not read, the folders next to it are; --data-root {path} reads it" for path in lists]
-    parts = split_folders(root, folders)
-    if parts:
-        notes += [f"{root / name} is not used" for name in folders if name not in parts.values()]
-        splits = {split: read_class_folders(root, name, notes) for split, name in parts.items()}
-        return Listing(root, splits, notes=notes, own=True)
-    if len(folders) < 2:
-        inner = class_folders(root / folders[0]) if folders else []
-        advice = f"; is it --data-root {root / folders[0]}, which holds {len(inner)} folders?" if len(inner) > 1 else ""
-        raise Refused(
-            f"{root}: it has {len(folders)} folders and {len(lists)} lists (.csv, .tsv, .txt); needed are the folders "
-            f"train and test, or train, query and gallery, or one per class, or one list{advice}"
-        )
-    return Listing(root, {"all": read_class_folders(root, "", notes)}, notes=notes, own=True)
-
-
-def split_folders(root: Path, folders: list[str]) -> dict[str, str]:
-    """{split: folder}, empty if no folder is named like a split."""
     found = {name.lower(): name for name in folders if name.lower() in SPLIT_NAMES}
     for parts in SPLITS:
         if set(parts) <= set(found):
-            return {part: found[part] for part in parts}
-    if found:
+            used = [found[split] for split in parts]
+            notes += [f"{root / name} is not used" for name in folders if name not in used]
+            splits = {split: read_class_folders(root, found[split], notes) for split in parts}
+            return Listing(root, splits, notes=notes, own=True)
+    if found or len(folders) < 2:
         raise Refused(
-            f"{root}: it has {', '.join(found.values())}; needed are train and test, or train, query and gallery (if "
-            "one of these is a class, rename it)"
+            f"{root}: it has {len(folders)} folders ({shorten(folders)}) and {len(lists)} lists (.csv, .tsv, .txt); "
+            f"needed are the folders {NEEDED}, or one per class (under other names than these), or one list"
         )
-    return {}
+    return Listing(root, {"all": read_class_folders(root, "", notes)}, notes=notes, own=True)
 
 
 # ---------------------------------------------------------------- lists
@@ -143,8 +130,8 @@ def read_list(list_file: Path) -> Listing:
         if set(splits) == set(parts):
             return Listing(list_file.parent, {part: splits[part] for part in parts}, str(list_file), own=True)
     raise Refused(
-        f"{list_file}: the splits in it are {', '.join(splits) or 'none'}; needed are train and test, or train, query "
-        "and gallery (rows of validation are what their is_query and is_gallery say: test if both, else one of them)"
+        f"{list_file}: the splits in it are {', '.join(splits) or 'none'}; needed are {NEEDED} "
+        "(rows of validation are what their is_query and is_gallery say: test if both, else one of them)"
     )
 
 

@@ -101,13 +101,9 @@ def read_rows(list_file: Path, pattern: str, columns: str, header: int = 0) -> I
 
 def read_class_folders(root: Path, inside: str, notes: list[str]) -> list[tuple[str, str]]:
     """The images of root/inside/<class>/ with the folder's name as the class id (inside may be '')."""
-    top, pairs, skipped, nested = root / inside, [], 0, []
+    top, pairs, nested = root / inside, [], []
     entries = scan(top)
-    loose = [entry.name for entry in entries if is_image(entry)]
-    if loose:
-        notes.append(
-            f"{top}: images beside the class folders have no class, not used: {len(loose):,} ({shorten(loose)})"
-        )
+    skipped = sum(map(is_image, entries))
     for name in (entry.name for entry in entries if entry.is_dir()):
         found, others = find_images(top / name)
         if not found:
@@ -121,7 +117,7 @@ def read_class_folders(root: Path, inside: str, notes: list[str]) -> list[tuple[
                 f"taken as one class; if each of these is a class, move them into {top}"
             )
     if skipped:
-        notes.append(f"{top}: skipped {skipped:,} × not an image")
+        notes.append(f"{top}: skipped {skipped:,} files that are no images, or lie beside the class folders")
     notes += nested[:1]
     return pairs
 
