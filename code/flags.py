@@ -133,7 +133,9 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     # torch puts the whole traceback of a loader's worker process before what it says
-    text = str(error).rpartition("\nrefused.Refused: ")[2]
+    text = str(error)
+    for kind in ("refused.Refused", "decoding.UnreadableImage"):
+        text = text.rpartition(f"\n{kind}: ")[2]
     return " ".join(text.split()) or type(error).__name__
 
 
