@@ -128,7 +128,9 @@ class EmbeddingNet(nn.Module):
 
     def synchronise_batchnorm(self) -> None:
         """Makes BatchNorm compute its statistics over the batches of all processes; torch has that on GPUs only."""
-        self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        from timm.layers import convert_sync_batchnorm  # torch's would drop the activations in timm's own BatchNorm
+
+        self.model = convert_sync_batchnorm(self.model)
 
     def _batchnorms(self) -> list[nn.Module]:
         return [module for module in self.model.modules() if isinstance(module, nn.BatchNorm2d)]

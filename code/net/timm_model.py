@@ -1,7 +1,4 @@
-"""Any image model of timm (https://github.com/huggingface/pytorch-image-models) as --model timm:NAME.
-
-timm is optional: it is imported only when a model of it is asked for.
-"""
+"""Any image model of timm (https://github.com/huggingface/pytorch-image-models) as --model timm:NAME."""
 
 import torch
 from refused import Refused
@@ -56,22 +53,14 @@ class TimmModel(EmbeddingNet):
         """Maps (N, C, h, w) or tokens → (N, C)."""
         return super().pool(maps) if self.gives_maps else self.model.forward_head(maps, pre_logits=True)
 
-    def synchronise_batchnorm(self) -> None:
-        """As for every network, by timm's own means: its BatchNorm may hold the activation, which torch would drop."""
-        from timm.layers import convert_sync_batchnorm
-
-        self.model = convert_sync_batchnorm(self.model)
-
 
 def create_model(name: str, pretrained: bool) -> torch.nn.Module:
     """timm's model `name` (without 'timm:'), without classifier."""
     try:
-        import timm
-    except ImportError as error:
-        raise Refused(f"--model timm:{name} needs timm: pip install timm ({error})") from error
-    try:
+        import timm  # takes a second
+
         return timm.create_model(name, pretrained=pretrained, num_classes=0)
     except Exception as error:  # timm passes on whatever its downloader raises, of many libraries
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         way_out = "give --weights FILE or --weights none" if pretrained else "timm.list_models() has the names"
-        raise Refused(f"--model timm:{name}: timm {timm.__version__} cannot make it ({reason}); {way_out}") from error
+        raise Refused(f"--model timm:{name}: timm cannot make it ({reason}); {way_out}") from error
