@@ -1,6 +1,5 @@
 """Several processes compute what one does: losses, parameters, figures; and end together when one of them is lost."""
 
-import contextlib
 import functools
 import json
 import os
@@ -146,9 +145,9 @@ def test_torchrun_gives_the_same_figures_and_writes_once(cub, alone, tmp_path, c
 # Ends and mistakes ----------------------------------------------------------------------------------------------------
 
 
-def start_long_run(cub, tmp_path, until="epoch 2/500"):
+def start_long_run(cub, tmp_path):
     processes = apart.group(2, apart.run_undrawn, "train.py", *words(cub, tmp_path, "--epochs", 500))
-    processes[0].wait_for(until)
+    processes[0].wait_for("epoch 2/500")
     return processes
 
 
@@ -200,24 +199,6 @@ def test_a_signal_that_another_process_had_first_is_no_second_one(monkeypatch):
     stop._note(signal.SIGINT, None)
 
 
-def test_labels_and_stop_signals_are_one_message(monkeypatch):
-    messages, all_gather = [], distributed.all_gather
-    monkeypatch.setattr(distributed, "all_gather", lambda *what: messages.append(what) or all_gather(*what))
-    monkeypatch.setattr(distributed.signal, "signal", lambda *_: None)
-    stop = distributed.StopSignals()
-    distributed.dist.init_process_group("gloo", store=distributed.dist.HashStore(), rank=0, world_size=1)
-    try:
-        for number in (0, signal.SIGTERM):
-            stop.number = number
-            labels = distributed.gather_batch(torch.zeros(2, 3), torch.tensor([4, 5]), stop)[1]
-            assert labels.tolist() == [4, 5]
-            with pytest.raises(distributed.Interrupted) if number else contextlib.nullcontext():
-                stop.check()
-        assert len(messages) == 4  # for each batch the labels and the embeddings
-    finally:
-        distributed.dist.destroy_process_group()
-
-
 UNDECODABLE = "CUB_200_2011/images/005.Bird_5/Bird_5_0002.jpg"  # the last of three processes decodes it
 MISTAKES = [
     (["--lr", "fast"], "argument --lr: must be a number"),  # before the processes have met
@@ -247,18 +228,12 @@ def test_more_processes_than_gpus_are_refused_by_all_of_them(monkeypatch):
         distributed.start(0)
 
 
-@pytest.mark.parametrize(
-    "name, environment, match",
-    [
-        ("train.py", {"WORLD_SIZE": "2"}, "WORLD_SIZE is set, but RANK is not, or no number: start several"),
-        ("evaluate.py", {"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE is set, but LOCAL_RANK is not"),
-        ("train.py", {"WORLD_SIZE": "2", "RANK": "many"}, "WORLD_SIZE is set, but RANK is not, or no number"),
-    ],
-)
-def test_an_environment_that_is_not_torchruns_is_one_line(refused, cub, monkeypatch, name, environment, match):
-    for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
-        monkeypatch.delenv(variable, raising=False)
-    for variable, value in environment.items():
-        monkeypatch.setenv(variable, value)
+@pytest.mark.parametrize("name, rank, lacking", [("train.py", None, "RANK"), ("train.py", "many", "RANK"),
+                                                 ("evaluate.py", "0", "LOCAL_RANK")])  # fmt: skip
+def test_an_environment_that_is_not_torchruns_is_one_line(refused, cub, monkeypatch, name, rank, lacking):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank) if rank else monkeypatch.delenv("RANK", raising=False)
     more = TINY if name == "train.py" else ["--model-path", cub]
+    match = f"WORLD_SIZE is set, but {lacking} is not, or no number: start several processes with torchrun"
     refused(name, "--dataset", "cub", "--data-root", cub, *more, match=match)

@@ -71,18 +71,18 @@ def test_given_names_exactly_what_was_typed(tmp_path):
     assert given == {"tau", "alpha", "remark"}
 
 
-@pytest.mark.parametrize("recipe", [path.name for path in sorted((ROOT / "code" / "recipes").glob("*.args"))])
-def test_every_recipe_parses_from_any_folder(recipe, tmp_path, monkeypatch):
+def test_every_recipe_parses_from_any_folder(tmp_path, monkeypatch):
+    """Tuned ones change nothing but the loss."""
     monkeypatch.chdir(tmp_path)
-    flags.train_parser().parse([f"@recipes/{recipe}"])
-
-
-@pytest.mark.parametrize("name", [f"{name}{kind}" for name in ("cub", "cars", "sop") for kind in ("", "_bn_inception")])
-def test_tuned_recipes_change_nothing_but_the_loss(name):
-    parser = flags.train_parser()
-    published, tuned = (parsed(parser, [f"@recipes/{name}{kind}.args"]) for kind in ("", "_tuned"))
-    assert {flag for flag in published if published[flag] != tuned[flag]} <= {"tau", "alpha", "ls"}
-    assert published != tuned
+    parser, tuned = flags.train_parser(), []
+    for path in (ROOT / "code" / "recipes").glob("*.args"):
+        found = parsed(parser, [f"@recipes/{path.name}"])
+        if path.stem.endswith("_tuned"):
+            published = parsed(parser, [f"@recipes/{path.stem.removesuffix('_tuned')}.args"])
+            assert {flag for flag in found if found[flag] != published[flag]} <= {"tau", "alpha", "ls"}
+            assert found != published
+            tuned.append(path.stem)
+    assert len(tuned) == 6
 
 
 def test_stored_flags_come_back_through_the_parser():
