@@ -1,30 +1,22 @@
 """Weights from wherever they come: one reader for evaluate.py, retrieve.py and --weights, which runs nothing."""
 
 import argparse
-import json
 import os
-import shutil
 
 import checkpoint
 import net
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import BEST, MODEL
+from conftest import MODEL
 from refused import Refused
 
 NETWORK = ["--model", MODEL, "--embedding-size", 16, "--image-size", 32]
 
 
 @pytest.fixture(scope="module")
-def best(trained):
-    return trained[1] / f"folder_{BEST}.pth"
-
-
-@pytest.fixture(scope="module")
-def state(best):
-    return torch.load(best, weights_only=True)["model_state_dict"]
+def state():
+    return net.build(MODEL, 16, "none").state_dict()
 
 
 def renamed(state, old, new):
@@ -60,24 +52,6 @@ def test_every_form_is_read_as_the_network_that_it_holds(state, tmp_path, name):
     path = save(FORMS[name](state), tmp_path / name)
     for found in (checkpoint.network_state(checkpoint.load(path), path), net.build(MODEL, 16, path).state_dict()):
         assert found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state)
-
-
-def test_scripts_read_them_too_with_the_same_results_to_the_bit(call, trained, best, state, tmp_path):
-    gallery = shutil.copytree(trained[0] / "class 7", tmp_path / "gallery")
-    bare = save(FORMS["backbone.safetensors"](state), tmp_path / "bare.safetensors")
-    common = ["--workers", 0, "--gpu-id", -1]
-    found = []
-    for words in (["--model-path", best], ["--model-path", bare, *NETWORK]):
-        data = ["--dataset", "folder", "--data-root", trained[0], "--metrics", "all", "--json", tmp_path / "a.json"]
-        assert call("evaluate.py", *words, *data, "--save-embeddings", tmp_path / "e.npz", *common).code == 0
-        search = ["--gallery", gallery, "--query", trained[0] / "class 6", "--output", tmp_path / "out"]
-        searched = call("retrieve.py", *words, *search, *common)
-        found.append((
-            json.loads((tmp_path / "a.json").read_text())["figures"],
-            np.load(tmp_path / "e.npz")["embeddings"].tobytes(),
-            (tmp_path / "out" / "neighbours.csv").read_bytes(),
-        ))  # fmt: skip
-    assert found[0] == found[1] and "6 images, 6 of them from" in searched.out
 
 
 class Runs:

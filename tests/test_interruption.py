@@ -3,6 +3,7 @@
 The series of random kills is short. HIST_KILLS=200 python -m pytest tests/test_interruption.py -k random makes it long.
 """
 
+import contextlib
 import os
 import random
 import re
@@ -19,6 +20,7 @@ import run
 import torch
 import train
 from conftest import BEST, options
+from refused import Refused
 
 # What differs between two runs of the same bits: times, the commit if somebody commits in between, and the run's name.
 STAMPS = {"seconds", "images_per_s", "data_time", "commit"}
@@ -254,20 +256,14 @@ def test_run_numbers_sort_as_numbers_and_two_processes_at_once_get_two_folders(t
     assert run.newest_run_folder(tmp_path) == Path(tmp_path / "run_10")
 
 
-def test_damaged_checkpoints_are_refused_in_one_line(tmp_path):
-    path, chance = tmp_path / "damaged.pth", random.Random(0)
+@pytest.mark.parametrize("number", range(60))
+def test_damaged_checkpoints_are_refused_in_one_line(tmp_path, number):
+    path, chance = tmp_path / "damaged.pth", random.Random(number)
     checkpoint.save({"model_state_dict": {"model.fc.weight": torch.arange(6.0)}, "flags": {"lr": 0.1}}, path)
-    whole = path.read_bytes()
-    for number in range(60):
-        content = bytearray(whole)
-        if cut := number % 2:
-            del content[chance.randrange(len(content)) :]
-        for _ in range(0 if cut else chance.randint(1, 20)):
-            content[chance.randrange(len(content))] ^= chance.randint(1, 255)
-        path.write_bytes(content)
-        try:
-            checkpoint.network_state(checkpoint.load(path), path)
-        except ValueError as error:
-            assert str(path) in str(error) and "\n" not in str(error)
-        else:
-            assert not cut  # a flipped bit in a tensor's padding or in slack of the archive can go unnoticed
+    content, cut = bytearray(path.read_bytes()), number % 2
+    for _ in range(chance.randint(1, 20)):
+        content[chance.randrange(len(content))] ^= chance.randint(1, 255)
+    path.write_bytes(content[: chance.randrange(len(content))] if cut else content)
+    # a flipped bit in a tensor's padding or in slack of the archive can go unnoticed
+    with pytest.raises(Refused, match=rf"^{path}: .*\Z") if cut else contextlib.suppress(Refused):
+        checkpoint.network_state(checkpoint.load(path), path)
