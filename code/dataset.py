@@ -235,8 +235,6 @@ class RandomBatches(Sampler):
 
     The seed next to each index determines its augmentation. So batches and augmentations are the same for any number
     of workers, whatever else draws random numbers, and after a resume. Call set_epoch before each epoch.
-
-    Raises Refused when the sizes do not fit.
     """
 
     def __init__(self, labels: np.ndarray, batch_size: int, seed: int, images_per_class: int = 0, shard=(0, 1)):
@@ -368,8 +366,7 @@ def make_eval_loader(
 ) -> DataLoader:
     """All images in order, none dropped.
 
-    Process shard[0] of shard[1] gets every shard[1]-th image, starting with image shard[0]; none if there are fewer
-    images than processes. len(loader.dataset) is the number of all images.
+    Process shard[0] of shard[1] gets every shard[1]-th image, starting with image shard[0].
     """
     mine = range(shard[0], len(images), shard[1])
     return Loader(ImageDataset(images, transform), workers, pin_memory, batch_size=batch_size, sampler=mine)
@@ -417,11 +414,9 @@ def changes(then: dict, now: dict) -> str:
         return ""
     old, new = (dict(zip(part["classes"], part["class_digests"], strict=True)) for part in (then, now))
     kinds = {
-        "removed": [name for name in old if name not in new],
-        "added": [name for name in new if name not in old],
-        "with images added, removed or replaced": [name for name in old if name in new and old[name] != new[name]],
+        "removed": [repr(name) for name in old if name not in new],
+        "added": [repr(name) for name in new if name not in old],
+        "with images added, removed or replaced": [repr(name) for name in old if old[name] != new.get(name, old[name])],
     }
-    found = [
-        f"classes {how}: {len(names):,} ({shorten(list(map(repr, names)))})" for how, names in kinds.items() if names
-    ]
+    found = [f"classes {how}: {len(names):,} ({shorten(names)})" for how, names in kinds.items() if names]
     return "; ".join(found) or "the same classes and images come in another order"

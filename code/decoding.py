@@ -23,8 +23,6 @@ def decode(image: Image.Image, own: bool = False) -> Image.Image:
     own pictures come out as a viewer shows them: turned as their EXIF data says, and on white where they are
     transparent. The published benchmarks were scored without either, so by default EXIF data is ignored and the colours
     under transparent pixels show.
-
-    Raises what Pillow raises; Refused for a float image without a finite value.
     """
     image.load()
     if own:

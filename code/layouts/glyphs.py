@@ -95,11 +95,10 @@ def draw_image(letter: str, size: int, random: np.random.RandomState) -> Image.I
 
 
 def ensure_glyphs(root: Path, num_classes=200, images_per_class=20, size=64, seed=0) -> Path:
-    """Draws the set under root unless it is there, and returns its folder.
+    """Draws the set under root unless it is there, and returns its folder. The same parameters give the same bytes.
 
     The default set lies in root/glyphs, any other in a folder named after its parameters, such as
     root/glyphs_400x20_64. The layout is that of CUB-200-2011: images/NNN.NAME/*.png, where NNN is the class id.
-    The same parameters give the same bytes.
     """
     name = "glyphs"
     if (num_classes, images_per_class, size, seed) != (200, 20, 64, 0):
