@@ -97,14 +97,11 @@ def load_benchmark(
     fails is as if it had not been listed, and a class of nothing else, too.
     """
     listing = layouts.read_splits(name, data_root, train_classes, share_given)
-    if listing.source and (missing := layouts.missing_files(listing)):
-        raise Refused(
-            f"{listing.source} names {len(missing):,} images that are not there, the first is "
-            f"{listing.root / missing[0]}; `python code/prepare.py check {name}` names more"
-        )
-    test = [split for split in listing.splits if split != "train"]
-    unreadable = drop_unreadable(listing, listing.splits if training else test, workers) if skip_bad else []
     found = layouts.examine(name, listing, training)
+    test, unreadable = [split for split in listing.splits if split != "train"], []
+    if skip_bad and not found.obstacles:
+        unreadable = drop_unreadable(listing, listing.splits if training else test, workers)
+        found = layouts.examine(name, listing, training)
     if found.obstacles:
         dropped = f"; {len(unreadable):,} images were left out, the first: {unreadable[0]}" if unreadable else ""
         raise Refused(found.obstacles[0] + dropped)

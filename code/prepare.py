@@ -21,7 +21,7 @@ import dataset
 import layouts
 import numpy as np
 from flags import DATA, Parser, dataset_name, one_line, real, run_script
-from folders import shorten, written_whole
+from folders import written_whole
 from refused import Refused
 from torchvision.datasets.utils import calculate_md5
 from tqdm import tqdm
@@ -51,8 +51,6 @@ def check(name: str, data_root: Path, decode: bool = False, train_classes: float
     for note in found.notes:
         print(f"note: {note}")
     problems = found.doubts + found.obstacles
-    if missing := layouts.missing_files(listing):
-        problems.append(f"{listing.root}: {len(missing):,} listed files are not there: {shorten(missing)}")
     if decode:
         problems += dataset.drop_unreadable(listing, listing.splits, dataset.available_cores())
     for problem in problems:

@@ -91,7 +91,7 @@ CASES = [
     ("train.py", CUB + " --log-dir {root}/text.pth", None, r"text\.pth"),
     ("train.py", "--dataset folder", None, r"--dataset folder needs --data-root"),
     ("train.py", "--dataset folder --data-root {root}/nowhere", None, r"nowhere"),
-    ("train.py", SOP, add_a_lost_image, r"names 1 images that are not there, the first is .*gone\.JPG"),
+    ("train.py", SOP, add_a_lost_image, r"names 1 images that are not in .*: .*gone\.JPG"),
     ("evaluate.py", CUB, None, r"--model-path is needed"),
     ("evaluate.py", CUB + " --model-path {root}/nowhere.pth", None, r"nowhere\.pth: there is no such checkpoint"),
     ("evaluate.py", CUB + " --model-path {root}/own", None, r"cub_resnet50_best\.pth: there is no such checkpoint"),

@@ -46,7 +46,7 @@ def test_check_finds_all_that_is_off_at_once(tmp_path, monkeypatch, call):
     status, out, _ = call("prepare.py", "check", "SOP", "--data-root", tmp_path, "--decode")
     assert status == 1 and "counts differ" in out and "share 1 classes" in out
     assert out.count("problem: ") == 2 + 1 + 8  # counts, classes; missing files; eight not decoded
-    assert "7 listed files are not there: cabinet_final/111000000004_0.JPG, " in out
+    assert f"names 7 images that are not in {home}: cabinet_final/111000000004_0.JPG, " in out
     assert "111000000001_5.JPG: cannot be decoded (cannot identify image file" in out
 
 

@@ -13,6 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from folders import shorten
 from refused import Refused
 
 from layouts.reading import Layout, Listing
@@ -108,17 +109,17 @@ def count(pairs: list[tuple[str, int | str]]) -> tuple[int, int]:
     return len(pairs), len({class_id for _, class_id in pairs})
 
 
-def missing_files(listing: Listing) -> list[str]:
-    """Listed paths that are not files."""
-    listed = (path for pairs in listing.splits.values() for path, _ in pairs)
-    return [path for path in listed if not os.path.isfile(os.path.join(listing.root, path))]
-
-
 def examine(name: str, listing: Listing, training: bool = True) -> Findings:
-    """What is odd about a data set, to train on or else only to score; missing_files looks whether its files exist."""
+    """What is odd about a data set, to train on or else only to score."""
     where, splits = listing.where, listing.splits
     classes = {split: {class_id for _, class_id in pairs} for split, pairs in splits.items()}
     found = Findings(listing.notes + similar_names(where, classes), compare_counts(name, listing), [])
+    listed = (path for pairs in splits.values() for path, _ in pairs if listing.source)
+    missing = [path for path in listed if not os.path.isfile(os.path.join(listing.root, path))]
+    if missing:
+        found.obstacles.append(
+            f"{where} names {len(missing):,} images that are not in {listing.root}: {shorten(missing)}"
+        )
     if training and "train" not in splits:
         found.obstacles.append(
             f"{where}: there is no split 'train', so it can be scored (evaluate.py) but not trained on; "
@@ -187,7 +188,7 @@ def repeated_files(listing: Listing) -> list[str]:
         for path, _ in pairs:
             key = posixpath.normpath(path)
             if listing.own:
-                with contextlib.suppress(OSError):  # missing_files names what is not there
+                with contextlib.suppress(OSError):  # it is not there, and named as missing
                     stat = os.stat(os.path.join(listing.root, path))
                     key = (stat.st_dev, stat.st_ino) if stat.st_ino else key  # some network drives give no numbers
             if key in seen:
