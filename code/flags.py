@@ -180,8 +180,8 @@ def run_script(main) -> None:
 
 
 def dataset_name(name: str) -> str:
-    """The documented name of a data set, whatever the case it is given in; any other name as it is, to be refused."""
-    return {known.lower(): known for known in layouts.DATASETS}.get(name.lower(), name)
+    """The documented name of a data set, in any letter case and with hyphens; any other as it is, to be refused."""
+    return {known.lower(): known for known in layouts.DATASETS}.get(name.lower().replace("-", ""), name)
 
 
 def binary(text: str) -> int:

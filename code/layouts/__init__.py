@@ -32,15 +32,7 @@ DATASETS = tuple(MODULES)
 
 def get(name: str) -> Layout:
     """What is known about a data set."""
-    return importlib.import_module(f"layouts.{MODULES[dataset_name(name)]}").LAYOUT
-
-
-def dataset_name(text: str) -> str:
-    """The documented name of a data set, given in any letter case, with or without hyphens: In-Shop is Inshop."""
-    for name in DATASETS:
-        if name.lower() == text.lower().replace("-", ""):
-            return name
-    raise Refused(f"{text!r} is not a dataset; choose from {', '.join(DATASETS)}")
+    return importlib.import_module(f"layouts.{MODULES[name]}").LAYOUT
 
 
 # ---------------------------------------------------------------- a listing and its splits
