@@ -1,9 +1,8 @@
 """Losses to compare HIST with, from pytorch-metric-learning, under the very same conditions: train.py --loss NAME.
 
-Each function below makes one, which is called like HISTLoss. The arguments after the sizes are what --loss-args can
-set; their defaults are those of the paper that the function names, or of the library where it says so. Losses with
-parameters (proxies, centres, class weights) train them at --lr-ds. The others compare images of a batch with each other
-and need several of each class in it (--IPC).
+The arguments after the sizes in LOSSES are what --loss-args can set; their defaults are those of the paper, or of the
+library where it says so. Losses with parameters (proxies, centres, class weights) train them at --lr-ds. The others
+compare images of a batch with each other and need several of each class in it (--IPC).
 """
 
 import inspect
@@ -33,46 +32,35 @@ class LibraryLoss(nn.Module):
             return self.loss(embeddings, labels, self.miner(embeddings, labels))
 
 
-def proxy_anchor(num_classes, embedding_size, margin=0.1, alpha=32.0):
-    """Kim et al., Proxy Anchor Loss for Deep Metric Learning, CVPR 2020."""
-    return LibraryLoss(losses.ProxyAnchorLoss(num_classes, embedding_size, margin, alpha))
+SQUARED = distances.LpDistance(power=2)  # of unit vectors
 
-
-def proxy_nca(num_classes, embedding_size, softmax_scale=9.0):
-    """Teh et al., ProxyNCA++, ECCV 2020: squared distances of unit vectors at temperature 1/9, all proxies below."""
-    return LibraryLoss(losses.ProxyNCALoss(num_classes, embedding_size, softmax_scale=softmax_scale))
-
-
-def softtriple(num_classes, embedding_size, centers_per_class=10, la=20.0, gamma=0.1, margin=0.01):
-    """Qian et al., SoftTriple Loss, ICCV 2019, without its optional pull between the centres of a class."""
-    return LibraryLoss(losses.SoftTripleLoss(num_classes, embedding_size, centers_per_class, la, gamma, margin))
-
-
-def arcface(num_classes, embedding_size, margin=28.6, scale=64.0):
-    """Deng et al., ArcFace, CVPR 2019; margin in degrees, the paper's 0.5 radians."""
-    return LibraryLoss(losses.ArcFaceLoss(num_classes, embedding_size, margin, scale))
-
-
-def normalized_softmax(num_classes, embedding_size, temperature=0.05):
-    """Zhai and Wu, Classification is a Strong Baseline for Deep Metric Learning, BMVC 2019."""
-    return LibraryLoss(losses.NormalizedSoftmaxLoss(num_classes, embedding_size, temperature))
-
-
-def multi_similarity(num_classes, embedding_size, alpha=2.0, beta=50.0, base=0.5, epsilon=0.1):
-    """Wang et al., Multi-Similarity Loss, CVPR 2019, with its miner (epsilon); base is that of the library."""
-    return LibraryLoss(losses.MultiSimilarityLoss(alpha, beta, base), miners.MultiSimilarityMiner(epsilon))
-
-
-def triplet(num_classes, embedding_size, margin=0.2):
-    """Schroff et al., FaceNet, CVPR 2015: squared distances of unit vectors, semi-hard triplets."""
-    squared = distances.LpDistance(power=2)
-    miner = miners.TripletMarginMiner(margin, type_of_triplets="semihard", distance=squared)
-    return LibraryLoss(losses.TripletMarginLoss(margin, distance=squared), miner)
-
-
-def contrastive(num_classes, embedding_size, pos_margin=0.0, neg_margin=1.0):
-    """Hadsell et al., CVPR 2006, on unit vectors, distances not squared, as in the library."""
-    return LibraryLoss(losses.ContrastiveLoss(pos_margin, neg_margin))
+# For C classes and embeddings of size D a loss, or a loss and its miner
+LOSSES = {
+    # Kim et al., Proxy Anchor Loss for Deep Metric Learning, CVPR 2020
+    "proxy_anchor": lambda C, D, margin=0.1, alpha=32.0: [losses.ProxyAnchorLoss(C, D, margin, alpha)],
+    # Teh et al., ProxyNCA++, ECCV 2020: squared distances of unit vectors at temperature 1/9, all proxies below
+    "proxy_nca": lambda C, D, softmax_scale=9.0: [losses.ProxyNCALoss(C, D, softmax_scale=softmax_scale)],
+    # Qian et al., SoftTriple Loss, ICCV 2019, without its optional pull between the centres of a class
+    "softtriple": lambda C, D, centers_per_class=10, la=20.0, gamma=0.1, margin=0.01: [
+        losses.SoftTripleLoss(C, D, centers_per_class, la, gamma, margin)
+    ],
+    # Deng et al., ArcFace, CVPR 2019; margin in degrees, the paper's 0.5 radians
+    "arcface": lambda C, D, margin=28.6, scale=64.0: [losses.ArcFaceLoss(C, D, margin, scale)],
+    # Zhai and Wu, Classification is a Strong Baseline for Deep Metric Learning, BMVC 2019
+    "normalized_softmax": lambda C, D, temperature=0.05: [losses.NormalizedSoftmaxLoss(C, D, temperature)],
+    # Wang et al., Multi-Similarity Loss, CVPR 2019, with its miner (epsilon); base is that of the library
+    "multi_similarity": lambda C, D, alpha=2.0, beta=50.0, base=0.5, epsilon=0.1: [
+        losses.MultiSimilarityLoss(alpha, beta, base),
+        miners.MultiSimilarityMiner(epsilon),
+    ],
+    # Schroff et al., FaceNet, CVPR 2015: squared distances of unit vectors, semi-hard triplets
+    "triplet": lambda C, D, margin=0.2: [
+        losses.TripletMarginLoss(margin, distance=SQUARED),
+        miners.TripletMarginMiner(margin, type_of_triplets="semihard", distance=SQUARED),
+    ],
+    # Hadsell et al., CVPR 2006, on unit vectors, distances not squared, as in the library
+    "contrastive": lambda C, D, pos_margin=0.0, neg_margin=1.0: [losses.ContrastiveLoss(pos_margin, neg_margin)],
+}
 
 
 def build(name: str, num_classes: int, embedding_size: int, settings: str = "") -> LibraryLoss:
@@ -80,7 +68,7 @@ def build(name: str, num_classes: int, embedding_size: int, settings: str = "") 
 
     Raises Refused: a setting that the loss does not have, that is no number, or that it cannot work with.
     """
-    make = globals()[name]
+    make = LOSSES[name]
     known = {p.name: p.default for p in inspect.signature(make).parameters.values() if p.default is not p.empty}
     given = {}
     for setting in filter(None, settings.split(",")):
@@ -94,4 +82,4 @@ def build(name: str, num_classes: int, embedding_size: int, settings: str = "") 
             raise Refused(f"--loss-args: {key} of {name} must be {kind}, got {value!r}") from None
         if not (0 < given[key] < math.inf or (given[key] == 0 and "margin" in key)):
             raise Refused(f"--loss-args: {key} of {name} must be finite and above 0, got {value}")
-    return make(num_classes, embedding_size, **given)
+    return LibraryLoss(*make(num_classes, embedding_size, **given))
