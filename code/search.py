@@ -129,8 +129,9 @@ def _search_group(S: Similarities, first: Tensor, R: Tensor, with_rivals: bool) 
     for queries, candidates, block in S.walk(pairs):
         if S.mixed(queries, candidates):
             block.masked_fill_(S.same_class(queries, candidates), -INF)
-        counts[0, queries] += _count(torch.gt, block, best[queries])
-        counts[1, queries] += _count(torch.ge, block, best[queries])
+        for n, compare in enumerate((torch.gt, torch.ge)):
+            # The results are written as floats: a sum of floats is many times faster than one of booleans.
+            counts[n, queries] += compare(block, best[queries, None], out=torch.empty_like(block)).sum(dim=1).long()
         if with_rivals:
             _keep_closest(rivals[queries], block)
     distributed.all_reduce(counts, "sum")
@@ -159,14 +160,6 @@ def _positives(S: Similarities, mixed: list, first: Tensor, R: Tensor) -> Tensor
         positives[queries] = torch.where(wanted, similarities, positives[queries])
     distributed.all_reduce(positives, "max")
     return positives
-
-
-def _count(comparison, block: Tensor, best: Tensor) -> Tensor:
-    """How many entries of each row (r, c) pass the comparison with its best (r,).
-
-    The results are written as floats: a sum of floats is many times faster than one of booleans.
-    """
-    return comparison(block, best[:, None], out=torch.empty_like(block)).sum(dim=1).long()
 
 
 def _start_of_rivals(positives: Tensor, R: Tensor) -> Tensor:
