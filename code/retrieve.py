@@ -63,19 +63,20 @@ def main():
     # Embeddings
     vectors, rows, bad = embed(loaded, queries, device)
     if not len(rows):
-        raise Refused(f"--query: none of {len(queries):,} images can be decoded: {bad[0]}")
+        raise Refused(f"--query: none of {len(queries):,} images can be decoded: {next(iter(bad.values()))}")
     gallery_vectors, gallery_rows = embed_gallery(loaded, galleries, device)
 
     # Search. A query does not find its own file, whatever links in the gallery lead to it.
-    own = [os.path.realpath(queries.file(row)) for row in rows]
-    others = [os.path.realpath(galleries.file(row)) for row in gallery_rows]
-    k, memory = args.top_k + max(Counter(others).values()), args.search_memory
+    files = [galleries.file(row) for row in gallery_rows]
+    real = [os.path.realpath(file) for file in files]
+    k, memory = args.top_k + max(Counter(real).values()), args.search_memory
     found, similarities = metrics.nearest(vectors, gallery_vectors, k, None, memory, device, progress=True)
-    neighbours = {row: [] for row in range(len(queries))}  # query -> [(image of the gallery, cosine similarity), …]
-    for row, file, places, values in zip(rows.tolist(), own, found.tolist(), similarities.tolist(), strict=True):
-        pairs = [(int(gallery_rows[i]), value) for i, value in zip(places, values, strict=True) if others[i] != file]
-        neighbours[row] = pairs[: args.top_k]
-    write(args, queries, galleries, neighbours, bad, len(gallery_rows))
+    neighbours = {queries.file(row): [] for row in range(len(queries))}  # file -> [(nearest file, similarity), …]
+    for row, places, values in zip(rows, found.tolist(), similarities.tolist(), strict=True):
+        own = os.path.realpath(queries.file(row))
+        pairs = [(files[i], value) for i, value in zip(places, values, strict=True) if real[i] != own]
+        neighbours[queries.file(row)] = pairs[: args.top_k]
+    write(args, neighbours, bad, len(files))
 
 
 def list_images(path: Path, option: str) -> dataset.ImageList:
@@ -106,15 +107,16 @@ class MarkedWhereUnreadable(dataset.ImageDataset):
             return self.transform(Image.new("RGB", (9, 9))), -1
 
 
-def embed(loaded, images, device) -> tuple[torch.Tensor, np.ndarray, dict[int, str]]:
-    """Embeddings (n, D) of those of the images that can be decoded, which these are (n,), and why others cannot."""
+def embed(loaded, images, device) -> tuple[torch.Tensor, np.ndarray, dict[str, str]]:
+    """Embeddings (n, D) of those of the images that can be decoded, which these are (n,), {file: why} of the others."""
     args = loaded.args
     marked = MarkedWhereUnreadable(images, dataset.eval_transform(loaded.image_size))
     loader = dataset.Loader(marked, args.nb_workers, device.type == "cuda", batch_size=args.sz_batch)
     done = inference.embed(loaded.network, loader, device, args.amp == "bf16", args.channels_last)
     decoded = done.labels.numpy() >= 0
-    files, bad = list(map(images.file, range(len(images)))), np.flatnonzero(~decoded).tolist()
-    return done.embeddings[decoded], np.flatnonzero(decoded), dataset.undecodable(files, True, bad)
+    bad = [images.file(row) for row in np.flatnonzero(~decoded)]
+    why = {bad[row]: reason for row, reason in dataset.undecodable(bad, True, range(len(bad))).items()}
+    return done.embeddings[decoded], np.flatnonzero(decoded), why
 
 
 # ---------------------------------------------------------------- the gallery and its cache
@@ -155,7 +157,7 @@ def embed_gallery(loaded, images, device) -> tuple[torch.Tensor, np.ndarray]:
         print(f"warning: left out of the gallery: {len(bad):,} that cannot be decoded, the first:", file=sys.stderr)
     for line in bad[:MOST_SHOWN]:
         print(f"warning: {line}", file=sys.stderr)
-    return torch.from_numpy(embeddings[known]), np.flatnonzero(known)
+    return torch.from_numpy(embeddings[known] if bad else embeddings), np.flatnonzero(known)
 
 
 def file_keys(images) -> np.ndarray:
@@ -194,56 +196,53 @@ def write_cache(cache: Path, keys, embeddings, known):
 # ---------------------------------------------------------------- what is written
 
 
-def write(args, queries, galleries, neighbours, bad: dict[int, str], size: int) -> None:
-    """neighbours: query -> [(image of the gallery, similarity), …]; bad: query -> why it could not be decoded."""
+def write(args, neighbours: dict[str, list[tuple[str, float]]], bad: dict[str, str], size: int) -> None:
+    """neighbours: query -> [(file of the gallery, similarity), …]; bad: query -> why it could not be decoded."""
     args.output.mkdir(parents=True, exist_ok=True)
     files = [args.output / f"neighbours.{suffix}" for suffix in ("csv", "png", "html")]
     text = io.StringIO()
     table = csv.writer(text)
     table.writerow(("query", "rank", "neighbour", "cosine_distance", "cosine_similarity"))
-    for row, found in neighbours.items():
-        for rank, (i, value) in enumerate(found, 1):
-            table.writerow((queries.file(row), rank, galleries.file(i), f"{max(0, 1 - value):.7f}", f"{value:.7f}"))
-        if not found:  # it could not be decoded
-            table.writerow((queries.file(row), "", "", "", ""))
+    for query, found in neighbours.items():
+        for rank, (file, value) in enumerate(found, 1):
+            table.writerow((query, rank, file, f"{max(0, 1 - value):.7f}", f"{value:.7f}"))
+        if query in bad:
+            table.writerow((query, "", "", "", ""))
     checkpoint.write(lambda file: file.write(text.getvalue().encode("utf-8", "surrogateescape")), files[0])
 
-    drawn = [row for row in neighbours if row not in bad][:MOST_SHOWN]
-    shown = {row: found[:MOST_NEIGHBOURS] for row, found in neighbours.items()}
+    shown = {query: found[:MOST_NEIGHBOURS] for query, found in neighbours.items()}
+    drawn = {query: shown[query] for query in [query for query in shown if query not in bad][:MOST_SHOWN]}
     pictures.neighbours(
-        [queries.file(row) for row in drawn],
-        [[galleries.file(i) for i, _ in shown[row]] for row in drawn],
+        list(drawn),
+        [[file for file, _ in found] for found in drawn.values()],
         None,
-        [[value for _, value in shown[row]] for row in drawn],
-        [f"query: {queries.paths[row]}" for row in drawn],
+        [[value for _, value in found] for found in drawn.values()],
+        [f"query: {query}" for query in drawn],
         files[1],
-        captions=[[os.path.basename(galleries.paths[i]) for i, _ in shown[row]] for row in drawn],
+        captions=[[os.path.basename(file) for file, _ in found] for found in drawn.values()],
         own=True,
     )
-    count = f"{len(queries) - len(bad):,}" + (f" and {len(bad):,} that cannot be decoded" if bad else "")
+    count = f"{len(neighbours) - len(bad):,}" + (f" and {len(bad):,} that cannot be decoded" if bad else "")
     sections = tqdm(list(shown.items())[:MOST_ON_PAGE], "page", unit="query", disable=None, leave=False)
     template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
     html = template.render(
-        dict(args=args, queries=queries, galleries=galleries, sections=sections, bad=bad, count=count, size=size),
-        number=min(len(queries), MOST_ON_PAGE),
+        dict(args=args, sections=sections, bad=bad, count=count, size=size, number=len(neighbours), most=MOST_ON_PAGE),
         link=lambda path: quote(os.path.relpath(path, args.output).encode("utf-8", "surrogateescape")),
         thumbnail=thumbnail,
     )
     checkpoint.write(lambda file: file.write(html.encode("utf-8", "replace")), files[2])
 
-    for row in drawn:
-        print(f"\n{queries.file(row)}")
-        for rank, (i, similarity) in enumerate(shown[row], 1):
-            print(f"{rank:>4}  {similarity:.4f}  {galleries.file(i)}")
-    if len(queries) - len(bad) > len(drawn):
-        print(f"\n… and {len(queries) - len(bad) - len(drawn):,} more")
+    for query, found in drawn.items():
+        print(f"\n{query}")
+        for rank, (file, similarity) in enumerate(found, 1):
+            print(f"{rank:>4}  {similarity:.4f}  {file}")
     for why in list(bad.values())[:MOST_SHOWN]:
         print(f"warning: {why}", file=sys.stderr)
-    print(f"\nqueries: {count}; gallery: {size:,}; similarity: cosine")
+    print(f"\nqueries: {count}, the first of them above; gallery: {size:,}; similarity: cosine")
     print("written: " + ", ".join(map(str, files)))
 
 
-def thumbnail(path: Path) -> str:
+def thumbnail(path: str) -> str:
     """The picture as a JPEG in base64; empty if it cannot be decoded."""
     pixels = pictures.read_thumbnail(path, SIDE, own=True)
     if pixels is None:
