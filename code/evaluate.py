@@ -50,9 +50,8 @@ def main():
         benchmark = load_benchmark(args, given, loaded)
         options = (loaded.image_size, args.sz_batch, args.nb_workers, device)
         loaders = [inference.make_loader(images, *options) for images in (benchmark.query, benchmark.gallery)]
-        query, gallery = inference.embed_split(
-            loaded.network, *loaders, device, amp=args.amp == "bf16", channels_last=args.channels_last
-        )
+        speed = {"amp": args.amp == "bf16", "channels_last": args.channels_last}
+        query, gallery = inference.embed_split(loaded.network, *loaders, device, **speed)
         ks, measured = benchmark.recall_at, describe(benchmark, loaded)
         if args.save_embeddings and processes.rank == 0:
             save_embeddings(args.save_embeddings, benchmark, query, gallery)
@@ -102,18 +101,10 @@ def load_benchmark(args, given, loaded) -> dataset.Benchmark:
     stored = checkpoint.stored_flags(loaded.content)
     if "dataset" not in given and "dataset" not in stored:
         raise Refused(f"{loaded.path} does not say what it was trained on: --dataset is needed")
-    if args.dataset == "folder" and "data_root" not in given:
-        if "data_root" not in stored or stored.get("dataset") != "folder":
-            raise Refused(flags.NO_FOLDER)
-    benchmark = dataset.load_benchmark(
-        args.dataset,
-        args.data_root,
-        args.train_classes,
-        training=False,
-        share_given="train_classes" in given,
-        skip_bad=args.skip_bad_images,
-        workers=args.nb_workers,
-    )
+    if args.dataset == "folder" and "data_root" not in given and stored.get("dataset") != "folder":
+        raise Refused(flags.NO_FOLDER)
+    options = {"share_given": "train_classes" in given, "skip_bad": args.skip_bad_images, "workers": args.nb_workers}
+    benchmark = dataset.load_benchmark(args.dataset, args.data_root, args.train_classes, training=False, **options)
     inference.announce(benchmark)
     compare_with_training(args, loaded, benchmark)
     return benchmark
@@ -137,9 +128,9 @@ def compare_with_training(args, loaded, benchmark) -> None:
             f"--train-classes and --data-root, and whether {args.data_root} changed since"
         )
     for split, images in (("query", benchmark.query), ("gallery", benchmark.gallery)):
-        if same and images is not None and (then := trained_on.get(split)):
-            if changed := dataset.changes(then, dataset.fingerprint(images)):
-                print(f"warning: not the test images of the training run: {changed}", file=sys.stderr)
+        then = trained_on.get(split)
+        if same and images and then and (changed := dataset.changes(then, dataset.fingerprint(images))):
+            print(f"warning: not the test images of the training run: {changed}", file=sys.stderr)
 
 
 def describe(benchmark, loaded) -> dict:

@@ -1,7 +1,6 @@
 """From a checkpoint to a network that is ready to embed, from images to embeddings, and from those to scores."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,31 +76,16 @@ def announce(benchmark: dataset.Benchmark) -> None:
         print(f"left out: {len(bad):,} images that could not be decoded: {shorten(bad)}")
 
 
-def make_loader(
-    images: dataset.ImageList | None, image_size: int, batch_size: int, workers: int, device
-) -> DataLoader | None:
+def make_loader(images: dataset.ImageList | None, image_size: int, batch_size: int, workers: int, device):
     """A loader of this process's share of the images, all in order, for embed. None for None, a gallery that is not."""
     if images is None:
         return None
-    return dataset.make_eval_loader(
-        images,
-        dataset.eval_transform(image_size),
-        batch_size,
-        workers,
-        pin_memory=torch.device(device).type == "cuda",
-        shard=distributed.processes(),
-    )
+    transform, pin_memory = dataset.eval_transform(image_size), torch.device(device).type == "cuda"
+    return dataset.make_eval_loader(images, transform, batch_size, workers, pin_memory, distributed.processes())
 
 
 @torch.inference_mode()
-def embed(
-    network,
-    loader,
-    device,
-    amp: bool = False,
-    channels_last: bool = False,
-    after_batch: Callable[[], None] = lambda: None,
-) -> Embedded:
+def embed(network, loader, device, amp=False, channels_last=False, after_batch=lambda: None) -> Embedded:
     """Embeddings of every image of a loader, in its order. The network is left in eval mode.
 
     amp: bf16 autocast. after_batch is called after every batch and may raise to stop. With several processes each
@@ -153,18 +137,11 @@ def score(query: Embedded, gallery: Embedded | None, ks, device, memory_gib=1.0,
 # ---------------------------------------------------------------- from networks and searches to pictures
 
 
-def draw_search(
-    folder: Path,
-    found: metrics.Retrieval,
-    query: Embedded,
-    query_images: dataset.ImageList,
-    gallery: Embedded | None,
-    gallery_images: dataset.ImageList | None,
-    max_points: int = 2000,
-) -> None:
+def draw_search(folder: Path, found: metrics.Retrieval, query, query_images, gallery, gallery_images, max_points=2000):
     """neighbours.png (four of the worst queries, four random others) and embedding.png of one search in folder.
 
-    gallery is None where the queries search among themselves; max_points: see pictures.embedding_map.
+    query and gallery are Embedded, their images ImageLists; those of the gallery are None where the queries search
+    among themselves. max_points: see pictures.embedding_map.
     """
     recalls = [values for name, values in found.per_query.items() if name.startswith("R@")]
     worst, others = choose_queries(np.mean(recalls, axis=0))
