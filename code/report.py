@@ -21,6 +21,7 @@ import checkpoint
 import flags
 import jinja2
 import layouts
+import numpy as np
 import pandas as pd
 from refused import Refused
 from run import run_folders
@@ -266,9 +267,10 @@ class Section:
                 std = statistics.stdev(values) if len(values) > 1 else None
                 rows.append(common | {"figure": name, "mean (%)": statistics.fmean(values), "std (%)": std})
         table = pd.DataFrame(rows, dtype=object).merge(published(), "left", on=["of", "figure"]).drop(columns="of")
-        table["difference"] = (table["mean (%)"] - table["published (%)"]).astype(float).round(6)
-        compared = table[["difference", "std (%)", "published ± (%)"]]
-        return table.assign(verdict=[verdict(*figures) for figures in compared.itertuples(index=False)])
+        difference = (table["mean (%)"] - table["published (%)"]).astype(float).round(6)
+        allowed = table["published ± (%)"].fillna(table["std (%)"].astype(float)).round(6)
+        cases = [difference.isna() | allowed.isna(), difference.abs() <= allowed, difference > 0]
+        return table.assign(difference=difference, verdict=np.select(cases, ["", "within", "above"], "below"))
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """{title: table of text}, for the eye; no comparison where there is none, of the last epoch only R@1."""
@@ -313,16 +315,6 @@ def comparable(made: dict, counts: dict[str, tuple[int, int]]) -> bool:
     theirs = {"query" if split == "test" else split: tuple(sizes) for split, sizes in theirs.items()}
     whole_method = made["loss"] == "hist" and made["ls"] != 0 and made["sz_embedding"] == PUBLISHED_SIZE
     return whole_method and not made["val_classes"] and counts == theirs
-
-
-def verdict(difference: float, std: float | None, spread: float | None) -> str:
-    """within, above or below the published ±, or our own deviation where there is none; empty without either."""
-    allowed = std if pd.isna(spread) else spread
-    if pd.isna(difference) or pd.isna(allowed):
-        return ""
-    if abs(difference) <= round(allowed, 6):
-        return "within"
-    return "above" if difference > 0 else "below"
 
 
 # ---------------------------------------------------------------- writing
