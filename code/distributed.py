@@ -90,7 +90,7 @@ def _from_environment(name: str) -> int:
         return int(os.environ[name])
     except (KeyError, ValueError):
         raise Refused(
-            f"WORLD_SIZE is set, but {name} is not, or no number: start several processes with torchrun, or unset it"
+            f"WORLD_SIZE is set, but {name} is no number: start several processes with torchrun, or unset WORLD_SIZE"
         ) from None
 
 

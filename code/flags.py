@@ -103,15 +103,22 @@ class Parser(argparse.ArgumentParser):
         typed = vars(self.parse_args(argv, untouched))
         return args, {name for name, value in typed.items() if value is not argparse.SUPPRESS}
 
+    def refuse_changes(self, args: argparse.Namespace, names: set[str], stored: dict, path: Path) -> None:
+        """Raises Refused where flags of these names (by destination) differ from those in the checkpoint at path."""
+        changed = [
+            f"{action.option_strings[0]} {stored[action.dest]}, not {getattr(args, action.dest)}"
+            for action in self._actions
+            if action.dest in names & stored.keys() and getattr(args, action.dest) != stored[action.dest]
+        ]
+        if changed:
+            raise Refused(f"{path} was trained with {'; '.join(changed)}: leave that out")
+
     def adopt(self, args: argparse.Namespace, given: set[str], stored: dict, path: Path) -> argparse.Namespace:
         """Takes flags that were not given from a checkpoint. Given flags override it, except the network's.
 
         args, given: what parse() returned; stored: the flags in the checkpoint at path. Raises Refused.
         """
-        options = {action.dest: action.option_strings[0] for action in self._actions}
-        for name in given.intersection(ARCHITECTURE, stored):
-            if (here := getattr(args, name)) != stored[name]:
-                raise Refused(f"{path} was trained with {options[name]} {stored[name]}, the command line says {here}")
+        self.refuse_changes(args, given.intersection(ARCHITECTURE), stored, path)
         taken = {name: stored[name] for name in TAKEN_FROM_CHECKPOINT if name in stored}
         if "dataset" in given and args.dataset != stored.get("dataset"):
             taken.pop("train_classes", None)  # it said how to divide another data set

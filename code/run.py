@@ -81,28 +81,22 @@ def parse_flags() -> tuple[Namespace, dict | None]:
     state = {"first_flags": stored, "resumptions": []} | state  # those of version 1.0.0 lack them
     if missing := (PROGRESS | {"flags", "epoch", "data"}) - state.keys():
         raise Refused(f"{path}: cannot be resumed from, it lacks {', '.join(sorted(missing))}; give a run's last.pth")
-    changed = [
-        f"{name} {getattr(args, name)} instead of {stored[name]}"
-        for name in sorted(given - flags.BOOKKEEPING - {"nb_epochs"})
-        if name in stored and getattr(args, name) != stored[name]
-    ]
-    if changed:
-        raise Refused(
-            f"{path} was made with other flags ({'; '.join(changed)}): leave them out to resume it, or start a new run"
-        )
+    parser.refuse_changes(args, given - flags.BOOKKEEPING - {"nb_epochs"}, stored, path)
     return parser.parse([*parser.command_line(stored), *sys.argv[1:], f"--resume={path}"])[0], state
 
 
 def last_checkpoint(args: Namespace, given: set[str]) -> Path:
-    """The last.pth that --resume means. Raises Refused."""
-    if args.resume:
-        path = Path(args.resume)
-        path = path / "last.pth" if path.is_dir() else path
-    else:
-        runs = args.log_dir / args.dataset
-        path = (runs / f"run_{args.run_num}" if "run_num" in given else newest_run_folder(runs)) / "last.pth"
+    """The last.pth that --resume means: of its RUN, else of run_N of --run-num, else of the newest. Raises Refused."""
+    runs = args.log_dir / args.dataset
+    path = Path(args.resume) if args.resume else runs / f"run_{args.run_num}"
+    if not args.resume and "run_num" not in given:
+        path = next((folder for folder in reversed(run_folders(runs)) if (folder / "last.pth").exists()), path)
+    path = path / "last.pth" if path.is_dir() else path
     if not path.is_file():
-        raise Refused(f"{path}: there is no such checkpoint; --resume takes a run's folder or its last.pth")
+        raise Refused(
+            f"{path}: there is no such checkpoint; --resume takes a run's folder or its last.pth, or finds the newest "
+            "run of --dataset in --log-dir"
+        )
     folder = path.absolute().parent
     other_run = "run_num" in given and folder.name != f"run_{args.run_num}"
     if other_run or ("log_dir" in given and folder.parent.parent.resolve() != args.log_dir.resolve()):
@@ -114,14 +108,6 @@ def run_folders(parent: Path) -> list[Path]:
     """The folders run_N in order of N."""
     found = [path for path in parent.glob("run_*") if re.fullmatch("run_[0-9]+", path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("run_")))
-
-
-def newest_run_folder(parent: Path) -> Path:
-    """The run_N of the highest N that can be resumed. Raises Refused."""
-    runs = [folder for folder in run_folders(parent) if (folder / "last.pth").exists()]
-    if not runs:
-        raise Refused(f"{parent}: no run to resume (no run_N/last.pth); give --dataset, --log-dir or --resume RUN")
-    return runs[-1]
 
 
 def refuse_other_data(state: dict, data: dict, args: Namespace) -> None:
@@ -148,30 +134,28 @@ def refuse_other_data(state: dict, data: dict, args: Namespace) -> None:
 # ---------------------------------------------------------------- the folder
 
 
-def new_run_folder(parent: Path, run_num: int | None) -> Path:
-    """Make and return parent/run_N: the next free number, or the given one. Raises Refused if that is taken.
+def new_run_folder(parent: Path, run_num: int | None, overwrite: bool = False) -> Path:
+    """Make, lock and return parent/run_N: the next free number, or the given one. Raises Refused if that is taken.
 
-    Making a folder either succeeds or finds it there, so two runs that start at once never share one.
+    Making a folder either succeeds or finds it there, so two runs that start at once never share one. With overwrite
+    the files of the run that is there are removed, and what wandb keeps of it; other folders stay.
     """
     parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1) if run_num is None else [run_num]:
         folder = parent / f"run_{number}"
         with contextlib.suppress(FileExistsError):
-            folder.mkdir()
+            folder.mkdir(exist_ok=overwrite)
+            lock(folder)
+            for path in folder.iterdir():
+                if path.name == "wandb" and path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path.name != LOCK and (path.is_file() or path.is_symlink()):
+                    path.unlink()
             return folder
     raise Refused(
         f"{folder} exists: give --resume to go on with it, --overwrite to replace it, "
         "or no --run-num for the next free number"
     )
-
-
-def empty_folder(folder: Path) -> None:
-    """Remove the files of a run that is overwritten, and what wandb keeps of it; other folders stay."""
-    for path in folder.iterdir():
-        if path.name == "wandb" and path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != LOCK and (path.is_file() or path.is_symlink()):
-            path.unlink()
 
 
 def lock(folder: Path) -> None:
@@ -210,7 +194,8 @@ class Run:
         here = {**environment(device), "command": shlex.join(sys.argv)}
         self.stamp = {"seed": args.seed, "commit": here["commit"], "torch": here["torch"]}  # of the rows to come
         if state is None:
-            self.folder = distributed.from_all(self._new_folder() if distributed.is_first() else None)[0]
+            where = args.log_dir / args.dataset, args.run_num, args.overwrite
+            self.folder = distributed.from_all(new_run_folder(*where) if distributed.is_first() else None)[0]
             number = int(self.folder.name.removeprefix("run_"))
             of_the_call = {"resume": None, "overwrite": False, "run_num": number, "image_size": image_size}
             first = flags.plain(args) | of_the_call
@@ -238,16 +223,6 @@ class Run:
     @property
     def done(self) -> bool:
         return self.epoch >= self.args.nb_epochs
-
-    def _new_folder(self) -> Path:
-        parent = self.args.log_dir / self.args.dataset
-        folder = parent / f"run_{self.args.run_num}"
-        overwritten = self.args.overwrite and folder.is_dir()
-        folder = folder if overwritten else new_run_folder(parent, self.args.run_num)
-        lock(folder)
-        if overwritten:
-            empty_folder(folder)
-        return folder
 
     def _restore(self, state: dict) -> None:
         path = self.args.resume
@@ -293,7 +268,8 @@ class Run:
         if is_best:
             self._save_best(state)
         self._write_texts()
-        tracking.log(self.wandb, row, self.best)
+        if self.wandb:
+            tracking.log(self.wandb, row, self.best)
 
     def state(self) -> dict:
         """What last.pth holds."""
@@ -338,7 +314,8 @@ class Run:
             return
         self._draw_curves()
         draw(self.folder, 2000 if self.done else 400)  # t-SNE of 2,000 takes ten seconds, of 400 one
-        tracking.log_pictures(self.wandb, self.folder)
+        if self.wandb:
+            tracking.log_pictures(self.wandb, self.folder)
         self.drawing_seconds += time.monotonic() - begun
 
     def _draw_curves(self) -> None:

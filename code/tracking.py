@@ -46,8 +46,6 @@ def chosen_by(row: dict) -> str:
 
 def log(run, row: dict, best: dict | None) -> None:
     """One row; the summary keeps the best epoch: the figure that chose it, and its R@K."""
-    if run is None:
-        return
     run.log(row)
     if best:
         figures = {name: value for name, value in best.items() if name.startswith("R@") or name == chosen_by(best)}
@@ -56,16 +54,12 @@ def log(run, row: dict, best: dict | None) -> None:
 
 
 def log_pictures(run, folder: Path) -> None:
-    if run is None:
-        return
     import wandb
 
     run.log({path.stem: wandb.Image(str(path)) for path in sorted(folder.glob("*.png"))})
 
 
 def finish(run) -> None:
-    if run is None:
-        return
     where = Path(run.dir).parent
     run.finish()
     if run.settings.mode == "offline":

@@ -111,7 +111,8 @@ def main() -> None:
         distributed.stop()
         sys.exit(128 + stop.number)
     finally:
-        tracking.finish(log.wandb)
+        if log.wandb:
+            tracking.finish(log.wandb)
     if processes.rank == 0:  # the others keep no history
         print(summary.summary(log, flags.DATA))
     distributed.stop()

@@ -235,5 +235,5 @@ def test_an_environment_that_is_not_torchruns_is_one_line(refused, cub, monkeypa
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", rank) if rank else monkeypatch.delenv("RANK", raising=False)
     more = TINY if name == "train.py" else ["--model-path", cub]
-    match = f"WORLD_SIZE is set, but {lacking} is not, or no number: start several processes with torchrun"
+    match = f"WORLD_SIZE is set, but {lacking} is no number: start several processes with torchrun"
     refused(name, "--dataset", "cub", "--data-root", cub, *more, match=match)

@@ -10,7 +10,7 @@ import re
 import shutil
 import signal
 import time
-from pathlib import Path
+from types import SimpleNamespace
 
 import apart
 import checkpoint
@@ -228,10 +228,10 @@ def test_runs_never_overwrite_each_other(call, refused, cub, tmp_path):
 def test_resume_takes_the_newest_run_and_refuses_other_flags(call, refused, whole, tmp_path):
     """A run that has all its epochs is found, read and left as it is."""
     where = ["--resume", "--dataset", "cub", "--log-dir", tmp_path]
-    refused("train.py", *where, match="no run to resume")
+    refused("train.py", *where, match="there is no such checkpoint; --resume takes .* or finds the newest run")
     for name in ("cub/run_1", "cub/run_2", "kept"):
         shutil.copytree(whole, tmp_path / name)
-    refused("train.py", *where, "--lr", 1e-5, match="made with other flags .*lr 1e-05 instead of 0.001")
+    refused("train.py", *where, "--lr", 1e-5, match="trained with --lr 0.001, not 1e-05: leave")
     assert "run_2, resumed after epoch 4" in call("train.py", *where).out
     assert "run_1, resumed" in call("train.py", *where, "--run-num", 1).out
     refused("train.py", *where, "--run-num", 1, "--overwrite", match="cannot be combined")
@@ -250,10 +250,11 @@ def test_run_numbers_sort_as_numbers_and_two_processes_at_once_get_two_folders(t
     made = [line for process in both for line in process.end().out.split()]
     assert len(made) == len(set(made)) == 100
     for n in (2, 10, 9):
-        (tmp_path / f"run_{n}").mkdir()
-        (tmp_path / f"run_{n}" / "last.pth").touch()
-    (tmp_path / "run_11").mkdir()  # never got as far as a checkpoint
-    assert run.newest_run_folder(tmp_path) == Path(tmp_path / "run_10")
+        (tmp_path / "cub" / f"run_{n}").mkdir(parents=True)
+        (tmp_path / "cub" / f"run_{n}" / "last.pth").touch()
+    (tmp_path / "cub" / "run_11").mkdir()  # never got as far as a checkpoint
+    args = SimpleNamespace(log_dir=tmp_path, dataset="cub", resume="", run_num=1)
+    assert run.last_checkpoint(args, set()) == tmp_path / "cub" / "run_10" / "last.pth"
 
 
 @pytest.mark.parametrize("number", range(60))
