@@ -16,8 +16,6 @@ from .head import EmbeddingNet
 from .timm_model import TimmModel
 from .torchvision_model import TorchvisionModel
 
-__all__ = ["MODELS", "EmbeddingNet", "build", "load_network_state", "require_image_size"]
-
 MODELS = dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101", "googlenet"), TorchvisionModel)
 MODELS["bn_inception"] = BNInception
 
@@ -58,10 +56,7 @@ def build(
         state = checkpoint.network_state(checkpoint.load(path), path)
 
     options = dict(embedding_size=embedding_size, add_gmp=add_gmp, layer_norm=layer_norm, bn_freeze=bn_freeze)
-    if name in MODELS:
-        network = MODELS[name](name, **options)
-    else:
-        network = TimmModel(name, pretrained=weights == "imagenet", **options)
+    network = MODELS[name](name, **options) if name in MODELS else TimmModel(name, weights == "imagenet", **options)
     if state is not None:
         load_network_state(network, state, weights, beginning=True)
     return network
