@@ -33,10 +33,6 @@ def scan(folder: str | Path) -> list[os.DirEntry]:
         return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
 
 
-def class_folders(folder: Path) -> list[str]:
-    return [entry.name for entry in scan(folder) if entry.is_dir()]
-
-
 def find_images(folder: Path) -> tuple[list[str], int]:
     """(sorted paths of all images under the folder, relative to it; how many entries are neither image nor folder)
 

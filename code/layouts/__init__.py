@@ -103,7 +103,7 @@ def count(pairs: list[tuple[str, int | str]]) -> tuple[int, int]:
 
 def examine(name: str, listing: Listing, training: bool = True) -> Findings:
     """What is odd about a data set, to train on or else only to score."""
-    where, splits = listing.where, listing.splits
+    where, splits = listing.source or str(listing.root), listing.splits
     classes = {split: {class_id for _, class_id in pairs} for split, pairs in splits.items()}
     found = Findings(listing.notes + similar_names(where, classes), compare_counts(name, listing), [])
     listed = (path for pairs in splits.values() for path, _ in pairs if listing.source)
@@ -125,7 +125,7 @@ def examine(name: str, listing: Listing, training: bool = True) -> Findings:
                 f"{where}: train and {split} share {len(shared):,} classes, as {min(shared)!r}; "
                 "retrieval is tested on unseen classes: put each class into one of the two"
             )
-    found.obstacles += repeated_files(listing)
+    found.obstacles += repeated_files(where, listing)
     queries = splits.get("query", splits.get("test", []))
     searched = Counter(class_id for _, class_id in splits.get("gallery", queries))
     at_least, place = (1, " in the gallery") if "gallery" in splits else (2, "")
@@ -169,7 +169,7 @@ def similar_names(where: str, classes: dict[str, set]) -> list[str]:
     return []
 
 
-def repeated_files(listing: Listing) -> list[str]:
+def repeated_files(where: str, listing: Listing) -> list[str]:
     """A line if a file is listed twice, under one spelling of its path or two (./a.jpg), none if all differ.
 
     The user's own pictures are also compared by their numbers in the file system, through links of any kind. Copies
@@ -186,7 +186,7 @@ def repeated_files(listing: Listing) -> list[str]:
             if key in seen:
                 other, other_split = seen[key]
                 return [
-                    f"{listing.where}: {other} ({other_split}) and {path} ({split}) are the same file, listed twice; "
+                    f"{where}: {other} ({other_split}) and {path} ({split}) are the same file, listed twice; "
                     "keep one of the two"
                 ]
             seen[key] = path, split

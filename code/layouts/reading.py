@@ -26,11 +26,6 @@ class Listing:
     notes: list[str] = field(default_factory=list)
     own: bool = False  # the user's own pictures, which nobody has published figures on
 
-    @property
-    def where(self) -> str:
-        """What a line about the listing names."""
-        return self.source or str(self.root)
-
 
 @dataclass(frozen=True)
 class Layout:
