@@ -104,7 +104,7 @@ class Step:
         """As train.py begins the warm-up, in which the backbone does not train, and the epochs after it."""
         self.network.set_backbone_trainable(backbone)
         self.forward = self.compiled
-        if self.args.cuda_graphs and recorded.refusal(self.device) is None:
+        if self.args.cuda_graphs and not recorded.refusal(self.device):
             self.forward = recorded.record(self.compiled, self.criterion)
 
     def epoch(self, batches, loss=None) -> dict:

@@ -224,9 +224,7 @@ class StopSignals:
         batch; the largest number received wins. In training the labels' message has carried it.
         """
         agreed, self.agreed = self.agreed, None
-        if not dist.is_initialized():
-            agreed = self.number
-        elif agreed is None:
+        if agreed is None:
             agreed = int(max(all_gather(torch.tensor([self.number]), _control)))
         if agreed:
             # This process's own signal may be yet to come.

@@ -17,13 +17,11 @@ from torch import nn
 EAGER_STEPS = 3  # at the beginning of a phase, until cuDNN has chosen its convolutions
 
 
-def refusal(device: torch.device) -> str | None:
-    """Why no step can be recorded here; None if it can be tried."""
+def refusal(device: torch.device) -> str:
+    """Why no step can be recorded here; empty if it can be tried."""
     if device.type != "cuda":
         return "there is no GPU"
-    if distributed.processes().count > 1:
-        return "there are several processes"
-    return None
+    return "there are several processes" if distributed.processes().count > 1 else ""
 
 
 def way(device: torch.device) -> str:
@@ -39,7 +37,7 @@ def wrap(network: nn.Module, criterion: nn.Module, device: torch.device, compile
     """
     forward, loss = distributed.wrap(network, device), distributed.wrap(criterion, device)
     forward = torch.compile(forward) if compiled else forward
-    if cuda_graphs and refusal(device) is None:
+    if cuda_graphs and not refusal(device):
         forward = record(forward, criterion)
     return forward, loss
 

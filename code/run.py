@@ -61,16 +61,13 @@ def parse_flags() -> tuple[Namespace, dict | None]:
     parser = flags.train_parser()
     args, given = parser.parse()
     resumes = args.resume is not None
-    contradictions = {
-        "--resume and --overwrite cannot be combined": args.overwrite and resumes,
-        "--overwrite needs --run-num N, the run to replace": args.overwrite and "run_num" not in given,
-        "--allow-changed-images requires --resume": args.allow_changed_images and not resumes,
-        flags.NO_FOLDER: args.dataset == "folder" and "data_root" not in given and not resumes,
-    }
-    for message, contradicted in contradictions.items():
-        if contradicted:
-            raise Refused(message)
+    if args.overwrite and (resumes or "run_num" not in given):
+        raise Refused("--overwrite needs --run-num N, the run to replace, and cannot be combined with --resume")
     if not resumes:
+        if args.allow_changed_images:
+            raise Refused("--allow-changed-images requires --resume")
+        if args.dataset == "folder" and "data_root" not in given:
+            raise Refused(flags.NO_FOLDER)
         args.run_num = args.run_num if "run_num" in given else None
         return args, None
     path = last_checkpoint(args, given)
@@ -295,8 +292,7 @@ class Run:
     def _write_texts(self) -> bool:
         """Write args.json, table and results where they are not up to date; gives whether the table was not."""
         origin = {"flags": self.first_flags, "made_by": self.made_by, "data": summary_of(self.data)}
-        origin["wandb_id"] = self.wandb_id
-        origin |= {"resumptions": self.resumptions} if self.resumptions else {}
+        origin |= {"wandb_id": self.wandb_id} | ({"resumptions": self.resumptions} if self.resumptions else {})
         checkpoint.write_text(json.dumps(origin, indent=2) + "\n", self.folder / "args.json")
         if self.best:
             checkpoint.write_text(summary.results_text(self), self.results_path)

@@ -70,15 +70,8 @@ def describe_data(name: str, images: dict) -> str:
     )
 
 
-def nothing_left(run) -> str:
-    wanted = max(run.epoch, run.args.nb_epochs)
-    return f"nothing left to do, {run.epoch} of {wanted} epochs are done; a larger --epochs trains longer"
-
-
 def epoch_title(row: dict, num_epochs: int) -> str:
-    if row["phase"] == "train":
-        return f"epoch {row['epoch']}/{num_epochs}"
-    return row["phase"]
+    return f"epoch {row['epoch']}/{num_epochs}" if row["phase"] == "train" else row["phase"]
 
 
 def console_line(row: dict, num_epochs: int) -> str:

@@ -84,7 +84,7 @@ def main() -> None:
     log = run.Run(args, image_size, device, parts, data, state)
     print(f"run: {log.folder}" + (f", resumed after epoch {log.epoch}" if state else ""))
     if state and log.done:
-        print(summary.nothing_left(log))
+        print(f"nothing left to do, {log.epoch} of {log.epoch} epochs are done; a larger --epochs trains longer")
 
     # Epochs: warm-up epochs count up to 0, training epochs from 1
     stop = StopSignals()

@@ -30,7 +30,7 @@ recordings = []
 def recorder(monkeypatch):
     """A recorder for the CPU; gives what was recorded."""
     recordings.clear()
-    monkeypatch.setattr(recorded, "refusal", lambda device: None)
+    monkeypatch.setattr(recorded, "refusal", lambda device: "")
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", spoil)
     return recordings
 
