@@ -66,17 +66,10 @@ def bad_line(list_file: Path, number: int, expected: str, found: str) -> Refused
     return Refused(f"{list_file}, line {number}: expected {expected}, found {found[:80]!r}")
 
 
-def inside_root(path: str, list_file: Path, number: int) -> str:
-    """The path as it is, unless it leads out of the data folder."""
-    if re.search(r"^(?:[A-Za-z]:|[\\/])|(?:^|[\\/])\.\.(?:[\\/]|$)", path):
-        raise bad_line(list_file, number, "a path inside the data folder", path)
-    return path
-
-
 def read_rows(list_file: Path, pattern: str, columns: str, header: int = 0) -> Iterator[tuple[int, re.Match]]:
     """(number, what the pattern finds) of each line that is not empty, below line `header` with the names of columns.
 
-    Its group `path` must not lead out of the data folder. Blanks around a line do not matter.
+    Blanks around a line do not matter.
     """
     lines = [line.strip() for line in read_text(list_file).split("\n")]
     named = "".join(lines[header - 1 : header])
@@ -87,7 +80,6 @@ def read_rows(list_file: Path, pattern: str, columns: str, header: int = 0) -> I
             row = re.fullmatch(pattern, line, re.ASCII)
             if not row:
                 raise bad_line(list_file, number, columns, line)
-            inside_root(row["path"], list_file, number)
             yield number, row
 
 
@@ -126,7 +118,6 @@ def read_numbered_folders(home: Path) -> Listing:
         number = folder.partition(".")[0]
         if not re.fullmatch(r"0*[1-9]\d{0,8}", number, re.ASCII):
             raise Refused(f"{home / 'images' / folder}: a class folder begins with its number: 001.Name")
-        if names.setdefault(int(number), folder) != folder:
-            raise Refused(f"{home / 'images' / folder}: a second class folder with the number {number}")
+        names[int(number)] = folder
         pairs.append((path, int(number)))
     return Listing(home, {"all": pairs}, names=names, notes=notes)
