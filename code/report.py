@@ -127,7 +127,7 @@ def read_args(path: Path) -> tuple[dict, dict, str, dict, int | None]:
     """Of args.json: flags by destination, made_by, data and counts as read_data, when the images last changed."""
     content = json.loads(path.read_text(encoding="utf-8"), parse_constant=int)  # which refuses NaN
     # A flag that is younger than the run had its default.
-    run_flags = train_flags()[0] | {name: plain(value) for name, value in content["flags"].items()}
+    run_flags = train_flags()[0] | {plain(name): plain(value) for name, value in content["flags"].items()}
     made_by = {name: str(value) for name, value in content["made_by"].items()}
     changed_after = None
     for resumed in content.get("resumptions") or []:  # the last word on the number of epochs counts
@@ -189,7 +189,7 @@ def read_epochs(path: Path, run_flags: dict, made_by: dict, data: str, counts: d
         **{f"last {name} (%)": round(100 * last[name], 6) for name in figures},
         "all figures": str(trained[names].to_numpy().tolist()),
         "seconds": trained["seconds"].dropna().tolist(),
-        **best[MADE_BY],
+        **best[MADE_BY].map(plain),
         "made by": made_by,
         "of": f"{made['dataset']}, {made['model']}" if comparable(made, counts) else "",
     }
@@ -204,8 +204,8 @@ def train_flags() -> tuple[dict, dict[str, str]]:
 
 
 def plain(value) -> str | int | float:
-    """A flag's value: numbers as they are, nothing as nothing, all else as text."""
-    return value if isinstance(value, int | float) else str("" if value is None else value)
+    """A flag's value: numbers as they are, nothing as nothing, all else as text that csv can write."""
+    return value if isinstance(value, int | float) else UNPRINTABLE.sub("?", str("" if value is None else value))
 
 
 def one_line(text) -> str:
