@@ -69,11 +69,13 @@ def fetch(url: str, part: Path) -> None:
     try:
         request = urllib.request.Request(url, headers={"Range": f"bytes={start}-", "User-Agent": "Mozilla/5.0"})
         with urllib.request.urlopen(request, timeout=30) as answer:
-            resumed = answer.status == 206  # else the server sends everything from the start
-            bar = tqdm.wrapattr(answer, "read", answer.length, desc=part.stem, disable=None)
-            with open(part, "ab" if resumed else "wb") as file, bar as reading:
+            if answer.status != 206:  # the server sends everything from the start
+                start = 0
+            rest = int(answer.headers.get("Content-Length") or 0)
+            bar = tqdm.wrapattr(answer, "read", rest or None, desc=part.stem, disable=None)
+            with open(part, "ab" if start else "wb") as file, bar as reading:
                 shutil.copyfileobj(reading, file)
-            if answer.length:
+            if rest and part.stat().st_size < start + rest:
                 raise ConnectionError("the connection breaks")
     except (OSError, http.client.HTTPException, ValueError) as error:
         if isinstance(error, urllib.error.HTTPError) and error.code == 416:

@@ -116,9 +116,8 @@ def read_runs(folder: Path) -> tuple[list[dict], list[str]]:
                     row["pictures"][file.stem] = base64.b64encode(file.read_bytes()).decode()
             runs.append(row)
         except Exception as error:  # a damaged or foreign file fails in many ways
-            why = f"{file.name}: {getattr(error, 'strerror', None) or f'it is damaged or not of train.py ({error})'}"
-            if isinstance(error, Refused):
-                why = str(error)
+            broken = f"{file.name}: {getattr(error, 'strerror', None) or f'it is damaged or not of train.py ({error})'}"
+            why = str(error) if isinstance(error, Refused) else broken
             reasons.append(UNPRINTABLE.sub("?", one_line(f"{path}: left out, {why[:300]}")))
     return runs, reasons
 
@@ -161,7 +160,7 @@ def read_epochs(path: Path, run_flags: dict, made_by: dict, data: str, counts: d
     chosen_by = "val R@1" if run_flags["val_classes"] else "R@1"
     names = [name for name in table if re.fullmatch(r"(val )?R@[1-9][0-9]*", name)]
     figures = [name for name in names if name.startswith("R@")]
-    numbers = ["epoch", *names, "seconds"]
+    numbers = ["epoch", *names, "seconds", "undecoded"]
     trained = table[table["phase"] == "train"].reindex(columns=[*numbers, *MADE_BY], fill_value="")
     trained[numbers] = trained[numbers].apply(pd.to_numeric, errors="coerce")
     if len(trained) < max(run_flags["nb_epochs"], 1):
@@ -177,6 +176,8 @@ def read_epochs(path: Path, run_flags: dict, made_by: dict, data: str, counts: d
         if trained.empty:
             raise Refused("its images changed and no epoch was trained since")
     best, last = trained.loc[trained[chosen_by].idxmax()], trained.iloc[-1]
+    if best["undecoded"] > 0:  # of versions that left such images out of the scores alone
+        data, counts = f"{data}, {best['undecoded']:.0f} of them could not be decoded", {}
     experiment = {flag_name(name): value for name, value in made.items()} | {"data": data}
     return {
         "experiment": list(experiment),  # columns: what makes two runs the same but for their seed

@@ -372,6 +372,11 @@ def test_images_that_changed_during_a_run_keep_it_apart(tmp_path):
     made = report.Section("cub", runs)
     assert made.counted["group"].nunique() == 3 and "other images until epoch 1" in runs[0]["data"]
     assert made.figures_table().dropna(subset="source")["group"].nunique() == 1
+    # version 1.0.0 left images that could not be decoded out of the scores alone
+    table = pd.read_csv(tmp_path / "cub" / "run_2" / "results.csv").assign(undecoded=[None, None, 3, 3, 3])
+    table.to_csv(tmp_path / "cub" / "run_2" / "results.csv", index=False)
+    made = section(tmp_path / "cub")
+    assert "could not be decoded" in made.runs["data"][1] and made.figures_table()["source"].isna().all()
 
 
 def test_a_resumed_run_says_how_often_and_the_last_word_on_its_epochs_counts(tmp_path):
