@@ -1,10 +1,9 @@
 """Search in your own pictures: the figures of evaluate.py, a cache that knows what changed, a page that stays home."""
 
 import csv
-import html
-import html.parser
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -218,26 +217,14 @@ def test_a_folder_that_cannot_be_written_beside_costs_only_the_cache(find, galle
     assert "the next call has to embed the gallery again" in outcome.err
 
 
-class Page(html.parser.HTMLParser):
-    def __init__(self, text):
-        super().__init__()
-        self.tags = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-
 def test_page_shows_queries_neighbours_and_similarities_and_loads_nothing(find, gallery, tmp_path):
     outcome, rows = find(gallery, gallery / "class 6", "--top-k", 4)
     text = (tmp_path / "out" / "neighbours.html").read_text()
-    page = Page(text)
-    sources = [attributes["src"] for _, attributes in page.tags if "src" in attributes]
+    sources = re.findall(r'\bsrc="([^"]*)"', text)
     assert len(sources) == 6 * (1 + 4) and all(source.startswith("data:image/jpeg;base64,") for source in sources)
-    policy = next(a["content"] for tag, a in page.tags if tag == "meta" and a.get("http-equiv"))
-    assert policy.startswith("default-src 'none'; img-src data:;")
+    assert "content=\"default-src 'none'; img-src data:;" in text and "<script" not in text
     for row in rows:
         assert f"similarity <b>{float(row['cosine_similarity']):.4f}</b>" in text
-    links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
+    links = re.findall(r'<a href="([^"]*)"', text)
     assert len(links) == 30 and all((tmp_path / "out" / link.replace("%20", " ")).is_file() for link in links)
     assert (tmp_path / "out" / "neighbours.png").read_bytes().startswith(b"\x89PNG")
