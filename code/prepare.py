@@ -86,17 +86,13 @@ def fetch(url: str, part: Path) -> None:
 
 def fetch_archive(whole: Path, md5: str, url: str) -> None:
     """Downloads the archive `whole` unless it is there, going on where an earlier call stopped; compares its md5."""
-    if whole.exists():
-        if calculate_md5(whole) != md5:
-            raise Refused(f"{whole}: its md5 is not {md5}; remove the file to download it again")
-        return
-    part = whole.with_name(f"{whole.name}.part")
-    fetch(url, part)
-    found = calculate_md5(part)
-    if found != md5:
-        part.unlink()
-        raise Refused(f"{url}: the file has the md5 {found}, not {md5}; it was deleted")
-    os.replace(part, whole)
+    file = whole
+    if not whole.exists():
+        file = whole.with_name(f"{whole.name}.part")
+        fetch(url, file)
+    if (found := calculate_md5(file)) != md5:
+        raise Refused(f"{file}: its md5 is {found}, not {md5}; remove the file to download it again")
+    os.replace(file, whole)
 
 
 def extract(archive: Path, home: Path) -> None:
