@@ -291,6 +291,16 @@ def test_class_folders_one_level_too_deep(tree, inside):
     )
 
 
+@pytest.mark.parametrize("name", ["cub", "SOP", "Inshop"])
+def test_a_data_root_of_benchmarks_is_not_taken_for_classes(tree, name):
+    root = tree(name)
+    trees.make_classes(root / "mine", 2, 2)
+    words = f"it holds benchmarks ({layouts.get(name).home}), not classes; give --dataset {name}"
+    assert words in refusal(root) and words in refusal(root, training=False)
+    trees.save(root / "mine" / "glyphs" / "0.png", 1, 0, 8)  # but a class may be called glyphs
+    assert load(root / "mine").query.class_names == ["glyphs"]
+
+
 @pytest.mark.parametrize(
     "one, other", [("Cat", "cat"), ("\u00e9", "e\u0301"), ("cat", "cat "), ("STRASSE", "stra\u00dfe")]
 )
@@ -472,6 +482,7 @@ BROKEN = [
     ("cub", remove(*(f"images/00{i}.Bird_{i}" for i in (2, 3, 4, 5, 6))), "1 class with images found, at least 2"),
     ("cars 1", remove("cars_annos.mat"), "cars_annos.mat is not there; `python code/prepare.py download cars`"),
     ("cars 1", write("cars_annos.mat", b"<html>"), "cars_annos.mat: not a readable .mat"),
+    ("cars 1", annotate("cars_annos.mat", ["../1.jpg"], [1]), "cars_annos.mat, line 1: expected a path inside"),
     ("cars 1", annotate("cars_annos.mat", ["a"], [1], "x"), "`annotations` with the fields relative_im_path and class"),
     ("cars 1", remove("car_ims/000003.jpg", "car_ims/000005.jpg"), "cars_annos.mat names 2 images that are not in"),
     ("cars 2", remove("cars_test_annos_withlabels.mat"), "cars_test_annos_withlabels.mat is not there; "),
@@ -481,6 +492,7 @@ BROKEN = [
     ("SOP", write(SOP), "Ebay_test.txt, line 1: expected the header 'image_id class_id super_class_id path'"),
     ("SOP", spoil(SOP, " 4 2 ", " 4 "), "Ebay_test.txt, line 2: expected image_id class_id super_class_id path, foun"),
     ("SOP", remove("bicycle_final/111000000003_1.JPG"), "names 1 images that are not in "),
+    ("SOP", spoil(SOP, "cabinet_final/", "../other/"), "line 2: expected a path inside the data folder, found '../ot"),
     ("SOP", spoil(SOP, " 4 2 ", " 1 1 "), "train and test share 1 classes, as 1; retrieval is tested on unseen"),
     ("SOP", spoil(SOP, "000004_0", "000004_1"), "000004_1.JPG (test) are the same file, listed twice; keep one"),
     ("SOP", spoil(SOP, "path\n", "path\n25 4 2 ./bicycle_final//111000000001_0.JPG\n"),

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from folders import shorten
+from folders import scan, shorten
 from refused import Refused
 
 from layouts.reading import Layout, Listing
@@ -47,6 +47,8 @@ def read_splits(name: str, data_root: Path, train_classes: float | None = None, 
     """
     layout = get(name)
     home = Path(data_root, layout.home)
+    if name == "folder":
+        refuse_benchmarks(home)
     try:
         listing = layout.read(home)
     except FileNotFoundError as error:
@@ -61,6 +63,17 @@ def read_splits(name: str, data_root: Path, train_classes: float | None = None, 
     if "all" in listing.splits:
         split_by_class(listing, train_classes or 0.5, layout.last_train_class)
     return listing
+
+
+def refuse_benchmarks(root: Path) -> None:
+    """Raises Refused where the benchmarks themselves would be taken for classes."""
+    for name in DATASETS:
+        home = get(name).home
+        if home and (root / home).is_dir() and any(entry.is_dir() for entry in scan(root / home)):
+            raise Refused(
+                f"{root}: it holds benchmarks ({home}), not classes; give --dataset {name}, or for pictures of your "
+                f"own --data-root {root / 'FOLDER'}, their folder"
+            )
 
 
 def split_by_class(listing: Listing, train_classes: float, last_train_class: int | None = None) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from refused import Refused
 
-from layouts.reading import AUDIT, Layout, Listing, bad_line, read_rows, read_text
+from layouts.reading import AUDIT, Layout, Listing, bad_line, inside_root, read_rows, read_text
 
 
 def read(home: Path) -> Listing:
@@ -46,7 +46,8 @@ def read_annotations(path: Path, file_field: str, folder: str = "") -> list[tupl
         files, classes = annotations[file_field], [int(class_id) for class_id in annotations["class"]]
     except (IndexError, TypeError, ValueError, OverflowError):
         raise Refused(f"{path}: `annotations` with the fields {file_field} and class (numbers) expected") from None
-    return [(f"{folder}{file}", class_id) for file, class_id in zip(files, classes, strict=True)]
+    files = [inside_root(f"{folder}{file}", path, number) for number, file in enumerate(files, 1)]
+    return list(zip(files, classes, strict=True))
 
 
 def read_names(path: Path) -> dict[int, str]:

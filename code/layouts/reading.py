@@ -66,10 +66,17 @@ def bad_line(list_file: Path, number: int, expected: str, found: str) -> Refused
     return Refused(f"{list_file}, line {number}: expected {expected}, found {found[:80]!r}")
 
 
+def inside_root(path: str, list_file: Path, number: int) -> str:
+    """The path as it is, unless it leads out of the data folder."""
+    if re.search(r"^(?:[A-Za-z]:|[\\/])|(?:^|[\\/])\.\.(?:[\\/]|$)", path):
+        raise bad_line(list_file, number, "a path inside the data folder", path)
+    return path
+
+
 def read_rows(list_file: Path, pattern: str, columns: str, header: int = 0) -> Iterator[tuple[int, re.Match]]:
     """(number, what the pattern finds) of each line that is not empty, below line `header` with the names of columns.
 
-    Blanks around a line do not matter.
+    Its group `path` must not lead out of the data folder. Blanks around a line do not matter.
     """
     lines = [line.strip() for line in read_text(list_file).split("\n")]
     named = "".join(lines[header - 1 : header])
@@ -80,6 +87,7 @@ def read_rows(list_file: Path, pattern: str, columns: str, header: int = 0) -> I
             row = re.fullmatch(pattern, line, re.ASCII)
             if not row:
                 raise bad_line(list_file, number, columns, line)
+            inside_root(row["path"], list_file, number)
             yield number, row
 
 
