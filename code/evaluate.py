@@ -135,13 +135,12 @@ def compare_with_training(args, loaded, benchmark) -> None:
 
 def describe(benchmark, loaded) -> dict:
     """What a checkpoint is scored on, for the console and the JSON file."""
-    splits = {"train": benchmark.train, "query": benchmark.query, "gallery": benchmark.gallery}
-    splits = {split: images for split, images in splits.items() if images is not None}
+    splits = [("train", benchmark.train), ("query", benchmark.query), ("gallery", benchmark.gallery)]
     return {
         "checkpoint": str(loaded.path),
         "dataset": benchmark.name,
         "data_root": str(benchmark.query.root),
-        "splits": {split: {"images": len(of), "classes": of.num_classes} for split, of in splits.items()},
+        "splits": {split: {"images": len(of), "classes": of.num_classes} for split, of in splits if of is not None},
         "image_size": loaded.image_size,
         "undecoded": len(benchmark.unreadable),
         "trained_by": loaded.content.get("made_by"),

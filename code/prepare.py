@@ -5,7 +5,6 @@ python code/prepare.py download cub                # fetch it (cub, SOP), or say
 python code/prepare.py show cub --output cub.png   # look at it before training
 """
 
-import functools
 import http.client
 import os
 import shutil
@@ -34,9 +33,7 @@ DOWNLOADS = (*(name for name in layouts.DATASETS if name != "folder"), WEIGHTS)
 
 
 def check(name: str, data_root: Path, decode: bool = False, train_classes: float | None = None) -> bool:
-    """Prints a table of the counts and a line for each problem; True if there is none.
-
-    Whatever training would refuse is one. train_classes: as in load_benchmark.
+    """Prints a table of the counts and a line for each problem, such as what training would refuse; True without any.
 
     Raises Refused if the lists cannot be read at all.
     """
@@ -101,15 +98,14 @@ def extract(archive: Path, home: Path) -> None:
     Raises Refused if the archive is broken, lacks that folder, or holds what leads out of it.
     """
     print(f"unpacking {archive}")
-    bar = functools.partial(tqdm, desc="unpack", unit="file", disable=None)
     with written_whole(home) as folder:
         try:
             if archive.suffix == ".zip":
                 with zipfile.ZipFile(archive) as zipped:  # leaves out what would lead out of the folder
-                    zipped.extractall(folder.parent, bar(zipped.namelist()))
+                    zipped.extractall(folder.parent, tqdm(zipped.namelist(), "unpack", disable=None))
             else:
                 with tarfile.open(archive) as tar:
-                    tar.extractall(folder.parent, bar(tar), filter="data")
+                    tar.extractall(folder.parent, tqdm(tar, "unpack", disable=None), filter="data")
         except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise Refused(f"{archive}: broken archive ({one_line(error)}); nothing was unpacked") from None
         if not any(folder.iterdir()):

@@ -260,9 +260,8 @@ class Section:
         for number, group in self.counted.groupby("group"):
             run, seconds = group.iloc[0], group["seconds"].sum()  # of all its runs, in one list
             common = {"dataset": self.name, "group": number, **run[self.differing], "runs": len(group)}
-            common |= {"seeds": ", ".join(map(str, group["seed"])), "chosen by": run["chosen by"]}
+            common |= {"seeds": ", ".join(map(str, group["seed"])), **run[["chosen by", "of"]]}
             common["s/epoch"] = round(statistics.median(seconds), 2) if seconds else None
-            common["of"] = run["of"]
             for name in self.figures:
                 values = group[f"{name} (%)"]
                 std = statistics.stdev(values) if len(values) > 1 else None
