@@ -13,8 +13,8 @@ import os
 import signal
 import sys
 import time
+from collections import namedtuple
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -36,27 +36,25 @@ class Lost(RuntimeError):
 LOST = (Lost, dist.DistError)  # errors that only say that another process has ended, or cannot be reached
 
 
-class Processes(NamedTuple):
-    """This process's number, and how many there are."""
-
-    rank: int
-    count: int
+Processes = namedtuple("Processes", "rank count")  # this process's number, and how many there are
 
 
 def processes() -> Processes:
-    if not dist.is_initialized():
-        return Processes(0, 1)
-    return Processes(dist.get_rank(), dist.get_world_size())
+    return Processes(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Processes(0, 1)
 
 
 def several() -> bool:
-    """Whether torchrun started this process beside others; they have not met before start()."""
-    return os.environ.get("WORLD_SIZE", "1") != "1"
+    """Whether torchrun started this process beside others; they have not met before start(). Raises Refused."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return False
+    if missing := {"RANK", "LOCAL_RANK"} - os.environ.keys():
+        raise Refused(f"WORLD_SIZE is set, but not {min(missing)}: start several processes with torchrun, or unset it")
+    return True
 
 
 def is_first() -> bool:
     """Whether this is process 0, the one that writes and speaks; known before start(), too."""
-    return not several() or _from_environment("RANK") == 0
+    return not several() or os.environ["RANK"] == "0"
 
 
 def start(gpu_id: int) -> torch.device:
@@ -70,7 +68,8 @@ def start(gpu_id: int) -> torch.device:
     """
     if not several():
         return choose_device(gpu_id)
-    rank, local_rank, here = map(_from_environment, ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    local_rank = int(os.environ["LOCAL_RANK"])
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
     on_gpu, count = torch.cuda.is_available() and gpu_id >= 0, torch.cuda.device_count()
     if on_gpu and here > count:  # seen by all processes of the machine, so that the first one says it
         raise Refused(f"{here} processes were started on this machine, which has {count} GPU{'s' * (count != 1)}: "
@@ -79,19 +78,9 @@ def start(gpu_id: int) -> torch.device:
     global _control
     dist.init_process_group("nccl" if on_gpu else "gloo")
     _control = dist.new_group(backend="gloo")
-    if rank != 0:
+    if not is_first():
         sys.stdout = sys.stderr = open(os.devnull, "w")  # a progress bar shows itself on a terminal only
     return device
-
-
-def _from_environment(name: str) -> int:
-    """A whole number that torchrun sets. Raises Refused."""
-    try:
-        return int(os.environ[name])
-    except (KeyError, ValueError):
-        raise Refused(
-            f"WORLD_SIZE is set, but {name} is no number: start several processes with torchrun, or unset WORLD_SIZE"
-        ) from None
 
 
 def choose_device(gpu_id: int) -> torch.device:

@@ -201,18 +201,18 @@ def binary(text: str) -> int:
 
 def number(kind: type, at_least: float = 0, below: float = math.inf, positive: bool = False):
     """A flag type: numbers of that kind in [at_least, below), without zero if positive."""
+    what = "a whole number" if kind is int else "a number"
+    what += " above 0" if positive else f" of at least {at_least:g}"
+    what += f" and below {below:g}" if below < math.inf else ""
 
     def convert(text: str):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not at_least <= value < below or (positive and value == 0):
-            what = "a whole number" if kind is int else "a number"
-            bounds = "above 0" if positive else f"of at least {at_least:g}"
-            limit = "" if below == math.inf else f" and below {below:g}"
-            raise argparse.ArgumentTypeError(f"must be {what} {bounds}{limit}, got {text!r}")
-        return value
+        if at_least <= value < below and (value or not positive):
+            return value
+        raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
 
     return convert
 
