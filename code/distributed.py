@@ -152,12 +152,6 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
         return DistributedDataParallel(module, [device] if device.type == "cuda" else None, **{share: False})
 
 
-def synchronise_batchnorm(network: nn.Module, device: torch.device) -> None:
-    """BatchNorm statistics of the whole batch instead of each process's share, where torch can: on GPUs."""
-    if dist.is_initialized() and device.type == "cuda":
-        network.synchronise_batchnorm()
-
-
 @together()
 def share_buffers(network: nn.Module) -> None:
     """Give all processes the first one's BatchNorm statistics, which checkpoints keep: all score the same network.

@@ -154,8 +154,8 @@ def make_network(args: Namespace, weights: str, device: torch.device) -> tuple[n
     image_size = args.image_size or network.image_size
     net.require_image_size(network, image_size)
     network.to(device, memory_format=inference.memory_format(args.channels_last))
-    if not args.bn_freeze:
-        distributed.synchronise_batchnorm(network, device)
+    if device.type == "cuda" and distributed.processes().count > 1 and not args.bn_freeze:
+        network.synchronise_batchnorm()  # statistics of the whole batch, which torch has on GPUs alone
     return network, image_size
 
 
