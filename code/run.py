@@ -11,6 +11,7 @@ Every file appears whole or not at all. After an epoch last.pth is written first
 other files from following, they are made from it when the run is resumed.
 """
 
+import atexit
 import contextlib
 import fcntl
 import itertools
@@ -159,14 +160,18 @@ def lock(folder: Path) -> None:
     """Keep other processes out of a run's folder until this one ends in any way. Raises Refused where one is in it.
 
     A lock of fcntl's lockf: unlike flock's, worker processes that outlive a killed parent do not inherit it. The file
-    is never closed, which would end the lock, nor removed: between two calls of another process it would lock in vain.
+    is not closed, which would end the lock.
     """
-    file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    path = folder / LOCK
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         owner = os.read(file, 1000).decode().strip() or "which has just begun"
         raise Refused(f"{folder}: another process ({owner}) is using this run") from None
+    if os.fstat(file).st_nlink == 0:  # its owner removed it between our two calls: others lock a new one
+        return lock(folder)
+    atexit.register(path.unlink, missing_ok=True)
     os.truncate(file, 0)
     os.write(file, f"{platform.node()}, process {os.getpid()}\n".encode())
 

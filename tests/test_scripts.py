@@ -29,6 +29,7 @@ def test_train_then_evaluate_agree_to_the_last_digit(script, call, cub, tmp_path
     trained = script("train.py", *words, cwd=Path(train.__file__).parent)  # scripts run from the code folder too
     assert trained.code == 0, trained.err
     run = tmp_path / "cub" / "run_1"
+    assert not list(run.glob(".*"))  # neither its lock nor half-written files
     best = load(run / f"cub_{BEST}.pth")
     figures = tmp_path / "figures.json"
     # The line that the summary prints is the one that is run.
