@@ -40,9 +40,9 @@ def check(name: str, data_root: Path, decode: bool = False, train_classes: float
     listing = layouts.read_splits(name, data_root, train_classes)
     print(f"{name} in {listing.root}")
     print(f"{'split':<10}{'images':>10}{'classes':>10}{'published images':>20}{'classes':>10}")
-    for split, pairs in listing.splits.items():
+    for split, counts in listing.counts().items():
         published = layouts.get(name).published.get(split, ("-", "-"))
-        cells = [f"{n:,}" if isinstance(n, int) else n for n in (*layouts.count(pairs), *published)]
+        cells = [f"{n:,}" if isinstance(n, int) else n for n in (*counts, *published)]
         print(f"{split:<10}{cells[0]:>10}{cells[1]:>10}{cells[2]:>20}{cells[3]:>10}")
     found = layouts.examine(name, listing)
     for note in found.notes:

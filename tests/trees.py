@@ -128,7 +128,7 @@ def publish(monkeypatch, name: str, root: Path) -> dict[str, tuple[int, int]]:
     """Makes the counts of a tiny tree under root the published ones, and gives them."""
     import layouts
 
-    counts = {split: layouts.count(pairs) for split, pairs in layouts.read_splits(name, root).splits.items()}
+    counts = layouts.read_splits(name, root).counts()
     patch(monkeypatch, name, published=counts)
     return counts
 
@@ -138,7 +138,7 @@ def patch(monkeypatch, name: str, **changes) -> None:
     import layouts
 
     known = layouts.get(name)
-    module = importlib.import_module(f"layouts.{layouts.MODULES[name]}")
+    module = importlib.import_module(f"layouts.{name.lower()}")
     monkeypatch.setattr(module, "LAYOUT", dataclasses.replace(known, **changes))
 
 

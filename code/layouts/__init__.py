@@ -1,7 +1,7 @@
 """What lies on disk: the table of data sets, their division into splits, and what is wrong with one.
 
 A module of this package describes each data set, as LAYOUT. It is imported when its data set is asked for, so that a
-run on CUB needs neither matplotlib nor scipy. A new benchmark is a new module and a line in MODULES.
+run on CUB needs neither matplotlib nor scipy. A new benchmark is a new module and its name in DATASETS.
 """
 
 import contextlib
@@ -18,21 +18,12 @@ from refused import Refused
 
 from layouts.reading import Layout, Listing
 
-MODULES = {
-    "cub": "cub",
-    "cars": "cars",
-    "SOP": "sop",
-    "Inshop": "inshop",
-    "glyphs": "glyphs",
-    "emoji": "emoji",
-    "folder": "own",
-}
-DATASETS = tuple(MODULES)
+DATASETS = ("cub", "cars", "SOP", "Inshop", "glyphs", "emoji", "folder")  # in small letters the names of the modules
 
 
 def get(name: str) -> Layout:
     """What is known about a data set."""
-    return importlib.import_module(f"layouts.{MODULES[name]}").LAYOUT
+    return importlib.import_module(f"layouts.{name.lower()}").LAYOUT
 
 
 # ---------------------------------------------------------------- a listing and its splits
@@ -109,11 +100,6 @@ class Findings:
     obstacles: list[str]  # why the splits are useless
 
 
-def count(pairs: list[tuple[str, int | str]]) -> tuple[int, int]:
-    """(images, classes)"""
-    return len(pairs), len({class_id for _, class_id in pairs})
-
-
 def examine(name: str, listing: Listing, training: bool = True) -> Findings:
     """What is odd about a data set, to train on or else only to score."""
     where, splits = listing.source or str(listing.root), listing.splits
@@ -155,8 +141,7 @@ def examine(name: str, listing: Listing, training: bool = True) -> Findings:
 
 def compare_counts(name: str, listing: Listing) -> list[str]:
     """A line if the counts differ from the published ones, none if they agree."""
-    found = {split: count(pairs) for split, pairs in listing.splits.items()}
-    published, mirrors = get(name).published, get(name).mirrors
+    found, published, mirrors = listing.counts(), get(name).published, get(name).mirrors
     if not published or found == published:
         return []
     parts = [

@@ -26,6 +26,10 @@ class Listing:
     notes: list[str] = field(default_factory=list)
     own: bool = False  # the user's own pictures, which nobody has published figures on
 
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """{split: (images, classes)}"""
+        return {split: (len(pairs), len({class_id for _, class_id in pairs})) for split, pairs in self.splits.items()}
+
 
 @dataclass(frozen=True)
 class Layout:
