@@ -186,12 +186,10 @@ class ImageDataset(Dataset):
             image = read_rgb(self.images.file(index), self.images.own)
         except UnreadableImage as error:
             raise UnreadableImage(f"{error} (--skip-bad-images leaves such images out)") from None
-        label = int(self.images.labels[index])
-        if seed is None:
-            return self.transform(image), label
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs, too
-            return self.transform(image), label
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+            if seed is not None:
+                torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs, too
+            return self.transform(image), int(self.images.labels[index])
 
 
 def train_transform(image_size=224):
@@ -336,35 +334,15 @@ def leave_stopping_to_the_parent(worker: int) -> None:
 
 
 def make_train_loader(
-    images: ImageList,
-    transform,
-    batch_size: int,
-    seed: int,
-    images_per_class: int = 0,
-    workers: int = 0,
-    pin_memory: bool = False,
-    shard: tuple[int, int] = (0, 1),
+    images: ImageList, transform, batch_size, seed, images_per_class=0, workers=0, pin_memory=False, shard=(0, 1)
 ) -> DataLoader:
-    """Batches of (N, 3, H, W) uint8 and (N,) int64. Call loader.batch_sampler.set_epoch(epoch) before each epoch.
-
-    batch_size counts the images of all processes together; process shard[0] of shard[1] gets its part of each batch.
-    """
+    """Batches of (N, 3, H, W) uint8 and (N,) int64; loader.batch_sampler is the RandomBatches that draws them."""
     batches = RandomBatches(images.labels, batch_size, seed, images_per_class, shard)
     return Loader(ImageDataset(images, transform), workers, pin_memory, batch_sampler=batches)
 
 
-def make_eval_loader(
-    images: ImageList,
-    transform,
-    batch_size: int,
-    workers: int = 0,
-    pin_memory: bool = False,
-    shard: tuple[int, int] = (0, 1),
-) -> DataLoader:
-    """All images in order, none dropped.
-
-    Process shard[0] of shard[1] gets every shard[1]-th image, starting with image shard[0].
-    """
+def make_eval_loader(images: ImageList, transform, batch_size, workers=0, pin_memory=False, shard=(0, 1)) -> DataLoader:
+    """All images in order, none dropped; process shard[0] of shard[1] gets every shard[1]-th, from shard[0] on."""
     mine = range(shard[0], len(images), shard[1])
     return Loader(ImageDataset(images, transform), workers, pin_memory, batch_size=batch_size, sampler=mine)
 
