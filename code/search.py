@@ -35,8 +35,8 @@ class Found(NamedTuple):
     positives: Tensor
     closer: Tensor
     tied: Tensor
-    rivals: Tensor | None
-    tied_at_end: Tensor | None
+    rivals: Tensor | None = None
+    tied_at_end: Tensor | None = None
 
 
 class Similarities:
@@ -124,7 +124,10 @@ def _search_group(S: Similarities, first: Tensor, R: Tensor, with_rivals: bool) 
     pairs = S.pairs()
     positives = _positives(S, [pair for pair in pairs if S.mixed(*pair)], first, R)
     best = positives.amax(dim=1).masked_fill(R == 0, INF)  # nothing is closer than INF, so nothing is counted
-    rivals = _start_of_rivals(positives, R) if with_rivals else None
+    if with_rivals:  # (n, W), before the first block all just farther than the farthest positive
+        farthest = positives.masked_fill(positives == -INF, INF).amin(dim=1, keepdim=True)
+        below = torch.nextafter(farthest, torch.full_like(farthest, -INF)).masked_fill(R[:, None] == 0, INF)
+        rivals = below.repeat(1, int(R.max()))
     counts = torch.zeros(2, len(best), dtype=torch.int64, device=best.device)  # closer, closer or tied
     for queries, candidates, block in S.walk(pairs):
         if S.mixed(queries, candidates):
@@ -135,12 +138,11 @@ def _search_group(S: Similarities, first: Tensor, R: Tensor, with_rivals: bool) 
         if with_rivals:
             _keep_closest(rivals[queries], block)
     distributed.all_reduce(counts, "sum")
-    closer, closer_or_tied = counts
-    tied_at_end = None
-    if with_rivals:
-        rivals = torch.cat(distributed.all_gather(rivals), dim=1).topk(rivals.shape[1], dim=1).values
-        tied_at_end = _tied_at_end(S, positives, rivals)
-    return Found(R, positives, closer, closer_or_tied - closer, rivals, tied_at_end)
+    found = Found(R, positives, closer=counts[0], tied=counts[1] - counts[0])
+    if not with_rivals:
+        return found
+    rivals = torch.cat(distributed.all_gather(rivals), dim=1).topk(rivals.shape[1], dim=1).values
+    return found._replace(rivals=rivals, tied_at_end=_tied_at_end(S, positives, rivals))
 
 
 def _positives(S: Similarities, mixed: list, first: Tensor, R: Tensor) -> Tensor:
@@ -160,13 +162,6 @@ def _positives(S: Similarities, mixed: list, first: Tensor, R: Tensor) -> Tensor
         positives[queries] = torch.where(wanted, similarities, positives[queries])
     distributed.all_reduce(positives, "max")
     return positives
-
-
-def _start_of_rivals(positives: Tensor, R: Tensor) -> Tensor:
-    """The lists of rivals (n, W) before the first block: all just farther than the farthest positive."""
-    farthest = positives.masked_fill(positives == -INF, INF).amin(dim=1)
-    below = torch.nextafter(farthest, torch.full_like(farthest, -INF)).masked_fill(R == 0, INF)
-    return below[:, None].repeat(1, max(int(R.max()), 1))
 
 
 def _keep_closest(rivals: Tensor, block: Tensor) -> None:
