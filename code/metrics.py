@@ -79,24 +79,21 @@ def retrieval(
         if G.shape[1] != Q.shape[1]:
             raise Refused(f"query embeddings have {Q.shape[1]} dimensions, gallery embeddings {G.shape[1]}")
     names = [f"R@{k}" for k in ks] + ["RP", "MAP@R"] * precision
-    per_query = {name: torch.full((len(Q),), torch.nan, dtype=torch.float64) for name in names}
-    num_with_positive = 0
+    figures = torch.full((len(names), len(Q)), torch.nan, dtype=torch.float64)
     for rows, found in search(Q, q_labels, G, g_labels, one_set, precision, memory_gib, progress):
-        num_with_positive += int((found.num_positives > 0).sum())
-        for k in ks:
-            per_query[f"R@{k}"][q_order[rows]] = _hits(found, k).cpu()
-        if precision:
-            for name, values in zip(("RP", "MAP@R"), _precisions(found, memory_gib).cpu(), strict=True):
-                per_query[name][q_order[rows]] = values
-    if num_with_positive == 0:
+        hits = [_hits(found, k) for k in ks]
+        figures[:, q_order[rows]] = torch.stack([*hits, *(_precisions(found, memory_gib) if precision else ())]).cpu()
+    without_positive = int(figures[0].isnan().sum())
+    if without_positive == len(Q):
         raise Refused(f"none of the {len(Q)} queries has an image of its own class to find")
+    per_query = dict(zip(names, figures, strict=True))
     means = {name: values.nanmean().item() for name, values in per_query.items()}
     return Retrieval(
         recall={k: means[f"R@{k}"] for k in ks},
         r_precision=means.get("RP"),
         map_at_r=means.get("MAP@R"),
         num_queries=len(Q),
-        num_without_positive=len(Q) - num_with_positive,
+        num_without_positive=without_positive,
         per_query={name: values.numpy() for name, values in per_query.items()},
     )
 
