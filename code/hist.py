@@ -173,14 +173,11 @@ class HISTLoss(nn.Module):
         ls: float = 1.0,
     ):
         super().__init__()
-        if min(num_classes, embedding_size, hgnn_hidden) < 1:
+        sizes, inf = (num_classes, embedding_size, hgnn_hidden), float("inf")
+        if min(sizes) < 1 or not (0 < tau < inf and 0 <= alpha < inf and 0 <= ls < inf):
             raise ValueError(
-                "HISTLoss: num_classes, embedding_size and hgnn_hidden must be at least 1, "
-                f"got {num_classes}, {embedding_size} and {hgnn_hidden}"
-            )
-        if not (0 < tau < float("inf") and 0 <= alpha < float("inf") and 0 <= ls < float("inf")):
-            raise ValueError(
-                f"HISTLoss: tau must be above 0, alpha and ls at least 0, and all finite, got {tau}, {alpha} and {ls}"
+                "HISTLoss: num_classes, embedding_size and hgnn_hidden must be at least 1, tau above 0, alpha and ls "
+                f"at least 0, and all finite, got {sizes}, {tau}, {alpha} and {ls}"
             )
         self.num_classes = num_classes
         self.embedding_size = embedding_size
