@@ -123,7 +123,10 @@ def read_runs(folder: Path) -> tuple[list[dict], list[str]]:
 
 
 def read_args(path: Path) -> tuple[dict, dict, str, dict, int | None]:
-    """Of args.json: flags by destination, made_by, data and counts as read_data, when the images last changed."""
+    """Of args.json: flags by destination, made_by, data, (images, classes) by split, when the images last changed.
+
+    Runs on the same data have the same line: 'train 5864/100, query 5924/100 (1a2b3c4d)', with a digest of all splits.
+    """
     content = json.loads(path.read_text(encoding="utf-8"), parse_constant=int)  # which refuses NaN
     # A flag that is younger than the run had its default.
     run_flags = train_flags()[0] | {plain(name): plain(value) for name, value in content["flags"].items()}
@@ -134,15 +137,7 @@ def read_args(path: Path) -> tuple[dict, dict, str, dict, int | None]:
         made_by["resumed after epoch"] = f"{made_by.get('resumed after epoch', '')} {resumed['after_epoch']}".strip()
         if resumed.get("data_before"):
             changed_after = int(resumed["after_epoch"])
-    data, counts = read_data(content["data"])
-    return run_flags, made_by, data, counts, changed_after
-
-
-def read_data(data: dict) -> tuple[str, dict[str, tuple[int, int]]]:
-    """(data in a line, (images, classes) by split) of args.json's "data".
-
-    Runs on the same data have the same line: 'train 5864/100, query 5924/100 (1a2b3c4d)', with a digest of all splits.
-    """
+    data = content["data"]
     names = ["train", "query", *(["gallery"] if data.get("gallery") else [])]
     counts = {name: (int(data[name]["images"]), int(data[name]["classes"])) for name in names}
     digests = {name: data[name]["digest"].lower() for name in names}  # refuses what is no text
@@ -151,7 +146,8 @@ def read_data(data: dict) -> tuple[str, dict[str, tuple[int, int]]]:
         counts["train"] = (images + int(held_out["images"]), classes + int(held_out["classes"]))
         digests["train"] = data["train"].get("digest_with_validation")
     text = ", ".join(f"{name} {images}/{classes}" for name, (images, classes) in counts.items())
-    return f"{text} ({hashlib.sha256(repr(digests).encode()).hexdigest()[:8]})", counts
+    text += f" ({hashlib.sha256(repr(digests).encode()).hexdigest()[:8]})"
+    return run_flags, made_by, text, counts, changed_after
 
 
 def read_epochs(path: Path, run_flags: dict, made_by: dict, data: str, counts: dict, changed_after: int | None) -> dict:
@@ -178,7 +174,8 @@ def read_epochs(path: Path, run_flags: dict, made_by: dict, data: str, counts: d
     best, last = trained.loc[trained[chosen_by].idxmax()], trained.iloc[-1]
     if best["undecoded"] > 0:  # of versions that left such images out of the scores alone
         data, counts = f"{data}, {best['undecoded']:.0f} of them could not be decoded", {}
-    experiment = {flag_name(name): value for name, value in made.items()} | {"data": data}
+    # A flag that train.py no longer has keeps its dashes.
+    experiment = {train_flags()[1].get(name, f"--{name}"): value for name, value in made.items()} | {"data": data}
     return {
         "experiment": list(experiment),  # columns: what makes two runs the same but for their seed
         **experiment,
@@ -198,10 +195,11 @@ def read_epochs(path: Path, run_flags: dict, made_by: dict, data: str, counts: d
 
 @functools.cache
 def train_flags() -> tuple[dict, dict[str, str]]:
-    """(defaults of train.py's flags, their names on the command line), by destination."""
+    """(defaults of train.py's flags, their columns in the report), by destination."""
     parser = flags.train_parser()
     defaults = {name: plain(value) for name, value in flags.plain(parser.parse_args([])).items()}
-    return defaults, {action.dest: action.option_strings[-1].lstrip("-") for action in parser._actions}
+    columns = {action.dest: action.option_strings[-1].lstrip("-") for action in parser._actions}
+    return defaults, columns | {"dataset": "--dataset"}  # there is a column dataset, the folder's name
 
 
 def plain(value) -> str | int | float:
@@ -243,7 +241,8 @@ class Section:
 
     def shared(self) -> str:
         """The flags and the data that all runs share, on one line, without defaults."""
-        usual = {flag_name(name): value for name, value in train_flags()[0].items() if name not in ("dataset", "model")}
+        defaults, columns = train_flags()
+        usual = {columns[name]: value for name, value in defaults.items() if name not in ("dataset", "model")}
         shared = [(name, self.runs[name][0]) for name in self.experiment if name not in self.differing]
         shared = [f"{name.lstrip('-')} {value}" for name, value in shared if value not in ("", usual.get(name))]
         return one_line(f"All runs: {', '.join(shared)}.")
@@ -289,11 +288,6 @@ class Section:
         runs = self.runs_table().drop(columns=unwanted)
         found = {"Groups": groups.values(), "Beside published figures": beside.values(), "Runs": runs}
         return {title: shown(pd.DataFrame(rows, dtype=object)) for title, rows in found.items() if len(rows)}
-
-
-def flag_name(destination: str) -> str:
-    """As on the command line; with its dashes where the report has a column of that name, or train.py no such flag."""
-    return {**train_flags()[1], "dataset": "--dataset"}.get(destination, f"--{destination}")
 
 
 @functools.cache
