@@ -3,11 +3,8 @@
 Figures are drawn off screen without matplotlib's pyplot: nothing is shared between calls, and no window is needed.
 """
 
-import bisect
 import functools
 import importlib.util
-import io
-import itertools
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,8 +60,8 @@ def label(text: str, length: int) -> str:
     text = "".join(character if ord(character) in _drawable() else f"U+{ord(character):04X} " for character in text)
     widths = [1 + (unicodedata.east_asian_width(character) in "WF") for character in text]  # Chinese: twice Latin's
     if sum(widths) > length:
-        head = bisect.bisect(list(itertools.accumulate(widths)), length // 2)
-        tail = bisect.bisect(list(itertools.accumulate(reversed(widths))), (length - 1) // 2)
+        head = (np.cumsum(widths) <= length // 2).sum()
+        tail = (np.cumsum(widths[::-1]) <= (length - 1) // 2).sum()
         text = f"{text[:head]}…{text[len(text) - tail :]}"
     return text.replace("$", r"\$")
 
@@ -203,10 +200,8 @@ def neighbours(
     step, first, row_height = 1.08, 1.38, 1.78  # inches; the side of a picture is 1
     width = max(7.3, first + step * max(len(row) for row in neighbour_paths))
     figure, axes = _canvas(width, row_height * len(query_paths) + 0.5, dpi=125)
-    if neighbour_right is None:
-        kinds = {"query": "query", "nearest images": None}
-    else:
-        kinds = {"query": "query", "✓ same class": True, "✗ another class": False}
+    kinds = {"nearest images": None} if neighbour_right is None else {"✓ same class": True, "✗ another class": False}
+    kinds = {"query": "query"} | kinds
     patches = [Patch(fill=False, label=text, **FRAMES[kind] | {"linewidth": 2}) for text, kind in kinds.items()]
     axes.legend(handles=patches, loc="upper left", ncols=3, frameon=False, handlelength=1.6, handleheight=1.2)
     axes.text(width - 0.1, 0.21, "number: cosine similarity", ha="right", va="center", fontsize=10)
@@ -385,6 +380,4 @@ def _project(X: np.ndarray) -> tuple[np.ndarray, str]:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    content = io.BytesIO()
-    figure.savefig(content, format="png", metadata={"Software": None})
-    checkpoint.write(lambda file: file.write(content.getbuffer()), path)
+    checkpoint.write(lambda file: figure.savefig(file, format="png", metadata={"Software": None}), path)
