@@ -50,8 +50,8 @@ def main():
         benchmark = load_benchmark(args, given, loaded)
         options = (loaded.image_size, args.sz_batch, args.nb_workers, device)
         loaders = [inference.make_loader(images, *options) for images in (benchmark.query, benchmark.gallery)]
-        speed = {"amp": args.amp == "bf16", "channels_last": args.channels_last}
-        query, gallery = inference.embed_split(loaded.network, *loaders, device, **speed)
+        options = (device, args.amp == "bf16", args.channels_last)
+        query, gallery = (inference.embed(loaded.network, loader, *options) for loader in loaders)
         ks, measured = benchmark.recall_at, describe(benchmark, loaded)
         if args.save_embeddings and processes.rank == 0:
             save_embeddings(args.save_embeddings, benchmark, query, gallery)

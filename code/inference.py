@@ -65,7 +65,7 @@ def memory_format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-# ---------------------------------------------------------------- from images to embeddings
+# ---------------------------------------------------------------- from images to embeddings and scores
 
 
 def announce(benchmark: dataset.Benchmark) -> None:
@@ -85,13 +85,15 @@ def make_loader(images: dataset.ImageList | None, image_size: int, batch_size: i
 
 
 @torch.inference_mode()
-def embed(network, loader, device, amp=False, channels_last=False, after_batch=lambda: None) -> Embedded:
-    """Embeddings of every image of a loader, in its order. The network is left in eval mode.
+def embed(network, loader, device, amp=False, channels_last=False, after_batch=lambda: None) -> Embedded | None:
+    """Embeddings of every image of a loader, in its order; None for None. The network is left in eval mode.
 
     amp: bf16 autocast. after_batch is called after every batch and may raise to stop. With several processes each
     embeds its share, and all get all: process r of n has to be given a loader of the images r, r + n, r + 2n, … and all
     of them the same data set. Raises NotFinite for NaN or Inf, Refused where there are no images.
     """
+    if loader is None:
+        return None
     network.eval()
     device = torch.device(device)
     count = distributed.processes().count
@@ -117,15 +119,6 @@ def embed(network, loader, device, amp=False, channels_last=False, after_batch=l
     if bad := int((~torch.isfinite(embeddings)).any(dim=1).sum()):
         raise NotFinite(f"{bad:,} of {total:,} embeddings hold NaN or Inf: the network has diverged")
     return Embedded(embeddings, labels)
-
-
-def embed_split(network, query_loader, gallery_loader, device, **options) -> tuple[Embedded, Embedded | None]:
-    """(query, gallery) of a test split; None for a gallery that is not. options: of embed."""
-    query = embed(network, query_loader, device, **options)
-    return query, None if gallery_loader is None else embed(network, gallery_loader, device, **options)
-
-
-# ---------------------------------------------------------------- from embeddings to scores
 
 
 def score(query: Embedded, gallery: Embedded | None, ks, device, memory_gib=1.0, precision=False) -> metrics.Retrieval:

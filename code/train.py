@@ -282,11 +282,11 @@ def diverged(where: str, figures: dict, images: str = "") -> Refused:
 def finish_epoch(row: dict, started: float, log: run.Run, loaders: dict, benchmark, stop: StopSignals) -> None:
     """Score the network on the held-out classes, if there are any, and on the test split; save and draw it."""
     args, network, criterion = log.args, log.parts["network"], log.parts["criterion"]
-    options = dict(amp=args.amp == "bf16", channels_last=args.channels_last, after_batch=stop.check)
+    options = (log.device, args.amp == "bf16", args.channels_last, stop.check)
     try:
         for prefix, *splits in [("val ", "validation", None), ("", "query", "gallery")]:  # the last one is drawn
             if splits[0] in loaders:
-                query, gallery = inference.embed_split(network, *map(loaders.get, splits), log.device, **options)
+                query, gallery = (inference.embed(network, loaders.get(split), *options) for split in splits)
                 found = inference.score(query, gallery, benchmark.recall_at, log.device, args.search_memory)
                 row |= {prefix + name: value for name, value in found.figures().items()}
     except inference.NotFinite as error:

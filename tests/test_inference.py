@@ -88,7 +88,7 @@ def test_scores_are_those_of_metrics(gallery_labels):
         loader, images = make_loader(given, 3, seed=seed) if given else (None, None)
         loaders.append(loader)
         sets += [images.flatten(1), torch.tensor(given)] if given else []
-    query, gallery = inference.embed_split(Tiny(), *loaders, "cpu")
+    query, gallery = (inference.embed(Tiny(), loader, "cpu") for loader in loaders)
     found = inference.score(query, gallery, (1, 2), "cpu", precision=True, memory_gib=1e-5)
     assert found.figures() == metrics.retrieval(*sets, ks=(1, 2), precision=True).figures()
     assert query.labels.tolist() == labels and (gallery is None) == (gallery_labels is None)
