@@ -27,9 +27,8 @@ class LibraryLoss(nn.Module):
         labels = labels.to(embeddings.device, non_blocking=labels.device.type == "cpu")  # from a GPU it waits
         with torch.autocast(embeddings.device.type, enabled=False):
             embeddings = embeddings.float()
-            if self.miner is None:
-                return self.loss(embeddings, labels)
-            return self.loss(embeddings, labels, self.miner(embeddings, labels))
+            pairs = self.miner(embeddings, labels) if self.miner else None  # all there are
+            return self.loss(embeddings, labels, pairs)
 
 
 SQUARED = distances.LpDistance(power=2)  # of unit vectors
