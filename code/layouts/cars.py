@@ -1,10 +1,4 @@
-"""Cars-196, in whichever of three layouts lies in cars196/.
-
-1. cars_annos.mat, car_ims/NNNNNN.jpg;
-2. cars_train/, cars_test/, devkit/cars_train_annos.mat, and cars_test_annos_withlabels.mat here or in devkit/: both
-   parts together are split by class;
-3. Kaggle's "by classes folder": names.csv, anno_train.csv, anno_test.csv, car_data/car_data/{train,test}/<class name>/.
-"""
+"""Cars-196, in whichever of the three layouts of LAYOUT.by_hand lies in cars196/; each is split by class."""
 
 from pathlib import Path
 

@@ -1,8 +1,7 @@
 """The emoji benchmark: one class per sign, from up to nine icon sets.
 
 Artists' drawings that package registries carry, in CUB-200-2011's layout and about its size, with few pictures a class
-as in Stanford Online Products: 1,203 classes, 9,392 pictures. The first 602 classes (4,706 pictures) train, the
-other 601 (4,686 pictures) are retrieved.
+as in Stanford Online Products.
 
 emoji_classes.txt fixes the classes and their order. It holds the names without "skin-tone" that at least six of the
 sources know, as an icon or an alias. Of names that share their drawing in the first source that knows them

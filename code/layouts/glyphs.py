@@ -1,8 +1,7 @@
 """A benchmark that needs no download: letters drawn from the font that ships with matplotlib.
 
 Each class is one Unicode letter of DejaVu Sans. Each image is one drawing of it, with its own size, rotation, shear,
-shift, ink, paper and noise. To the code it looks like CUB-200-2011: the same folder layout and 200 classes, of which
-the first half trains and the unseen second half is retrieved.
+shift, ink, paper and noise. The folders and the number of classes are those of CUB-200-2011.
 
     python -c "from layouts.glyphs import ensure_glyphs; print(ensure_glyphs('data', num_classes=400))"
 """
@@ -35,7 +34,7 @@ PAPER = (150, 255)
 NOISE = (2.0, 16.0)  # standard deviation in grey values
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache
 def load_font(pixels: int) -> ImageFont.FreeTypeFont:
     """The font at one size in pixels. Basic layout: the same on machines with and without libraqm."""
     return ImageFont.truetype(str(FONT_FILE), pixels, layout_engine=ImageFont.Layout.BASIC)
@@ -50,7 +49,6 @@ def draw_letter(letter: str, pixels: int) -> Image.Image:
     return image.crop(image.getbbox() or (0, 0, 0, 0))
 
 
-@functools.lru_cache(maxsize=1)
 def distinct_letters() -> tuple[str, ...]:
     """All letters (Unicode category L*) that the font draws differently, in code-point order.
 
@@ -97,8 +95,7 @@ def draw_image(letter: str, size: int, random: np.random.RandomState) -> Image.I
 def ensure_glyphs(root: Path, num_classes=200, images_per_class=20, size=64, seed=0) -> Path:
     """Draws the set under root unless it is there, and returns its folder. The same parameters give the same bytes.
 
-    The default set lies in root/glyphs, any other in a folder named after its parameters, such as
-    root/glyphs_400x20_64. The layout is that of CUB-200-2011: images/NNN.NAME/*.png, where NNN is the class id.
+    The default set lies in root/glyphs, any other in a folder named after its parameters: root/glyphs_400x20_64.
     """
     name = "glyphs"
     if (num_classes, images_per_class, size, seed) != (200, 20, 64, 0):
