@@ -80,13 +80,7 @@ def make_image_list(listing: layouts.Listing, splits: Iterable[str]) -> dict[str
 
 
 def load_benchmark(
-    name: str,
-    data_root: Path,
-    train_classes: float | None = None,
-    training: bool = True,
-    share_given: bool = True,
-    skip_bad: bool = False,
-    workers: int = 0,
+    name: str, data_root: Path, train_classes=None, training=True, share_given=True, skip_bad=False, workers=0
 ) -> Benchmark:
     """Reads the lists of one data set; no image is opened unless skip_bad asks for it.
 
