@@ -176,7 +176,7 @@ def make_optimizer(network: net.EmbeddingNet, criterion: nn.Module, args: Namesp
     """The parameter groups in a fixed order, so that a saved state fits again; RATES names them."""
     groups = [
         {"params": network.backbone_parameters(), "lr": args.lr},
-        {"params": network.embedding_parameters(), "lr": args.lr},
+        {"params": list(network.model.embedding.parameters()), "lr": args.lr},
     ]
     if args.loss == "hist":
         groups += [

@@ -114,11 +114,10 @@ def load_network_state(
 
 
 def require_image_size(network: EmbeddingNet, image_size: int) -> None:
-    """Refused unless the network (on the CPU) takes images of that many pixels.
+    """Refused unless the network (on the CPU) takes images of that many pixels. Leaves it in eval mode.
 
     Some vision transformers only take their own size; small images leave nothing of a deep network's maps.
     """
-    training = network.training
     try:
         with torch.inference_mode():
             network.eval()(torch.zeros(1, 3, image_size, image_size))
@@ -128,5 +127,3 @@ def require_image_size(network: EmbeddingNet, image_size: int) -> None:
             f"--image-size {image_size}: {network.name} cannot take such images ({reason}); "
             f"its own size is {network.image_size}"
         ) from error
-    finally:
-        network.train(training)

@@ -16,8 +16,8 @@ class EmbeddingNet(nn.Module):
 
     model         the bare backbone; all parameters live in it, so every key of the state dict starts with
                   'model.', as in the published checkpoints, and the embedding layer is model.embedding
-    name          what --model calls this network
     num_features  channels of the backbone's last layer
+    name, embedding_size    as --model and --embedding-size give them
     add_gmp       add the global maximum to the global average of each channel
     layer_norm    normalise each embedding to mean 0, variance 1 (LayerNorm without affine parameters)
     bn_freeze     start with the affine parameters of the backbone's BatchNorm2d frozen
@@ -33,17 +33,7 @@ class EmbeddingNet(nn.Module):
     scale = 1.0
     image_size = 224
 
-    def __init__(
-        self,
-        model: nn.Module,
-        name: str,
-        num_features: int,
-        embedding_size: int = 512,
-        add_gmp: bool = True,
-        layer_norm: bool = True,
-        bn_freeze: bool = True,
-        unused: tuple[str, ...] = (),
-    ):
+    def __init__(self, model, name, num_features, embedding_size, add_gmp, layer_norm, bn_freeze, unused):
         super().__init__()
         self.name = name
         self.embedding_size = embedding_size
@@ -103,10 +93,6 @@ class EmbeddingNet(nn.Module):
     def backbone_parameters(self) -> list[nn.Parameter]:
         """Every parameter but the embedding layer's, in order of definition (unused classifier included)."""
         return [p for name, p in self.model.named_parameters() if not name.startswith("embedding.")]
-
-    def embedding_parameters(self) -> list[nn.Parameter]:
-        """Weight (D, C) and bias (D,) of the embedding layer."""
-        return list(self.model.embedding.parameters())
 
     def set_backbone_trainable(self, trainable: bool) -> None:
         """Freezes the backbone for the warm-up epochs (False) or lets it train (True).
