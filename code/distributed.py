@@ -8,13 +8,11 @@ loss of the whole batch. On one process the functions here do nothing.
 """
 
 import contextlib
-import inspect
 import os
 import signal
 import sys
 import time
 from collections import namedtuple
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -22,20 +20,12 @@ from refused import Refused
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-_control = None  # a group that talks over the hosts' network: asking a GPU for a number would make the host wait for it
-
 
 class Interrupted(Exception):
     """SIGTERM or Ctrl-C came, and the batch under way is done."""
 
 
-class Lost(RuntimeError):
-    """Another process of the group has ended."""
-
-
-LOST = (Lost, dist.DistError)  # errors that only say that another process has ended, or cannot be reached
-
-
+Lost = dist.DistError  # only says that another process has ended, or cannot be reached
 Processes = namedtuple("Processes", "rank count")  # this process's number, and how many there are
 
 
@@ -64,7 +54,7 @@ def start(gpu_id: int) -> torch.device:
     From here on only process 0 speaks: the standard output, warnings and progress bars of the others are silenced.
 
     Raises Refused: no GPU of that number, fewer GPUs than processes on this machine, or an environment that is not
-    torchrun's; DistError: processes that cannot reach each other.
+    torchrun's; Lost: processes that cannot reach each other.
     """
     if not several():
         return choose_device(gpu_id)
@@ -75,9 +65,8 @@ def start(gpu_id: int) -> torch.device:
         raise Refused(f"{here} processes were started on this machine, which has {count} GPU{'s' * (count != 1)}: "
                          "start fewer with --nproc-per-node, or use --gpu-id -1")  # fmt: skip
     device = choose_device(local_rank if on_gpu else -1)
-    global _control
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-    _control = dist.new_group(backend="gloo")
+    # What the hosts tell each other stays off the GPUs: asking one for a number would make the host wait for it.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     if not is_first():
         sys.stdout = sys.stderr = open(os.devnull, "w")  # a progress bar shows itself on a terminal only
     return device
@@ -122,13 +111,13 @@ def reports_errors() -> bool:
 def together():
     """Around what all processes do at the same time: raises Lost where one of them is missing.
 
-    nccl says so by a DistError. gloo raises a plain RuntimeError, from each collective and from the backward pass of
+    nccl raises it, a DistError. gloo raises a plain RuntimeError, from each collective and from the backward pass of
     DistributedDataParallel; what else fails there (a full GPU, a CUDA error) has a type of its own.
     """
     try:
         yield
     except RuntimeError as error:
-        if dist.is_initialized() and (type(error) is RuntimeError or isinstance(error, dist.DistError)):
+        if dist.is_initialized() and type(error) is RuntimeError:
             raise Lost(error) from error
         raise
 
@@ -138,6 +127,7 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+@together()
 def wrap(module: nn.Module, device: torch.device) -> nn.Module:
     """The module in DistributedDataParallel, which averages gradients; itself on one process, or with nothing to train.
 
@@ -145,11 +135,9 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
     """
     if not dist.is_initialized() or not any(p.requires_grad for p in module.parameters()):
         return module
-    # BatchNorm's statistics need not be shared before every step: share_buffers does it once an epoch.
-    names = inspect.signature(DistributedDataParallel).parameters
-    share = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"  # before torch 2.14
-    with together():
-        return DistributedDataParallel(module, [device] if device.type == "cuda" else None, **{share: False})
+    wrapped = DistributedDataParallel(module, [device] if device.type == "cuda" else None)
+    wrapped.broadcast_buffers = False  # BatchNorm's statistics before every step: share_buffers does it once an epoch
+    return wrapped
 
 
 @together()
@@ -190,7 +178,6 @@ class StopSignals:
 
     def __init__(self):
         self.number, self.since = 0, 0.0
-        self.agreed: int | None = None  # the largest number that any process had, if gather_batch has brought it
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
 
@@ -204,39 +191,22 @@ class StopSignals:
         """Raise Interrupted once a signal came. All processes have to call it after each of their batches.
 
         A signal may reach one process only, or each at another moment. They agree, so that all stop after the same
-        batch; the largest number received wins. In training the labels' message has carried it.
+        batch; the largest number received wins.
         """
-        agreed, self.agreed = self.agreed, None
-        if agreed is None:
-            agreed = int(max(all_gather(torch.tensor([self.number]), _control)))
-        if agreed:
+        if agreed := int(max(all_gather(torch.tensor([self.number])))):
             # This process's own signal may be yet to come.
             self.number, self.since = agreed, self.since or time.monotonic()
             raise Interrupted
 
 
-def gather_batch(embeddings: Tensor, labels: Tensor, stop: StopSignals) -> tuple[Tensor, Tensor]:
-    """The whole batch from each process's share: embeddings (N, D), and labels (N,) beside them.
-
-    What stop.check() needs to know comes in the same message.
-    """
+def gather_batch(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The whole batch from each process's share: embeddings (N, D), and labels (N,) beside them."""
     if not dist.is_initialized():
         return embeddings, labels
-    parts = torch.stack(all_gather(torch.cat([labels, labels.new_tensor([stop.number])]), _control))
-    labels, stop.agreed = parts[:, :-1].flatten(), int(parts[:, -1].max())
+    labels = torch.cat(all_gather(labels))
     if embeddings.is_cuda:  # DistributedDataParallel would move them, and make the host wait for the device
         labels = labels.pin_memory().to(embeddings.device, non_blocking=True)
     return _GatherEmbeddings.apply(embeddings), labels
-
-
-def to_host(values: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None]]:
-    """Start a copy to the host: (tensor there, function that waits until it has arrived)."""
-    host = values.to("cpu", non_blocking=True)
-    if values.device.type != "cuda":
-        return host, lambda: None
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(values.device))
-    return host, event.synchronize
 
 
 @together()
@@ -257,12 +227,12 @@ def all_reduce(values: Tensor, how: str) -> None:
 
 
 @together()
-def all_gather(values: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
+def all_gather(values: Tensor) -> list[Tensor]:
     """The values of every process, of one shape everywhere, in order of process."""
     if not dist.is_initialized():
         return [values]
     parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, values.contiguous(), group=group)
+    dist.all_gather(parts, values.contiguous())
     return parts
 
 

@@ -154,7 +154,7 @@ def explain(error: Exception) -> str | None:
         return line
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is full: a smaller --batch-size or --image-size, or --amp bf16, needs less"
-    if isinstance(error, distributed.LOST):
+    if isinstance(error, distributed.Lost):
         return f"the other processes were lost ({line[:300]}); if one of them ended, its own message says why"
     if isinstance(error, RuntimeError) and line.startswith("DataLoader worker"):
         cause = "too little memory, or shared memory (docker run --shm-size=8g)? --workers 0 needs less"

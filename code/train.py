@@ -226,15 +226,16 @@ def train_epoch(
             images = network.normalise(images.to(device, non_blocking=True, memory_format=layout))
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
                 embeddings = forward(images)
-            embeddings, labels = distributed.gather_batch(embeddings, labels, stop)
+            embeddings, labels = distributed.gather_batch(embeddings, labels)
             loss = loss_of(embeddings, labels)
             names, values = zip(*terms_of(loss, criterion).items(), strict=True)
-            terms, arrived = distributed.to_host(torch.stack(values))
+            terms = torch.stack(values).to("cpu", non_blocking=True)
+            copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
             optimizer.zero_grad()
             with distributed.together():
                 loss.backward()
-            # The terms were known before the backward pass began, so this does not hold up a busy GPU.
-            arrived()
+            if copied:  # the terms were known before the backward pass began, so this does not hold up a busy GPU
+                copied.synchronize()
             if not math.isfinite(terms[0]):
                 where = f": the loss is {terms[0]:.4g} in {title}, step {step} of {len(loader)}"
                 figures = dict(zip(names[1:], terms[1:].tolist(), strict=True)) | rates

@@ -169,13 +169,13 @@ def test_a_slip_of_ours_is_no_lost_process(monkeypatch):
     """Whatever words its message has."""
     monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
     slip = RuntimeError("Duplicate GPU detected: NCCL peer gloo")
-    assert not isinstance(slip, distributed.LOST)
+    assert not isinstance(slip, distributed.Lost)
     with pytest.raises(distributed.Lost), distributed.together():
         raise slip
     for kind in (torch.OutOfMemoryError, NotImplementedError):  # kinds of RuntimeError
         with pytest.raises(kind), distributed.together():
             raise kind("gloo")
-    assert isinstance(distributed.dist.DistBackendError("timeout"), distributed.LOST)
+    assert isinstance(distributed.dist.DistBackendError("timeout"), distributed.Lost)
 
 
 def test_sigterm_to_one_process_stops_all_after_the_same_batch(cub, tmp_path):
