@@ -5,8 +5,7 @@
     python code/train.py @recipes/cub.args --seed 2 --tau 24   # later flags override earlier ones
     python code/train.py --resume logs/glyphs/run_1            # go on with a run
 
-A run leaves in logs/DATASET/run_N: DATASET_MODEL_best.pth and its _results.txt, last.pth (to resume from),
-results.csv (one row per epoch), args.json (what made it) and pictures.
+run.py says what a run leaves in logs/DATASET/run_N.
 """
 
 import math
@@ -75,9 +74,11 @@ def main() -> None:
     millions = [sum(p.numel() for p in module.parameters()) / 1e6 for module in (network, criterion)]
     print(f"network: {args.model}, {millions[0]:.1f} M parameters; loss: {args.loss}, {millions[1]:.1f} M")
 
-    # Loaders
-    loaders = make_loaders(args, image_size, images, device)
-    train_loader = loaders["train"]
+    # Loaders: all images in order to score, random batches to train on
+    options = (image_size, flags.EVALUATION_BATCH, args.nb_workers, device)
+    loaders = {split: inference.make_loader(listed, *options) for split, listed in images.items() if split != "train"}
+    batches = (args.sz_batch, args.seed, args.IPC, args.nb_workers, device.type == "cuda", distributed.processes())
+    loaders["train"] = dataset.make_train_loader(images["train"], dataset.train_transform(image_size), *batches)
 
     # The run's folder, or the run to go on with
     parts = dict(network=network, criterion=criterion, optimizer=optimizer, scheduler=scheduler)
@@ -101,8 +102,8 @@ def main() -> None:
             for epoch in epochs:
                 row, started = {"phase": phase, "epoch": epoch}, time.monotonic()
                 title = summary.epoch_title(row, args.nb_epochs)
-                train_loader.batch_sampler.set_epoch(epoch + args.warm)
-                row |= train_epoch(parts, forward, loss, train_loader, device, args, title, stop)
+                loaders["train"].batch_sampler.set_epoch(epoch + args.warm)
+                row |= train_epoch(parts, forward, loss, loaders["train"], device, args, title, stop)
                 if phase == "train":
                     scheduler.step()
                 finish_epoch(row, started, log, loaders, benchmark, stop)
@@ -187,17 +188,6 @@ def make_optimizer(network: net.EmbeddingNet, criterion: nn.Module, args: Namesp
         groups += [{"params": proxies, "lr": args.lr_ds}]
     kind, options = OPTIMIZERS[args.optimizer]
     return kind(groups, lr=args.lr, weight_decay=args.weight_decay, **options)
-
-
-def make_loaders(args: Namespace, image_size: int, images: dict, device: torch.device) -> dict[str, DataLoader]:
-    """{split: loader}: random batches to train on, of the other splits all images in order."""
-    options = (image_size, flags.EVALUATION_BATCH, args.nb_workers, device)
-    loaders = {split: inference.make_loader(images[split], *options) for split in images.keys() - {"train"}}
-    options = dict(workers=args.nb_workers, pin_memory=device.type == "cuda", shard=distributed.processes())
-    loaders["train"] = dataset.make_train_loader(
-        images["train"], dataset.train_transform(image_size), args.sz_batch, args.seed, args.IPC, **options
-    )
-    return loaders
 
 
 # ---------------------------------------------------------------- one epoch
