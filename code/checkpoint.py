@@ -25,7 +25,6 @@ def write(content: Callable[[Any], None], path: Path) -> None:
     A reader sees the old file or the new one; a crash, a full disk or a pulled plug leaves the old one.
     Raises Refused if the file cannot be written.
     """
-    path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
         with open(temporary, "xb") as file:
@@ -173,10 +172,10 @@ def stored_flags(content: dict) -> dict[str, Any]:
 
 def random_states() -> dict:
     """States of all random generators of this process, as plain values and tensors."""
-    algorithm, keys, position, has_gauss, cached = np.random.get_state()
+    algorithm, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": (algorithm, keys.tolist(), position, has_gauss, cached),
+        "numpy": (algorithm, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
@@ -184,9 +183,8 @@ def random_states() -> dict:
 
 def restore_random_states(states: dict) -> None:
     """Set what random_states() returned."""
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    np.random.set_state(tuple(states["numpy"]))
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
     if len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])

@@ -43,20 +43,15 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 class Parser(argparse.ArgumentParser):
     """ArgumentParser with one-line errors, recipe files with comments, and no abbreviations."""
 
-    def __init__(self, description: str, **options):
-        super().__init__(
-            **options,
-            description=description,
-            formatter_class=HelpFormatter,
-            fromfile_prefix_chars="@",
-            allow_abbrev=False,
-        )
+    def __init__(self, description: str):
+        options = dict(formatter_class=HelpFormatter, fromfile_prefix_chars="@", allow_abbrev=False)
+        super().__init__(description=description, **options)
 
     def add_table(self, title: str, *rows: tuple, description: str | None = None) -> None:
         """Adds a group of flags, without a title beside --help, from rows such as those of DATA_FLAGS."""
         group = self.add_argument_group(title, description) if title else self
         for flag, kind, default, placeholder, text, *further in rows:
-            options = {"dest": DESTINATIONS.get(flag), "default": default, "help": text}
+            options = {"default": default, "help": text}
             if kind == "switch":
                 options["action"] = "store_true"
             else:
@@ -78,9 +73,8 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str):
-        if not distributed.reports_errors():
-            self.exit(2)
-        self.exit(2, f"{self.prog.split()[0]}: error: {message} ({self.prog} --help lists the flags)\n")
+        line = f"{self.prog.split()[0]}: error: {message} ({self.prog} --help lists the flags)\n"
+        self.exit(2, line if distributed.reports_errors() else None)
 
     def command_line(self, values: dict[str, object]) -> list[str]:
         """The command line that gives these values (by destination), without destinations that this parser lacks.
@@ -221,17 +215,14 @@ whole, real = functools.partial(number, int), functools.partial(number, float)
 
 
 # ---------------------------------------------------------------- the flags
-# A row: flag, type or choices or "switch", default, what stands for the value in --help, help; more for argparse.
+# A row: flag, type or choices or "switch", default, what stands for the value in --help, help; more for argparse, such
+# as a destination of the original that is not named like its flag.
 # fmt: off
 
-# Destinations of the original that are not named like their flags.
-DESTINATIONS = {"--embedding-size": "sz_embedding", "--batch-size": "sz_batch", "--workers": "nb_workers",
-                "--epochs": "nb_epochs"}
 # hist is in hist.py, the others in losses.py, which is imported only when one of them is asked for.
 LOSSES = ("hist", "proxy_anchor", "proxy_nca", "softtriple", "arcface", "normalized_softmax", "multi_similarity",
           "triplet", "contrastive")
 MODEL_PATH = ("--model-path", str, "", "PATH")
-REMARK = ("--remark", str, "", "TEXT")
 SKIP_BAD_IMAGES = (
     "--skip-bad-images", "switch", False, None,
     "go on without images that cannot be decoded: all are decoded once at the start, those that fail are counted and "
@@ -255,9 +246,11 @@ def image_flags(batch_size: int, smallest: int = 1) -> tuple:
          "side of the images fed to the network; default: the training size, else the backbone's own (usually 224). "
          "Evaluation first resizes the shorter side to 256/224 of it"),
         ("--batch-size", whole(smallest), batch_size, "N",
-         "images in a batch; with several processes, those of all in training, those of each in evaluation"),
+         "images in a batch; with several processes, those of all in training, those of each in evaluation",
+         {"dest": "sz_batch"}),
         ("--workers", whole(0), 4, "N",
-         "processes that decode images, for each process that computes; at most one a core; results do not change"),
+         "processes that decode images, for each process that computes; at most one a core; results do not change",
+         {"dest": "nb_workers"}),
     )
 
 
@@ -265,7 +258,7 @@ FROM_CHECKPOINT = "only needed for published checkpoints and bare weights: this 
 NETWORK_FLAGS = (
     ("--model", str, "resnet50", "NAME",
      "backbone: resnet18, resnet34, resnet50, resnet101, googlenet, bn_inception, or timm:NAME for any model of timm"),
-    ("--embedding-size", whole(1), 512, "D", "dimensions of an embedding"),
+    ("--embedding-size", whole(1), 512, "D", "dimensions of an embedding", {"dest": "sz_embedding"}),
     ("--add-gmp", binary, 1, "0|1", "1: add global max pooling to global average pooling"),
     ("--layer-norm", binary, 1, "0|1", "1: LayerNorm (without affine parameters) after the embedding layer"),
 )
@@ -326,7 +319,7 @@ def train_parser() -> Parser:
     )
     parser.add_table(
         "optimisation",
-        ("--epochs", whole(0), 50, "N", "training epochs; warm-up epochs are not counted"),
+        ("--epochs", whole(0), 50, "N", "training epochs; warm-up epochs are not counted", {"dest": "nb_epochs"}),
         ("--warm", whole(0), 1, "N", "warm-up epochs, in which the backbone is frozen"),
         ("--optimizer", ("adam", "adamw", "sgd", "rmsprop"), "adam", None,
          "sgd: Nesterov momentum 0.9; rmsprop: alpha 0.9, momentum 0.9"),
@@ -362,7 +355,7 @@ def train_parser() -> Parser:
          "resume although images were added or removed; the classes must be the same, in the same order"),
         ("--wandb", ("off", "offline", "online"), None, None,
          "also record the run in wandb; without this flag WANDB_MODE decides, else off"),
-        (*REMARK, "a note that is kept with the run"),
+        ("--remark", str, "", "TEXT", "a note that is kept with the run"),
     )
     return parser
 
@@ -375,7 +368,7 @@ def evaluate_parser() -> Parser:
     parser.add_table("data", *DATA_FLAGS, *image_flags(EVALUATION_BATCH), SKIP_BAD_IMAGES)
     parser.add_table("network", *NETWORK_FLAGS, description=FROM_CHECKPOINT)
     parser.add_table("device and speed", *DEVICE_FLAGS)
-    parser.add_table("", (*REMARK, "a note to print with the scores"))
+    parser.add_table("", ("--remark", str, "", "TEXT", "a note to print with the scores"))
     parser.add_table(
         "scores",
         ("--metrics", ("recall", "rp", "map", "nmi", "all"), ["recall"], "NAME",

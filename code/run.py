@@ -199,8 +199,7 @@ class Run:
             where = args.log_dir / args.dataset, args.run_num, args.overwrite
             self.folder = distributed.from_all(new_run_folder(*where) if distributed.is_first() else None)[0]
             number = int(self.folder.name.removeprefix("run_"))
-            of_the_call = {"resume": None, "overwrite": False, "run_num": number, "image_size": image_size}
-            first = flags.plain(args) | of_the_call
+            first = flags.plain(args) | {"overwrite": False, "run_num": number, "image_size": image_size}
             state = {"flags": first, "made_by": here, "data": data, "wandb_id": None, "epoch": -args.warm}
             state |= {"history": [], "best": None, "first_flags": first, "resumptions": []}
         else:
