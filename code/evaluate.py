@@ -97,7 +97,11 @@ def check_flags(args, given):
 
 
 def load_benchmark(args, given, loaded) -> dataset.Benchmark:
-    """The data to score on. Raises Refused or OSError where flags, data and checkpoint do not fit each other."""
+    """The data to score on; says where the test images changed since training.
+
+    Raises Refused or OSError where flags, data and checkpoint do not fit each other, above all where the network was
+    trained on the classes to score on.
+    """
     stored = checkpoint.stored_flags(loaded.content)
     if "dataset" not in given and "dataset" not in stored:
         raise Refused(f"{loaded.path} does not say what it was trained on: --dataset is needed")
@@ -106,24 +110,18 @@ def load_benchmark(args, given, loaded) -> dataset.Benchmark:
     options = {"share_given": "train_classes" in given, "skip_bad": args.skip_bad_images, "workers": args.nb_workers}
     benchmark = dataset.load_benchmark(args.dataset, args.data_root, args.train_classes, training=False, **options)
     inference.announce(benchmark)
-    compare_with_training(args, loaded, benchmark)
-    return benchmark
 
-
-def compare_with_training(args, loaded, benchmark) -> None:
-    """Refuse to score a network on classes that it was trained on; say so where the test images changed since."""
-    stored = checkpoint.stored_flags(loaded.content)
     trained_on = loaded.content.get("data") if stored else None  # other trainers may mean something else by "data"
     same = args.dataset == stored.get("dataset")
     if not trained_on or not (same or "folder" in (args.dataset, stored.get("dataset"))):
-        return
+        return benchmark
     tested = set(benchmark.query.class_names)
+    if not same:  # numbers of one benchmark are not those of another folder
+        tested = {name for name in tested if not name.isdigit()}
     seen = [name for name in trained_on["train"]["classes"] if name in tested]
-    if not same:
-        seen = [name for name in seen if not name.isdigit()]  # numbers of one benchmark are not those of another folder
     if seen:
         raise Refused(
-            f"{loaded.path} was trained on {len(seen):,} of the {len(tested):,} classes to score on "
+            f"{loaded.path} was trained on {len(seen):,} of the {len(benchmark.query.class_names):,} classes to score on "
             f"({shorten([repr(name) for name in seen])}), which says nothing about unseen classes: check --dataset, "
             f"--train-classes and --data-root, and whether {args.data_root} changed since"
         )
@@ -131,6 +129,7 @@ def compare_with_training(args, loaded, benchmark) -> None:
         then = trained_on.get(split)
         if same and images and then and (changed := dataset.changes(then, dataset.fingerprint(images))):
             print(f"warning: not the test images of the training run: {changed}", file=sys.stderr)
+    return benchmark
 
 
 def describe(benchmark, loaded) -> dict:
@@ -206,8 +205,6 @@ def read_embeddings(args, given):
                 parts["gallery"] = embedded(file, "gallery_")
             ks = [int(k) for k in file["ks"]] if "ks" in file else layouts.get("folder").recall_at
             name = file["dataset"].item() if "dataset" in file else None
-    except OSError:
-        raise
     except Exception as error:  # a damaged archive fails in many ways
         raise Refused(f"{path}: no embeddings that --save-embeddings wrote ({flags.one_line(error)})") from error
     if "dataset" in given:
