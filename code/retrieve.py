@@ -150,7 +150,10 @@ def embed_gallery(loaded, images, device) -> tuple[torch.Tensor, np.ndarray]:
         known[rows[decoded]] = True
         bad += why.values()
         if len(decoded):
-            write_cache(cache, keys, embeddings, known)
+            try:
+                checkpoint.write(lambda file: np.savez(file, keys=keys[known], embeddings=embeddings[known]), cache)
+            except Refused as error:
+                print(f"warning: {error}; the next call has to embed the gallery again", file=sys.stderr)
     if not known.any():
         raise Refused(f"--gallery: none of its {len(images):,} images can be decoded: {bad[0]}")
     if bad:
@@ -184,13 +187,6 @@ def read_cache(cache: Path, keys: np.ndarray, embedding_size: int) -> tuple[np.n
     except Exception as error:  # a damaged archive fails in many ways; all that is lost is time
         print(f"warning: {cache}: cannot be used ({type(error).__name__}), embedding anew", file=sys.stderr)
     return embeddings, known
-
-
-def write_cache(cache: Path, keys, embeddings, known):
-    try:
-        checkpoint.write(lambda file: np.savez(file, keys=keys[known], embeddings=embeddings[known]), cache)
-    except Refused as error:
-        print(f"warning: {error}; the next call has to embed the gallery again", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- what is written
@@ -230,7 +226,7 @@ def write(args, neighbours: dict[str, list[tuple[str, float]]], bad: dict[str, s
         link=lambda path: quote(os.path.relpath(path, args.output).encode("utf-8", "surrogateescape")),
         thumbnail=thumbnail,
     )
-    checkpoint.write(lambda file: file.write(html.encode("utf-8", "replace")), files[2])
+    checkpoint.write_text(html, files[2])
 
     for query, found in drawn.items():
         print(f"\n{query}")

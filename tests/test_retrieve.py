@@ -160,18 +160,18 @@ def test_another_checkpoint_or_image_size_has_its_own_cache(find, gallery, train
 
 def test_what_was_embedded_before_an_interruption_is_kept(find, gallery, tmp_path, monkeypatch):
     monkeypatch.setattr(retrieve, "PART", 10)
-    query, write_cache, writes = gallery / "class 4" / "0.png", retrieve.write_cache, []
+    query, write, writes = gallery / "class 4" / "0.png", retrieve.checkpoint.write, []
 
     def interrupted(*arguments):
-        write_cache(*arguments)
+        write(*arguments)
         writes.append(1)
         if len(writes) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(retrieve, "write_cache", interrupted)
+    monkeypatch.setattr(retrieve.checkpoint, "write", interrupted)
     outcome, _ = find(gallery, query)
     assert outcome.code == 130
-    monkeypatch.setattr(retrieve, "write_cache", write_cache)
+    monkeypatch.setattr(retrieve.checkpoint, "write", write)
     killed, foreign = (tmp_path / f".{name}.npz.x1.hist-tmp" for name in ("gallery.embeddings-0", "other.embeddings-0"))
     killed.touch()
     foreign.touch()
