@@ -116,12 +116,12 @@ def load_benchmark(args, given, loaded) -> dataset.Benchmark:
     if not trained_on or not (same or "folder" in (args.dataset, stored.get("dataset"))):
         return benchmark
     tested = set(benchmark.query.class_names)
-    if not same:  # numbers of one benchmark are not those of another folder
-        tested = {name for name in tested if not name.isdigit()}
-    seen = [name for name in trained_on["train"]["classes"] if name in tested]
+    names = trained_on["train"]["classes"]
+    # Numbers of one benchmark are not those of another folder.
+    seen = [name for name in names if name in tested and (same or not name.isdigit())]
     if seen:
         raise Refused(
-            f"{loaded.path} was trained on {len(seen):,} of the {len(benchmark.query.class_names):,} classes to score on "
+            f"{loaded.path} was trained on {len(seen):,} of the {len(tested):,} classes to score on "
             f"({shorten([repr(name) for name in seen])}), which says nothing about unseen classes: check --dataset, "
             f"--train-classes and --data-root, and whether {args.data_root} changed since"
         )
