@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "code"))
 import checkpoint  # noqa: E402
 import distributed  # noqa: E402
 import flags  # noqa: E402
+import refused  # noqa: E402
 import run  # noqa: E402
 
 PARTS = {
@@ -61,7 +62,7 @@ def run_part(name: str, sizes: gpu_checks.Sizes, device: torch.device) -> dict:
         wrong = sum(row.get("ok") is False for row in rows)
         error = f"{wrong} of {len(rows)} checks do not hold" if wrong else None
     except Exception as problem:
-        error = f"{type(problem).__name__}: {flags.one_line(problem)}"
+        error = f"{type(problem).__name__}: {refused.one_line(problem)}"
     return {"part": name, "title": title, "seconds": time.monotonic() - started, "error": error, "rows": rows}
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import run
 import torch
 from folders import shorten
-from refused import Refused
+from refused import Refused, one_line
 
 
 def main():
@@ -206,7 +206,7 @@ def read_embeddings(args, given):
             ks = [int(k) for k in file["ks"]] if "ks" in file else layouts.get("folder").recall_at
             name = file["dataset"].item() if "dataset" in file else None
     except Exception as error:  # a damaged archive fails in many ways
-        raise Refused(f"{path}: no embeddings that --save-embeddings wrote ({flags.one_line(error)})") from error
+        raise Refused(f"{path}: no embeddings that --save-embeddings wrote ({one_line(error)})") from error
     if "dataset" in given:
         name, ks = name or args.dataset, layouts.get(args.dataset).recall_at
     splits = {split: {"images": of.numel(), "classes": len(of.unique())} for split, (_, of) in parts.items()}

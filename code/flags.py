@@ -16,7 +16,7 @@ from pathlib import Path
 import distributed
 import layouts
 import torch
-from refused import Refused
+from refused import Refused, one_line
 
 CODE = Path(__file__).resolve().parent
 DATA = CODE.parent / "data"  # where the benchmarks are looked for
@@ -127,17 +127,6 @@ def plain(args: argparse.Namespace) -> dict[str, object]:
 
 
 # ---------------------------------------------------------------- what a script says when it cannot go on
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, on one line."""
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    # torch puts the whole traceback of a loader's worker process before what it says
-    text = str(error)
-    for kind in ("refused.Refused", "decoding.UnreadableImage"):
-        text = text.rpartition(f"\n{kind}: ")[2]
-    return " ".join(text.split()) or type(error).__name__
 
 
 def explain(error: Exception) -> str | None:

@@ -19,9 +19,9 @@ from pathlib import Path
 import dataset
 import layouts
 import numpy as np
-from flags import DATA, Parser, dataset_name, one_line, real, run_script
+from flags import DATA, Parser, dataset_name, real, run_script
 from folders import written_whole
-from refused import Refused
+from refused import Refused, one_line
 from torchvision.datasets.utils import calculate_md5
 from tqdm import tqdm
 

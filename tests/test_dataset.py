@@ -11,13 +11,12 @@ from pathlib import Path
 
 import dataset
 import decoding
-import flags
 import numpy as np
 import pytest
 import torch
 import trees
 from PIL import Image
-from refused import Refused
+from refused import Refused, one_line
 from trees import pairs
 
 SMALL = dataset.train_transform(16)
@@ -415,7 +414,7 @@ def test_images_that_cannot_be_decoded_stop_the_loader_or_are_left_out(tmp_path,
     bad = spoil(train, [12, 14])
     with pytest.raises(decoding.UnreadableImage) as caught:
         list(dataset.make_train_loader(train, SMALL, 8, 1, workers=workers))
-    message = flags.one_line(caught.value)
+    message = one_line(caught.value)
     assert message.split(": cannot be decoded (")[0] in bad and "\n" not in message
     assert message.endswith("(--skip-bad-images leaves such images out)")
 

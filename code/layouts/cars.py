@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from refused import Refused
+from refused import Refused, one_line
 
 from layouts.reading import AUDIT, Layout, Listing, bad_line, inside_root, read_rows, read_text
 
@@ -30,8 +30,7 @@ def read_mat(path: Path) -> dict:
         try:
             return loadmat(file, squeeze_me=True)
         except Exception as error:  # on a broken file, scipy raises whatever it stumbles over
-            why = " ".join(str(error).split()) or type(error).__name__
-            raise Refused(f"{path}: not a readable .mat file ({why})") from None
+            raise Refused(f"{path}: not a readable .mat file ({one_line(error)})") from None
 
 
 def read_annotations(path: Path, file_field: str, folder: str = "") -> list[tuple[str, int]]:

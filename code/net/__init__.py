@@ -8,7 +8,7 @@ from pathlib import Path
 
 import checkpoint
 import torch
-from refused import Refused
+from refused import Refused, one_line
 from torchvision import models
 
 from .bn_inception import BNInception
@@ -77,16 +77,13 @@ def download_imagenet(name: str) -> dict[str, torch.Tensor]:
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
     except Exception as error:  # no connection, a wrong hash, a damaged file in the cache
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise Refused(
-            f"no ImageNet weights: {url.rsplit('/', 1)[1]} could not be loaded from {url} ({reason}); torch looks for "
-            f"it in {Path(torch.hub.get_dir(), 'checkpoints')}: put it there, or give --weights FILE or --weights none"
+            f"no ImageNet weights: {url} could not be loaded ({one_line(error)}); torch looks for the file "
+            f"in {Path(torch.hub.get_dir(), 'checkpoints')}: put it there, or give --weights FILE or --weights none"
         ) from error
 
 
-def load_network_state(
-    network: EmbeddingNet, state: dict[str, torch.Tensor], path: str | Path, beginning: bool = False
-) -> None:
+def load_network_state(network: EmbeddingNet, state: dict[str, torch.Tensor], path, beginning=False) -> None:
     """Loads a state dict ('model.…', as checkpoint.network_state gives it), strictly; Refused if it does not fit.
 
     Only GoogLeNet's auxiliary heads, which forward does not use, and num_batches_tracked, which old files lack, may
@@ -122,8 +119,7 @@ def require_image_size(network: EmbeddingNet, image_size: int) -> None:
         with torch.inference_mode():
             network.eval()(torch.zeros(1, 3, image_size, image_size))
     except Exception as error:  # each network fails in its own way
-        reason = " ".join(str(error).split())[:150] or type(error).__name__
         raise Refused(
-            f"--image-size {image_size}: {network.name} cannot take such images ({reason}); "
+            f"--image-size {image_size}: {network.name} cannot take such images ({one_line(error)[:150]}); "
             f"its own size is {network.image_size}"
         ) from error
