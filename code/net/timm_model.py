@@ -1,7 +1,7 @@
 """Any image model of timm (https://github.com/huggingface/pytorch-image-models) as --model timm:NAME."""
 
 import torch
-from refused import Refused
+from refused import Refused, one_line
 
 from .head import EmbeddingNet
 
@@ -12,10 +12,6 @@ class TimmModel(EmbeddingNet):
     Where its last layer gives maps (N, C, h, w), as convolutional models do, they are pooled like a ResNet's.
     Where it gives tokens, as vision transformers do, timm's own pooling is used (class token or mean, and the
     norms that belong to it): add_gmp does not apply.
-
-    pretrained: fetch timm's weights for NAME.
-
-    Raises Refused when timm is not installed or cannot make the model or fetch its weights.
     """
 
     def __init__(self, name: str, pretrained: bool, **options):
@@ -31,12 +27,11 @@ class TimmModel(EmbeddingNet):
             raise Refused(f"--model {name}: its features are a {type(maps).__name__}, not one tensor; not supported")
         gives_maps = maps.ndim == 4 and getattr(model, "output_fmt", "NCHW") == "NCHW"
         pooled = maps.mean((2, 3)) if gives_maps else model.forward_head(maps, pre_logits=True)
-        trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(pooled.sum(), [p for _, p in trainable], allow_unused=True)
-        used = {n for (n, _), gradient in zip(trainable, gradients, strict=True) if gradient is not None}
+        pooled.sum().backward()
+        unused = tuple(n for n, p in model.named_parameters() if p.grad is None)
+        model.zero_grad()
         model.train()
 
-        unused = tuple(n for n, _ in model.named_parameters() if n not in used)
         super().__init__(model, name, pooled.shape[1], unused=unused, **options)
         self.gives_maps = gives_maps
         self.mean, self.std, self.image_size = tuple(config["mean"]), tuple(config["std"]), image_size
@@ -55,12 +50,11 @@ class TimmModel(EmbeddingNet):
 
 
 def create_model(name: str, pretrained: bool) -> torch.nn.Module:
-    """timm's model `name` (without 'timm:'), without classifier."""
+    """timm's model `name` (without 'timm:'), without classifier; pretrained: with timm's weights. Raises Refused."""
     try:
         import timm  # takes a second
 
         return timm.create_model(name, pretrained=pretrained, num_classes=0)
     except Exception as error:  # timm passes on whatever its downloader raises, of many libraries
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         way_out = "give --weights FILE or --weights none" if pretrained else "timm.list_models() has the names"
-        raise Refused(f"--model timm:{name}: timm cannot make it ({reason}); {way_out}") from error
+        raise Refused(f"--model timm:{name}: timm cannot make it ({one_line(error)}); {way_out}") from error
