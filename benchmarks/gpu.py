@@ -27,7 +27,7 @@ import checkpoint  # noqa: E402
 import distributed  # noqa: E402
 import flags  # noqa: E402
 import refused  # noqa: E402
-import run  # noqa: E402
+import summary  # noqa: E402
 
 PARTS = {
     "values": gpu_checks.check_values,
@@ -127,7 +127,7 @@ def main() -> None:
     report = {
         "command": " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
         "machine": machine(device, torch.get_num_threads()),
-        "commit": run.environment(device)["commit"],
+        "commit": summary.environment(device)["commit"],
         "parts": [],
     }
     print(head_markdown(report), flush=True)

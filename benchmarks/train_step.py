@@ -30,7 +30,7 @@ import flags  # noqa: E402
 import inference  # noqa: E402
 import net  # noqa: E402
 import recorded  # noqa: E402
-import run  # noqa: E402
+import summary  # noqa: E402
 import train  # noqa: E402
 from hist import HISTLoss  # noqa: E402
 
@@ -214,7 +214,7 @@ def main() -> None:
     device = torch.device(args.device)
     steps = args.steps or (5 if device.type == "cpu" else 50)
     warmup = 2 if device.type == "cpu" else 10
-    print(", ".join(f"{name} {value}" for name, value in run.environment(device).items()))
+    print(", ".join(f"{name} {value}" for name, value in summary.environment(device).items()))
     for batch_size in args.batch_sizes:
         print(f"\n{args.model}, {args.image_size}×{args.image_size}, batch {batch_size}, {FEW_CLASSES} classes\n")
         words = ["--model", args.model, "--image-size", str(args.image_size), "--batch-size", str(batch_size)]

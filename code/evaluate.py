@@ -21,7 +21,7 @@ import inference
 import layouts
 import metrics
 import numpy as np
-import run
+import summary
 import torch
 from folders import shorten
 from refused import Refused, one_line
@@ -64,7 +64,7 @@ def main():
         raise Refused(f"{measured['data_root']}: {error}") from error
     wanted = {"r", *names}  # R@K, RP and MAP@R
     scores = {name: value for name, value in found.figures().items() if name.split("@")[0].lower() in wanted}
-    scored_by = run.environment(device)
+    scored_by = summary.environment(device)
     distributed.stop()
     if processes.rank != 0:
         return

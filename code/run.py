@@ -38,7 +38,6 @@ import summary
 import torch
 import tracking
 from refused import Refused
-from summary import environment
 from tqdm import tqdm
 
 # What a run carries from one process to the next, each an attribute of Run and an entry of last.pth
@@ -61,10 +60,9 @@ def parse_flags() -> tuple[Namespace, dict | None]:
     """
     parser = flags.train_parser()
     args, given = parser.parse()
-    resumes = args.resume is not None
-    if args.overwrite and (resumes or "run_num" not in given):
+    if args.overwrite and (args.resume is not None or "run_num" not in given):
         raise Refused("--overwrite needs --run-num N, the run to replace, and cannot be combined with --resume")
-    if not resumes:
+    if args.resume is None:
         if args.allow_changed_images:
             raise Refused("--allow-changed-images requires --resume")
         if args.dataset == "folder" and "data_root" not in given:
@@ -193,7 +191,7 @@ class Run:
         self.args, self.device, self.parts = args, device, parts
         self.wandb, self.drawing_seconds, self.started = None, 0.0, time.monotonic()
         self.doubt = ""  # why the last scores say little
-        here = {**environment(device), "command": shlex.join(sys.argv)}
+        here = {**summary.environment(device), "command": shlex.join(sys.argv)}
         self.stamp = {"seed": args.seed, "commit": here["commit"], "torch": here["torch"]}  # of the rows to come
         if state is None:
             where = args.log_dir / args.dataset, args.run_num, args.overwrite
@@ -208,7 +206,6 @@ class Run:
         for name in CARRIED:
             setattr(self, name, state[name])
         self.best_path = self.folder / checkpoint.best_name(args.dataset, args.model)
-        self.results_path = self.folder / f"{self.best_path.stem}_results.txt"
         if args.resume:
             self._note_resumption(data, here)
         if not distributed.is_first():
@@ -299,7 +296,7 @@ class Run:
         origin |= {"wandb_id": self.wandb_id} | ({"resumptions": self.resumptions} if self.resumptions else {})
         checkpoint.write_text(json.dumps(origin, indent=2) + "\n", self.folder / "args.json")
         if self.best:
-            checkpoint.write_text(summary.results_text(self), self.results_path)
+            checkpoint.write_text(summary.results_text(self), self.folder / f"{self.best_path.stem}_results.txt")
         return bool(self.history) and checkpoint.write_text(summary.csv_text(self.history), self.folder / "results.csv")
 
     # ------------------------------------------------------------ pictures

@@ -146,10 +146,8 @@ def summary(run, usual_root: Path) -> str:
     lines.append(f"files  {os.path.relpath(run.folder)}")
     if best:
         words = ["--model-path", os.path.relpath(run.best_path)]
-        if args.data_root != usual_root:
-            words += ["--data-root", args.data_root]
-        if args.skip_bad_images:
-            words.append("--skip-bad-images")
+        words += ["--data-root", args.data_root] * (args.data_root != usual_root)
+        words += ["--skip-bad-images"] * args.skip_bad_images
         lines.append(f"score  {command_for('evaluate.py', *words)}")
     if best and args.dataset == "folder" and args.data_root.is_dir():
         words = ["--model-path", os.path.relpath(run.folder), "--gallery", args.data_root]

@@ -48,9 +48,8 @@ def log(run, row: dict, best: dict | None) -> None:
     """One row; the summary keeps the best epoch: the figure that chose it, and its R@K."""
     run.log(row)
     if best:
-        figures = {name: value for name, value in best.items() if name.startswith("R@") or name == chosen_by(best)}
-        run.summary.update({f"best {name}": value for name, value in figures.items()})
-        run.summary["best epoch"] = best["epoch"]
+        names = [name for name in best if name.startswith("R@") or name in ("epoch", chosen_by(best))]
+        run.summary.update({f"best {name}": best[name] for name in names})
 
 
 def log_pictures(run, folder: Path) -> None:

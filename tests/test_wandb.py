@@ -10,7 +10,7 @@ import pytest
 import torch
 import tracking
 from conftest import BEST, options
-from run import environment
+from summary import environment
 
 wandb = pytest.importorskip("wandb")
 
