@@ -30,7 +30,7 @@ import run
 import summary
 import torch
 import tracking
-from distributed import Interrupted, StopSignals
+from distributed import StopSignals
 from hist import HISTLoss
 from refused import Refused
 from torch import nn
@@ -107,7 +107,7 @@ def main() -> None:
                 if phase == "train":
                     scheduler.step()
                 finish_epoch(row, started, log, loaders, benchmark, stop)
-    except Interrupted:
+    except distributed.Interrupted:
         print(f"\n{signal.Signals(stop.number).name}: stopped. {summary.kept(log)}", file=sys.stderr)
         distributed.stop()
         sys.exit(128 + stop.number)
@@ -207,6 +207,9 @@ def train_epoch(
         network.freeze_batchnorm_statistics()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    names = ["loss"]  # and the terms that HIST makes it of
+    if args.loss == "hist":
+        names += ["dist_loss", "ce_loss"] if args.ls else ["dist_loss"]
     totals, waited, rates = 0.0, 0.0, rates_of(optimizer)
     layout = inference.memory_format(args.channels_last)
     with tqdm(total=len(loader) * args.sz_batch, desc=title, unit="img", disable=None, leave=False) as bar:
@@ -218,8 +221,8 @@ def train_epoch(
                 embeddings = forward(images)
             embeddings, labels = distributed.gather_batch(embeddings, labels)
             loss = loss_of(embeddings, labels)
-            names, values = zip(*terms_of(loss, criterion).items(), strict=True)
-            terms = torch.stack(values).to("cpu", non_blocking=True)
+            terms = torch.stack([loss.detach(), *(getattr(criterion, name) for name in names[1:])])
+            terms = terms.to("cpu", non_blocking=True)
             copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
             optimizer.zero_grad()
             with distributed.together():
@@ -254,12 +257,6 @@ def train_epoch(
 
 def rates_of(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     return dict(zip(RATES, (group["lr"] for group in optimizer.param_groups), strict=False))
-
-
-def terms_of(loss: torch.Tensor, criterion: nn.Module) -> dict[str, torch.Tensor]:
-    """The loss of a step, and the terms that HIST makes it of: {column of results.csv: scalar on the device}."""
-    terms = {name: getattr(criterion, name, None) for name in ("dist_loss", "ce_loss")}
-    return {"loss": loss.detach()} | {name: value for name, value in terms.items() if value is not None}
 
 
 def diverged(where: str, figures: dict, images: str = "") -> Refused:
