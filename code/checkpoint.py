@@ -25,6 +25,7 @@ def write(content: Callable[[Any], None], path: Path) -> None:
     A reader sees the old file or the new one; a crash, a full disk or a pulled plug leaves the old one.
     Raises Refused if the file cannot be written.
     """
+    path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
         with open(temporary, "xb") as file:
