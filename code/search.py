@@ -91,10 +91,6 @@ class Similarities:
         full_g = F.pad(g, (0, 0, 0, self.width - len(g)))
         return torch.mm(full_q, full_g.T, out=self.buffer)[: len(q), : len(g)]
 
-    def same_class(self, queries: slice | Tensor, candidates: slice) -> Tensor:
-        """(r, c), the query itself included."""
-        return self.q_labels[queries, None] == self.g_labels[None, candidates]
-
 
 def blocks(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
@@ -131,7 +127,7 @@ def _search_group(S: Similarities, first: Tensor, R: Tensor, with_rivals: bool) 
     counts = torch.zeros(2, len(best), dtype=torch.int64, device=best.device)  # closer, closer or tied
     for queries, candidates, block in S.walk(pairs):
         if S.mixed(queries, candidates):
-            block.masked_fill_(S.same_class(queries, candidates), -INF)
+            block.masked_fill_(S.q_labels[queries, None] == S.g_labels[candidates], -INF)
         for n, compare in enumerate((torch.gt, torch.ge)):
             # The results are written as floats: a sum of floats is many times faster than one of booleans.
             counts[n, queries] += compare(block, best[queries, None], out=torch.empty_like(block)).sum(dim=1).long()
@@ -187,5 +183,5 @@ def _tied_at_end(S: Similarities, positives: Tensor, rivals: Tensor) -> Tensor:
     for rows in (positives == last[:, None]).any(dim=1).nonzero()[:, 0].split(S.height):
         for columns in blocks(len(S.G), S.width):
             equal = S.block(rows, columns) == last[rows, None]
-            tied[rows] += (equal & ~S.same_class(rows, columns)).sum(dim=1)
+            tied[rows] += (equal & (S.q_labels[rows, None] != S.g_labels[columns])).sum(dim=1)
     return tied
