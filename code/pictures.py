@@ -225,9 +225,7 @@ def neighbours(
 def contact_sheet(columns: Sequence[tuple[str, Sequence]], path: Path, own: bool = False) -> None:
     """Classes of each split side by side, their images in rows.
 
-    Args:
-        columns: (title, [(caption, image files), …]) of each split.
-        own: they are the user's own pictures, as in neighbours().
+    columns: (title, [(caption, image files), …]) of each split. own: as in neighbours().
     """
     step, row_height, left = 1.04, 1.26, 0.2  # inches; the side of a picture is 1
     widths = [step * max([4, *(len(files) for _, files in rows)]) for _, rows in columns]
@@ -265,10 +263,7 @@ def _draw_image(axes, file: Path | str, x: float, y: float, frame: dict, own: bo
 
 
 def read_thumbnail(file: Path | str, side: int = THUMBNAIL, own: bool = False) -> np.ndarray | None:
-    """(H, W, 3) bytes, the longer side at most that many pixels; None if the file holds no image.
-
-    own: the user's own picture, which is turned as its EXIF orientation says.
-    """
+    """(H, W, 3) bytes, the longer side at most that many pixels; None if the file holds no image. own: as above."""
     try:
         with Image.open(file) as opened:
             opened.draft("RGB", (2 * side, 2 * side))  # large JPEGs: decode no more than needed
@@ -325,11 +320,8 @@ def embedding_map(
     The plane is cut into cells as large as a thumbnail, and each shows the first picture that falls into it. The title
     says how many of how many are shown. By t-SNE; of few points by PCA.
 
-    Args:
-        embeddings: (N, D) of any finite length.
-        files: the N image files; those that cannot be read are left out.
-        own: they are the user's own pictures, as in neighbours().
-        max_points: of more pictures as many are drawn at random, always the same ones.
+    embeddings (N, D) of any finite length; the N image files, of which those that cannot be read are left out. own: as
+    in neighbours(). max_points: of more pictures as many are drawn at random, always the same ones.
     """
     points = np.random.default_rng(0).permutation(len(embeddings))[:max_points]
     X = np.asarray(embeddings)[points].astype(np.float64)
