@@ -79,7 +79,7 @@ def main():
         print(f"warning: {metrics.ONE_POINT}", file=sys.stderr)
     if args.pictures:
         args.pictures.mkdir(parents=True, exist_ok=True)
-        inference.draw_search(args.pictures, found, query, benchmark.query, gallery, benchmark.gallery)
+        inference.draw_search(args.pictures, found, query, gallery, benchmark)
         print(f"pictures: {args.pictures}/neighbours.png, {args.pictures}/embedding.png")
 
 

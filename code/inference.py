@@ -130,16 +130,16 @@ def score(query: Embedded, gallery: Embedded | None, ks, device, memory_gib=1.0,
 # ---------------------------------------------------------------- from networks and searches to pictures
 
 
-def draw_search(folder: Path, found: metrics.Retrieval, query, query_images, gallery, gallery_images, max_points=2000):
+def draw_search(folder: Path, found: metrics.Retrieval, query, gallery, benchmark, max_points=2000) -> None:
     """neighbours.png (four of the worst queries, four random others) and embedding.png of one search in folder.
 
-    query and gallery are Embedded, their images ImageLists; those of the gallery are None where the queries search
-    among themselves. max_points: see pictures.embedding_map.
+    query and gallery are what was Embedded of the benchmark. max_points: see pictures.embedding_map.
     """
     recalls = [values for name, values in found.per_query.items() if name.startswith("R@")]
     worst, others = choose_queries(np.mean(recalls, axis=0))
     chosen = np.concatenate([worst, others])
-    targets, images = (query, query_images) if gallery is None else (gallery, gallery_images)
+    query_images = benchmark.query
+    targets, images = (query, query_images) if gallery is None else (gallery, benchmark.gallery)
     itself = torch.from_numpy(chosen) if gallery is None else None
     nearest, similarities = metrics.nearest(query.embeddings[chosen], targets.embeddings, 8, itself)
     names = [query_images.class_names[label] for label in query.labels[chosen]]

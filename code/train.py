@@ -288,7 +288,7 @@ def finish_epoch(row: dict, started: float, log: run.Run, loaders: dict, benchma
     at_once = args.sz_batch // distributed.processes().count  # as in training: that much fits the memory
 
     def draw(folder: Path, points: int) -> None:
-        inference.draw_search(folder, found, query, benchmark.query, gallery, benchmark.gallery, points)
+        inference.draw_search(folder, found, query, gallery, benchmark, points)
         if args.loss == "hist":
             inference.draw_hypergraph(folder, network, criterion, loaders["train"], at_once, log.device)
 
