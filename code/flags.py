@@ -43,8 +43,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 class Parser(argparse.ArgumentParser):
     """ArgumentParser with one-line errors, recipe files with comments, and no abbreviations."""
 
-    def __init__(self, description: str):
-        options = dict(formatter_class=HelpFormatter, fromfile_prefix_chars="@", allow_abbrev=False)
+    def __init__(self, description: str, **options):
+        options |= dict(formatter_class=HelpFormatter, fromfile_prefix_chars="@", allow_abbrev=False)
         super().__init__(description=description, **options)
 
     def add_table(self, title: str, *rows: tuple, description: str | None = None) -> None:
