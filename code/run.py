@@ -44,7 +44,8 @@ from tqdm import tqdm
 CARRIED = ("flags", "made_by", "data", "wandb_id", "epoch", "history", "best", "first_flags", "resumptions")
 # What last.pth holds beside what every checkpoint does
 PROGRESS = {"criterion_state_dict", "optimizer_state_dict", "scheduler_state_dict", "random_states"}
-PROGRESS |= {"history", "best", "first_flags", "resumptions"}
+PAST = {"first_flags", "resumptions"}
+PROGRESS |= {"history", "best", *PAST}
 LOCK = ".lock"  # file in a run's folder that its process holds
 # Flags that a resumption does not change
 OF_THE_CALL = {"resume", "overwrite", "run_num", "log_dir", "allow_changed_images"}
@@ -74,9 +75,11 @@ def parse_flags() -> tuple[Namespace, dict | None]:
         lock(path.parent)
     state = checkpoint.load(path)
     stored = checkpoint.stored_flags(state)
-    state = {"first_flags": stored, "resumptions": []} | state  # those of version 1.0.0 lack them
-    if missing := (PROGRESS | {"flags", "epoch", "data"}) - state.keys():
+    if missing := (PROGRESS | {"flags", "epoch", "data"}) - PAST - state.keys():
         raise Refused(f"{path}: cannot be resumed from, it lacks {', '.join(sorted(missing))}; give a run's last.pth")
+    if PAST - state.keys():  # of version 1.0.0, whose runs only have it there
+        origin = json.loads((path.parent / "args.json").read_text(encoding="utf-8"))
+        state |= {"first_flags": origin["flags"], "resumptions": origin.get("resumptions", [])}
     parser.refuse_changes(args, given - flags.BOOKKEEPING - {"nb_epochs"}, stored, path)
     return parser.parse([*parser.command_line(stored), *sys.argv[1:], f"--resume={path}"])[0], state
 
