@@ -286,10 +286,7 @@ def available_cores() -> int:
 
 
 class Loader(DataLoader):
-    """A DataLoader whose worker processes obey their parent's SIGTERM, and only their parent's.
-
-    In each worker process torch uses one thread by itself.
-    """
+    """A DataLoader whose worker processes obey their parent's SIGTERM, and only their parent's."""
 
     def __init__(self, data, workers: int, pin_memory: bool, **options):
         workers = min(workers, available_cores())  # more would only compete for the cores

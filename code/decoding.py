@@ -6,7 +6,7 @@ import stat
 
 import numpy as np
 from PIL import Image, ImageOps
-from refused import Refused
+from refused import Refused, one_line
 
 NARROWEST = 1000  # times as long as wide; longer images would take gigabytes once resized
 
@@ -64,5 +64,5 @@ def read_rgb(path: str, own: bool = False) -> Image.Image:
                 raise Refused(f"{image.width:,} × {image.height:,} pixels are narrower than 1 to {NARROWEST:,}")
             return decode(image, own)
     except Exception as error:  # what Pillow raises depends on where the file is broken
-        why = " ".join(str(error).split()) or type(error).__name__
+        why = getattr(error, "strerror", None) or one_line(error)
         raise UnreadableImage(f"{path}: cannot be decoded ({why})") from None

@@ -54,7 +54,7 @@ def start(gpu_id: int) -> torch.device:
     From here on only process 0 speaks: the standard output, warnings and progress bars of the others are silenced.
 
     Raises Refused: no GPU of that number, fewer GPUs than processes on this machine, or an environment that is not
-    torchrun's; Lost: processes that cannot reach each other.
+    torchrun's, or processes that cannot reach each other.
     """
     if not several():
         return choose_device(gpu_id)
@@ -66,14 +66,17 @@ def start(gpu_id: int) -> torch.device:
                          "start fewer with --nproc-per-node, or use --gpu-id -1")  # fmt: skip
     device = choose_device(local_rank if on_gpu else -1)
     # What the hosts tell each other stays off the GPUs: asking one for a number would make the host wait for it.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    except RuntimeError as error:  # gloo adds a whole stack
+        raise Refused(f"the processes cannot reach each other: {str(error).splitlines()[0]}") from error
     if not is_first():
         sys.stdout = sys.stderr = open(os.devnull, "w")  # a progress bar shows itself on a terminal only
     return device
 
 
 def choose_device(gpu_id: int) -> torch.device:
-    """The GPU of that number if there is any GPU, else the CPU. Raises ValueError for a number out of range."""
+    """The GPU of that number if there is any GPU, else the CPU. Raises Refused for a number out of range."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpu_id < 0 or count == 0:
         return torch.device("cpu")

@@ -9,6 +9,7 @@ Checkpoints of this project know their architecture and data set; for published 
 """
 
 import json
+import operator
 import sys
 from pathlib import Path
 
@@ -45,8 +46,9 @@ def main():
         loaded = inference.load_network(parser, args, given, named, bool(given & {"dataset", "model"}), device)
         args = loaded.args
         if args.export:
-            export.to_onnx(loaded.network.cpu(), loaded.image_size, args.export)
-            return
+            if processes.rank == 0:
+                export.to_onnx(loaded.network.cpu(), loaded.image_size, args.export)
+            return distributed.stop()
         benchmark = load_benchmark(args, given, loaded)
         options = (loaded.image_size, args.sz_batch, args.nb_workers, device)
         loaders = [inference.make_loader(images, *options) for images in (benchmark.query, benchmark.gallery)]
@@ -203,7 +205,7 @@ def read_embeddings(args, given):
             parts = {"query": embedded(file, "")}
             if any(name.startswith("gallery_") for name in file):
                 parts["gallery"] = embedded(file, "gallery_")
-            ks = [int(k) for k in file["ks"]] if "ks" in file else layouts.get("folder").recall_at
+            ks = [operator.index(k) for k in file["ks"]] if "ks" in file else layouts.get("folder").recall_at
             name = file["dataset"].item() if "dataset" in file else None
     except Exception as error:  # a damaged archive fails in many ways
         raise Refused(f"{path}: no embeddings that --save-embeddings wrote ({one_line(error)})") from error

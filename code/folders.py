@@ -56,6 +56,12 @@ def find_images(folder: Path) -> tuple[list[str], int]:
     return sorted(found, key=lambda name: name.split("/")), others
 
 
+def file_identity(path: str) -> tuple[int, int] | str:
+    """The same for all names of a file, through links of any kind."""
+    stat = os.stat(path)
+    return (stat.st_dev, stat.st_ino) if stat.st_ino else os.path.realpath(path)  # some network drives give no numbers
+
+
 @contextlib.contextmanager
 def written_whole(target: Path):
     """A folder to write into, which becomes `target` at the end of the block, or is removed if the block fails.

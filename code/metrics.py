@@ -68,8 +68,8 @@ def retrieval(
         Refused: shapes that do not fit, NaN or Inf in the embeddings, K below 1, or no query with a positive.
         ValueError: labels that are not whole numbers.
     """
-    if any(k < 1 for k in ks):
-        raise Refused(f"R@K needs K of at least 1, got {min(ks)}")
+    if min(ks, default=0) < 1:
+        raise Refused(f"R@K needs K of at least 1, got {list(ks)}")
     one_set = gallery is None
     Q, q_labels, q_order = _sorted_by_class(query, query_labels, "query", device)
     if one_set:

@@ -31,9 +31,10 @@ def read_packages(packages: Sequence[Package], folder: Path, client: Sequence[st
         content = placed.read_bytes() if placed.is_file() else fetch(package, client, by_hand)
         found = hashlib.sha256(content).hexdigest()
         if found != package.sha256:
+            way_out = "remove it, then it is fetched anew" if placed.is_file() else by_hand
             raise Refused(
-                f"{package.file}: not {package.spec} as published, but cut short or another file ({len(content):,} "
-                f"bytes, sha256 {found[:12]}… instead of {package.sha256[:12]}…); {by_hand}"
+                f"{placed}: not {package.spec} as published, but cut short or another file ({len(content):,} bytes, "
+                f"sha256 {found[:12]}… instead of {package.sha256[:12]}…); {way_out}"
             )
         contents.append(content)
     return contents

@@ -252,24 +252,24 @@ def _canvas(width: float, height: float, dpi: int) -> tuple:
 
 def _draw_image(axes, file: Path | str, x: float, y: float, frame: dict, own: bool) -> None:
     """The image in the unit square whose upper left corner is (x, y), in its proportions, and a frame around it."""
-    pixels = read_thumbnail(file, own=own)
-    if pixels is None:
+    image = read_thumbnail(file, own=own)
+    if image is None:
         axes.add_patch(Rectangle((x, y), 1, 1, color=GREY))
         axes.text(x + 0.5, y + 0.5, "cannot\nbe read", ha="center", va="center", fontsize=9)
     else:
-        square = ImageOps.pad(Image.fromarray(pixels), (THUMBNAIL, THUMBNAIL), color="#f4f4f4")
+        square = ImageOps.pad(image, (THUMBNAIL, THUMBNAIL), color="#f4f4f4")
         axes.imshow(square, extent=(x, x + 1, y + 1, y), aspect="auto")
     axes.add_patch(Rectangle((x, y), 1, 1, fill=False, zorder=3, **frame))
 
 
-def read_thumbnail(file: Path | str, side: int = THUMBNAIL, own: bool = False) -> np.ndarray | None:
-    """(H, W, 3) bytes, the longer side at most that many pixels; None if the file holds no image. own: as above."""
+def read_thumbnail(file: Path | str, side: int = THUMBNAIL, own: bool = False) -> Image.Image | None:
+    """The image in RGB, the longer side at most that many pixels; None if the file holds no image. own: as above."""
     try:
         with Image.open(file) as opened:
             opened.draft("RGB", (2 * side, 2 * side))  # large JPEGs: decode no more than needed
             image = decoding.decode(opened, own)
         image.thumbnail((side, side))
-        return np.asarray(image)
+        return image
     except Exception:  # what Pillow raises depends on where the file is broken
         return None
 
@@ -337,11 +337,10 @@ def embedding_map(
     for (column, row), point in zip(cells.tolist(), points, strict=True):
         if (column, row) in shown:
             continue
-        thumbnail = read_thumbnail(files[point], pixels - 2, own)
-        if thumbnail is not None:
-            height, width = thumbnail.shape[:2]
-            left, top = column * pixels + (pixels - width) // 2, (side - 1 - row) * pixels + (pixels - height) // 2
-            canvas.paste(Image.fromarray(thumbnail), (left, top))
+        if image := read_thumbnail(files[point], pixels - 2, own):
+            left = column * pixels + (pixels - image.width) // 2
+            top = (side - 1 - row) * pixels + (pixels - image.height) // 2
+            canvas.paste(image, (left, top))
             shown.add((column, row))
 
     margin, title = 20, 60  # pixels

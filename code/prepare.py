@@ -153,7 +153,7 @@ def show(name: str, data_root: Path, output: Path, train_classes: float | None =
     test = "test" if benchmark.gallery is None else "query"
     columns = []
     for part, images in {"train": benchmark.train, test: benchmark.query, "gallery": benchmark.gallery}.items():
-        if images is None:
+        if not images:  # no gallery, or an empty train, which scoring does not need
             continue
         rows, present = [], np.unique(images.labels)
         for c in present[:: -(-len(present) // 8)]:  # evenly spread

@@ -68,13 +68,13 @@ def main():
 
     # Search. A query does not find its own file, whatever links in the gallery lead to it.
     files = [galleries.file(row) for row in gallery_rows]
-    real = [os.path.realpath(file) for file in files]
-    k, memory = args.top_k + max(Counter(real).values()), args.search_memory
+    identities = [folders.file_identity(file) for file in files]
+    k, memory = args.top_k + max(Counter(identities).values()), args.search_memory
     found, similarities = metrics.nearest(vectors, gallery_vectors, k, None, memory, device, progress=True)
     neighbours = {queries.file(row): [] for row in range(len(queries))}  # file -> [(nearest file, similarity), …]
     for row, places, values in zip(rows, found.tolist(), similarities.tolist(), strict=True):
-        own = os.path.realpath(queries.file(row))
-        pairs = [(files[i], value) for i, value in zip(places, values, strict=True) if real[i] != own]
+        own = folders.file_identity(queries.file(row))
+        pairs = [(files[i], value) for i, value in zip(places, values, strict=True) if identities[i] != own]
         neighbours[queries.file(row)] = pairs[: args.top_k]
     write(args, neighbours, bad, len(files))
 
@@ -128,7 +128,7 @@ def cache_path(loaded) -> Path:
     for name, tensor in sorted(checkpoint.network_state(loaded.content, loaded.path).items()):
         key.update(name.encode())
         key.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    made_with = (args.model, args.sz_embedding, args.add_gmp, args.layer_norm, loaded.image_size, args.amp)
+    made_with = (2, args.model, args.sz_embedding, args.add_gmp, args.layer_norm, loaded.image_size, args.amp)
     key.update(repr(made_with).encode())
     gallery = args.gallery.resolve()
     return gallery.with_name(f"{gallery.name}.embeddings-{key.hexdigest()[:12]}.npz")
@@ -240,11 +240,9 @@ def write(args, neighbours: dict[str, list[tuple[str, float]]], bad: dict[str, s
 
 def thumbnail(path: str) -> str:
     """The picture as a JPEG in base64; empty if it cannot be decoded."""
-    pixels = pictures.read_thumbnail(path, SIDE, own=True)
-    if pixels is None:
-        return ""
     data = io.BytesIO()
-    Image.fromarray(pixels).save(data, "JPEG", quality=85)
+    if image := pictures.read_thumbnail(path, SIDE, own=True):
+        image.save(data, "JPEG", quality=85)
     return base64.b64encode(data.getvalue()).decode()
 
 

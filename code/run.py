@@ -35,7 +35,6 @@ import flags
 import net
 import pictures
 import summary
-import torch
 import tracking
 from refused import Refused
 from tqdm import tqdm
@@ -78,8 +77,12 @@ def parse_flags() -> tuple[Namespace, dict | None]:
     if missing := (PROGRESS | {"flags", "epoch", "data"}) - PAST - state.keys():
         raise Refused(f"{path}: cannot be resumed from, it lacks {', '.join(sorted(missing))}; give a run's last.pth")
     if PAST - state.keys():  # of version 1.0.0, whose runs only have it there
-        origin = json.loads((path.parent / "args.json").read_text(encoding="utf-8"))
-        state |= {"first_flags": origin["flags"], "resumptions": origin.get("resumptions", [])}
+        origin = {"flags": stored}
+        with contextlib.suppress(OSError, ValueError):  # missing or damaged
+            origin |= json.loads((path.parent / "args.json").read_text(encoding="utf-8"))
+        # A resumption that completed no epoch leaves no mark.
+        kept = [entry for entry in origin.get("resumptions", []) if entry["after_epoch"] != state["epoch"]]
+        state |= {"first_flags": origin["flags"], "resumptions": kept}
     parser.refuse_changes(args, given - flags.BOOKKEEPING - {"nb_epochs"}, stored, path)
     return parser.parse([*parser.command_line(stored), *sys.argv[1:], f"--resume={path}"])[0], state
 
@@ -187,9 +190,7 @@ class Run:
     history   rows, from the untrained network on; best: the row of the best training epoch so far, or None
     """
 
-    def __init__(
-        self, args: Namespace, image_size: int, device: torch.device, parts: dict, data: dict, state: dict | None
-    ):
+    def __init__(self, args: Namespace, image_size: int, device, parts: dict, data: dict, state: dict | None):
         """state: last.pth of the run to go on with, whose folder is locked; None for a new run."""
         self.args, self.device, self.parts = args, device, parts
         self.wandb, self.drawing_seconds, self.started = None, 0.0, time.monotonic()
@@ -227,6 +228,8 @@ class Run:
 
     def _restore(self, state: dict) -> None:
         path = self.args.resume
+        if distributed.from_all(state["epoch"])[0] != state["epoch"]:  # only process 0 locked before it read
+            raise Refused(f"{path}: another process went on with this run meanwhile; give the command again")
         net.load_network_state(self.parts["network"], checkpoint.network_state(state, Path(path)), path)
         try:
             for name in ("criterion", "optimizer", "scheduler"):
@@ -285,13 +288,15 @@ class Run:
         checkpoint.save({name: value for name, value in state.items() if name not in PROGRESS}, self.best_path)
 
     def _mend_best(self, state: dict) -> None:
-        """Make the best checkpoint, where it is missing or of another epoch, from the last one if that is the best."""
-        if self.best is None or self.best["epoch"] != self.epoch:
-            return
+        """Make the best checkpoint from the last one where it is missing and of that epoch; warn where it is not."""
         with contextlib.suppress(OSError, Refused):  # missing or damaged
-            if checkpoint.load(self.best_path).get("epoch") == self.epoch:
+            if self.best is None or checkpoint.load(self.best_path).get("epoch") == self.best["epoch"]:
                 return
-        self._save_best(state)
+        if self.best["epoch"] == self.epoch:
+            self._save_best(state)
+        else:
+            print(f"warning: {self.best_path} does not hold the network of epoch {self.best['epoch']}, the best so "
+                  "far, which is lost", file=sys.stderr)  # fmt: skip
 
     def _write_texts(self) -> bool:
         """Write args.json, table and results where they are not up to date; gives whether the table was not."""

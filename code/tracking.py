@@ -15,7 +15,7 @@ def start(args: Namespace, folder: Path, config: dict, run_id: str | None):
 
     Raises Refused if wandb was asked for and is not installed.
     """
-    mode = args.wandb or os.environ.get("WANDB_MODE")
+    mode = args.wandb or os.environ.get("WANDB_MODE", "off").replace("dryrun", "offline")  # wandb's older word
     if mode not in ("online", "offline"):
         return None
     try:
@@ -23,8 +23,8 @@ def start(args: Namespace, folder: Path, config: dict, run_id: str | None):
     except ImportError as error:
         raise Refused(f"--wandb {mode}: wandb is not installed (pip install wandb, or --wandb off)") from error
     tags = [args.dataset, args.model, f"seed {args.seed}", *args.remark.split()]
-    tags = [tag[:64] for tag in tags]  # wandb takes no longer ones
-    options = dict(project=f"hist_{args.dataset}", name=folder.name, config=config, tags=tags, dir=str(folder),
+    options = dict(project=f"hist_{args.dataset}", name=folder.name, config=config, dir=str(folder),
+                   tags=[tag[:64] for tag in tags],  # wandb takes no longer ones
                    id=run_id, resume="allow", settings=wandb.Settings(silent=True))  # fmt: skip
     run = None
     if mode == "online":

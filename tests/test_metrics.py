@@ -373,7 +373,7 @@ def zeros(size):
         ((torch.ones(4, 2), zeros(4), torch.ones(5, 3), zeros(5)), (1,), "2 dimensions, .* 3"),
         ((torch.ones(4, 2), zeros(4), torch.ones(5, 2), zeros(4)), (1,), r"gallery: .*\(5,\) expected, got \(4,\)"),
         ((torch.ones(4, 2), zeros(4), torch.ones(0, 2), zeros(0)), (1,), r"gallery: .* got \(0, 2\)"),
-        ((torch.ones(4, 2), zeros(4)), (1, 0), "at least 1, got 0"),
+        ((torch.ones(4, 2), zeros(4)), (1, 0), "at least 1, got .1, 0."),
         ((torch.ones(4, 2), torch.arange(4)), (1,), "none of the 4 queries"),
         ((torch.ones(2, 2), zeros(2), torch.ones(3, 2), zeros(3) + 1), (1,), "none of the 2 queries"),
     ],

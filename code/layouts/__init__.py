@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from folders import scan, shorten
+from folders import file_identity, scan, shorten
 from refused import Refused
 
 from layouts.reading import Layout, Listing
@@ -179,8 +179,7 @@ def repeated_files(where: str, listing: Listing) -> list[str]:
             key = posixpath.normpath(path)
             if listing.own:
                 with contextlib.suppress(OSError):  # it is not there, and named as missing
-                    stat = os.stat(os.path.join(listing.root, path))
-                    key = (stat.st_dev, stat.st_ino) if stat.st_ino else key  # some network drives give no numbers
+                    key = file_identity(os.path.join(listing.root, path))
             if key in seen:
                 other, other_split = seen[key]
                 return [

@@ -57,6 +57,8 @@ def download(root: Path) -> Path:
     target = root / "emoji"
     if target.is_dir():
         return target
+    from resvg_py import svg_to_bytes  # before the download: it may be missing, as only drawing needs it
+
     packages = [
         Package(f"@iconify-json/{name}@{version}", f"iconify-json-{name}-{version}.tgz", sha256)
         for name, (version, sha256) in SOURCES.items()
@@ -71,7 +73,7 @@ def download(root: Path) -> Path:
             f"| [{info['license']['title']}]({info['license']['url']}) | @iconify-json/{name} {SOURCES[name][0]} |\n"
         )
     with written_whole(target) as folder:
-        write_emoji(folder, sources)
+        write_emoji(folder, sources, svg_to_bytes)
         (folder / "ATTRIBUTION.md").write_text(ATTRIBUTION.format(size=SIZE) + "".join(rows), encoding="utf-8")
     return target
 
@@ -95,18 +97,15 @@ def find_svg(icons: dict, name: str) -> str | None:
     )
 
 
-def write_emoji(folder: Path, sources: dict[str, dict]) -> None:
+def write_emoji(folder: Path, sources: dict[str, dict], svg_to_bytes) -> None:
     """Draws all classes on white into folder/images; sources are the icon sets by name."""
-    from resvg_py import svg_to_bytes
-
     names = CLASSES_FILE.read_text().split()
     for number, name in enumerate(tqdm(names, "drawing emoji", unit="class", disable=None), 1):
         class_name = f"{number:04d}.{name}"
         class_folder = folder / "images" / class_name
         class_folder.mkdir(parents=True)
         for source, icons in sources.items():
-            svg = find_svg(icons, name)
-            if svg is None:
+            if not (svg := find_svg(icons, name)):
                 continue
             png = svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE, background="white", skip_system_fonts=True)
             with Image.open(io.BytesIO(png)) as image:

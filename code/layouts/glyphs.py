@@ -2,8 +2,6 @@
 
 Each class is one Unicode letter of DejaVu Sans. Each image is one drawing of it, with its own size, rotation, shear,
 shift, ink, paper and noise. The folders and the number of classes are those of CUB-200-2011.
-
-    python -c "from layouts.glyphs import ensure_glyphs; print(ensure_glyphs('data', num_classes=400))"
 """
 
 import functools

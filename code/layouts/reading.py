@@ -130,6 +130,7 @@ def read_numbered_folders(home: Path) -> Listing:
         number = folder.partition(".")[0]
         if not re.fullmatch(r"0*[1-9]\d{0,8}", number, re.ASCII):
             raise Refused(f"{home / 'images' / folder}: a class folder begins with its number: 001.Name")
-        names[int(number)] = folder
+        if names.setdefault(int(number), folder) != folder:
+            raise Refused(f"{home / 'images' / folder}: a second class folder with the number {number}")
         pairs.append((path, int(number)))
     return Listing(home, {"all": pairs}, names=names, notes=notes)

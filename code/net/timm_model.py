@@ -56,5 +56,5 @@ def create_model(name: str, pretrained: bool) -> torch.nn.Module:
 
         return timm.create_model(name, pretrained=pretrained, num_classes=0)
     except Exception as error:  # timm passes on whatever its downloader raises, of many libraries
-        way_out = "give --weights FILE or --weights none" if pretrained else "timm.list_models() has the names"
+        way_out = "timm.list_models() has the names; where weights cannot be fetched, give --weights FILE or none"
         raise Refused(f"--model timm:{name}: timm cannot make it ({one_line(error)}); {way_out}") from error
