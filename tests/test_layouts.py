@@ -478,6 +478,7 @@ SOP, INSHOP = "Ebay_test.txt", "Eval/list_eval_partition.txt"
 BROKEN = [
     ("cub", remove("images"), "images is not there; `python code/prepare.py download cub`"),
     ("cub", move("images/002.Bird_2", "images/Sparrow"), "Sparrow: a class folder begins with its number"),
+    ("cub", move("images/002.Bird_2", "images/1.Copy"), "1.Copy: a second class folder with the number 1"),
     ("cub", lambda home: (home / "images/7.None").mkdir(), "images/7.None: the class folder holds no image"),
     ("cub", remove(*(f"images/00{i}.Bird_{i}" for i in (2, 3, 4, 5, 6))), "1 class with images found, at least 2"),
     ("cars 1", remove("cars_annos.mat"), "cars_annos.mat is not there; `python code/prepare.py download cars`"),

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import apart
 import checkpoint
+import distributed
 import pytest
 import report
 import run
@@ -150,6 +151,17 @@ def test_files_are_made_again_from_the_last_checkpoint(call, run_folder, spoil):
     assert after.keys() == before.keys() and after["figures"] == before["figures"]
     torch.testing.assert_close(after["model_state_dict"], before["model_state_dict"], rtol=0, atol=0)
     assert {path: path.read_text() for path in whole} == whole and (folder / "curves.png").exists()
+
+
+def test_a_best_network_that_is_lost_is_said(call, refused, run_folder, monkeypatch):
+    pictures, folder = run_folder
+    state = checkpoint.load(folder / "last.pth")
+    checkpoint.save(state | {"best": state["best"] | {"epoch": 0, "R@1": 2.0}}, folder / "last.pth")
+    done = call(*resume(folder, "--data-root", pictures))
+    assert done.code == 0 and "best.pth does not hold the network of epoch 0, the best so far" in done.err
+    # nor may processes go on from different epochs
+    monkeypatch.setattr(distributed, "from_all", lambda value: [value - 1])
+    refused(*resume(folder, "--data-root", pictures), "--epochs", 3, match="another process went on with this run")
 
 
 def test_a_run_of_before_resumes(call, run_folder):
