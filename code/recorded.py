@@ -12,6 +12,7 @@ from collections.abc import Callable
 import distributed
 import torch
 from hist import HISTLoss
+from refused import one_line
 from torch import nn
 
 EAGER_STEPS = 3  # at the beginning of a phase, until cuDNN has chosen its convolutions
@@ -83,7 +84,7 @@ class Recorded:
                     Computation(self.module, self.compute), samples, allow_unused_input=True
                 )
         except Exception as error:  # whatever the network does that cannot be recorded
-            print(f"steps: eager, {self.name} cannot be recorded ({' '.join(str(error).split())[:150]})")
+            print(f"steps: eager, {self.name} cannot be recorded ({one_line(error)[:150]})")
             return self.compute
         finally:
             with torch.no_grad():

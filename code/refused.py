@@ -14,7 +14,6 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     # torch puts the whole traceback of a loader's worker process before what it says
-    text = str(error)
-    for kind in ("refused.Refused", "decoding.UnreadableImage"):
-        text = text.rpartition(f"\n{kind}: ")[2]
+    kind = type(error)
+    text = str(error).rpartition(f"\n{kind.__module__}.{kind.__name__}: ")[2]
     return " ".join(text.split()) or type(error).__name__

@@ -36,7 +36,7 @@ import net
 import pictures
 import summary
 import tracking
-from refused import Refused
+from refused import Refused, one_line
 from tqdm import tqdm
 
 # What a run carries from one process to the next, each an attribute of Run and an entry of last.pth
@@ -236,7 +236,7 @@ class Run:
                 self.parts[name].load_state_dict(state[f"{name}_state_dict"])
             checkpoint.restore_random_states(state["random_states"])
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise Refused(f"{path}: does not fit this run: {' '.join(str(error).split())[:200]}") from error
+            raise Refused(f"{path}: does not fit this run: {one_line(error)[:200]}") from error
 
     def _note_resumption(self, data: dict, here: dict) -> None:
         """List this call beside what made the run first; last.pth has it from the first completed epoch on."""

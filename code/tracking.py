@@ -4,7 +4,7 @@ import os
 from argparse import Namespace
 from pathlib import Path
 
-from refused import Refused
+from refused import Refused, one_line
 
 
 def start(args: Namespace, folder: Path, config: dict, run_id: str | None):
@@ -31,7 +31,7 @@ def start(args: Namespace, folder: Path, config: dict, run_id: str | None):
         try:
             run = wandb.init(mode="online", **options) if wandb.login(prompt=False) else None
         except wandb.errors.Error as error:
-            print(f"wandb: {' '.join(str(error).split())[:100]}")
+            print(f"wandb: {one_line(error)[:100]}")
         if run is None:
             print("wandb: no key or no connection, recording offline; `wandb sync` sends it later")
     run = run or wandb.init(mode="offline", **options)
