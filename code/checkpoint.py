@@ -37,7 +37,7 @@ def write(content: Callable[[Any], None], path: Path) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         # A write that fails inside torch.save surfaces as a RuntimeError of its archive writer.
-        cause = error if isinstance(error, OSError) else error.__context__
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(cause, OSError):
             reason = cause.strerror
             raise Refused(f"{path}: cannot be written ({reason}); what was saved before is untouched") from error
