@@ -196,7 +196,8 @@ class StopSignals:
         A signal may reach one process only, or each at another moment. They agree, so that all stop after the same
         batch; the largest number received wins.
         """
-        if agreed := int(max(all_gather(torch.tensor([self.number])))):
+        agreed = int(max(all_gather(torch.tensor([self.number])))) if dist.is_initialized() else self.number
+        if agreed:
             # This process's own signal may be yet to come.
             self.number, self.since = agreed, self.since or time.monotonic()
             raise Interrupted
