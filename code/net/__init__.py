@@ -12,12 +12,13 @@ from refused import Refused, one_line
 from torchvision import models
 
 from .bn_inception import BNInception
+from .googlenet import GoogLeNet
 from .head import EmbeddingNet
+from .resnet import ResNet
 from .timm_model import TimmModel
-from .torchvision_model import TorchvisionModel
 
-MODELS = dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101", "googlenet"), TorchvisionModel)
-MODELS["bn_inception"] = BNInception
+MODELS = dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101"), ResNet)
+MODELS |= {"googlenet": GoogLeNet, "bn_inception": BNInception}
 
 
 def build(

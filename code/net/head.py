@@ -1,6 +1,6 @@
 """What every network of this project shares: pooling, the embedding layer, and which parameters may train.
 
-A backbone file (torchvision_model.py, bn_inception.py, timm_model.py) adds one method, features().
+A backbone file (resnet.py, googlenet.py, bn_inception.py, timm_model.py) adds one method, features().
 """
 
 import torch
