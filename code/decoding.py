@@ -1,11 +1,14 @@
 """From an image file to its pixels, whatever its format."""
 
 import contextlib
+import io
 import os
 import stat
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from folders import has_to_be_converted, open_heif, suffix_of
+from PIL import Image, ImageCms, ImageOps
 from refused import Refused, one_line
 
 NARROWEST = 1000  # times as long as wide; longer images would take gigabytes once resized
@@ -54,15 +57,36 @@ def scale_to_bytes(image: Image.Image) -> Image.Image:
     return Image.fromarray(scaled.round().astype(np.uint8))
 
 
-def read_rgb(path: str, own: bool = False) -> Image.Image:
-    """Decodes an image file of any format to 8-bit RGB, see decode. Raises UnreadableImage."""
+def to_srgb(image: Image.Image) -> Image.Image:
+    """An opened image turned upright, its colours those of sRGB where its profile says how they are meant."""
+    with contextlib.suppress(Exception):  # damaged profiles fail in many ways, and some modes have no conversion
+        ImageOps.exif_transpose(image, in_place=True)
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        if "srgb" not in ImageCms.getProfileDescription(profile).lower():
+            mode = "RGB" if image.mode == "CMYK" else image.mode
+            return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode=mode)
+    return image
+
+
+def read_rgb(path: Path | str, own: bool = False, enough: int = 0, srgb: bool = False) -> Image.Image:
+    """Decodes an image file of any format to 8-bit RGB, see decode. Raises UnreadableImage.
+
+    own pictures may be HEIC, under any name. enough: pixels of the shorter side that are, for large JPEGs are decoded
+    faster to fewer. srgb: with the colours that their profile means, which training does not look at.
+    """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise Refused("not a regular file")  # opening a pipe would wait for ever
+        if own and has_to_be_converted(suffix_of(str(path))):
+            raise Refused("it has to be converted first, to JPEG or TIFF")
+        if own:
+            open_heif()
         with Image.open(path) as image:
             if max(image.size) > NARROWEST * min(image.size):  # its shorter side will be resized to some 256 pixels
                 raise Refused(f"{image.width:,} × {image.height:,} pixels are narrower than 1 to {NARROWEST:,}")
-            return decode(image, own)
+            if enough:
+                image.draft("RGB", (enough, enough))
+            return decode(to_srgb(image) if srgb else image, own)
     except Exception as error:  # what Pillow raises depends on where the file is broken
         why = getattr(error, "strerror", None) or one_line(error)
         raise UnreadableImage(f"{path}: cannot be decoded ({why})") from None

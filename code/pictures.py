@@ -265,13 +265,11 @@ def _draw_image(axes, file: Path | str, x: float, y: float, frame: dict, own: bo
 def read_thumbnail(file: Path | str, side: int = THUMBNAIL, own: bool = False) -> Image.Image | None:
     """The image in RGB, the longer side at most that many pixels; None if the file holds no image. own: as above."""
     try:
-        with Image.open(file) as opened:
-            opened.draft("RGB", (2 * side, 2 * side))  # large JPEGs: decode no more than needed
-            image = decoding.decode(opened, own)
-        image.thumbnail((side, side))
-        return image
-    except Exception:  # what Pillow raises depends on where the file is broken
+        image = decoding.read_rgb(file, own, enough=2 * side)
+    except decoding.UnreadableImage:
         return None
+    image.thumbnail((side, side))
+    return image
 
 
 # ---------------------------------------------------------------- a batch

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from folders import file_identity, scan, shorten
+from folders import file_identity, is_folder, scan, shorten
 from refused import Refused
 
 from layouts.reading import Layout, Listing
@@ -60,7 +60,7 @@ def refuse_benchmarks(root: Path) -> None:
     """Raises Refused where the benchmarks themselves would be taken for classes."""
     for name in DATASETS:
         home = get(name).home
-        if home and (root / home).is_dir() and any(entry.is_dir() for entry in scan(root / home)):
+        if home and (root / home).is_dir() and any(map(is_folder, scan(root / home))):
             raise Refused(
                 f"{root}: it holds benchmarks ({home}), not classes; give --dataset {name}, or for pictures of your "
                 f"own --data-root {root / 'FOLDER'}, their folder"

@@ -13,7 +13,7 @@ import csv
 import io
 from pathlib import Path
 
-from folders import scan, shorten
+from folders import is_folder, scan, shorten
 from refused import Refused
 
 from layouts.reading import Layout, Listing, bad_line, read_class_folders, read_text
@@ -33,7 +33,7 @@ def read(root: Path) -> Listing:
         return read_list(root)
     if not root.is_dir():
         raise Refused(f"{root} is not there; --data-root names your folder of images or your list (.csv, .tsv, .txt)")
-    folders = [entry.name for entry in scan(root) if entry.is_dir()]
+    folders = [entry.name for entry in scan(root) if is_folder(entry)]
     lists = sorted(path for path in root.iterdir() if is_list(path))
     if len(folders) < 2 and len(lists) == 1:  # a single folder holds what the list names
         return read_list(lists[0])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from folders import find_images, is_image, scan, shorten
+from folders import find_images, is_folder, is_image, kind_of, scan, shorten, tell_skipped
 from refused import Refused
 
 AUDIT = "As an independent audit found (this project has not fetched any of these): "
@@ -102,11 +102,13 @@ def read_class_folders(root: Path, inside: str, notes: list[str]) -> list[tuple[
     """The images of root/inside/<class>/ with the folder's name as the class id (inside may be '')."""
     top, pairs, nested = root / inside, [], []
     entries = scan(top)
-    skipped = sum(map(is_image, entries))
-    for name in (entry.name for entry in entries if entry.is_dir()):
+    beside = sum(map(is_image, entries))
+    skipped = [kind_of(entry) for entry in entries if not is_image(entry) and not is_folder(entry)]
+    for name in (entry.name for entry in entries if is_folder(entry)):
         found, others = find_images(top / name)
         if not found:
-            raise Refused(f"{top / name}: the class folder holds no image; fill it or remove it")
+            holds = f" but {tell_skipped(others)}" if others else ""
+            raise Refused(f"{top / name}: the class folder holds no image{holds}; fill it or remove it")
         pairs += [(posixpath.join(inside, name, path), name) for path in found]
         skipped += others
         inner = sorted({posixpath.dirname(path) for path in found})
@@ -115,8 +117,9 @@ def read_class_folders(root: Path, inside: str, notes: list[str]) -> list[tuple[
                 f"{top / name}: holds no images itself but {len(inner):,} folders of them ({shorten(inner)}), all "
                 f"taken as one class; if each of these is a class, move them into {top}"
             )
-    if skipped:
-        notes.append(f"{top}: skipped {skipped:,} files that are no images, or lie beside the class folders")
+    if skipped or beside:
+        said = [f"{beside:,} images that lie beside the class folders"] * bool(beside)
+        notes.append(f"{top}: skipped {' and '.join([tell_skipped(skipped)] * bool(skipped) + said)}")
     notes += nested[:1]
     return pairs
 
