@@ -188,13 +188,13 @@ def _closer_and_tied(similarities: Tensor, positives: Tensor) -> tuple[Tensor, T
 
 
 def almost_one_point(embeddings: Tensor) -> bool:
-    """Whether embeddings (N, D) have a mean cosine similarity above 0.99999.
+    """Whether several embeddings (N, D) have a mean cosine similarity above 0.99999.
 
     Then their differences come near the resolution of float32, and R@K ranks rounding errors. A network from random
     weights with frozen BatchNorm statistics does that.
     """
     mean = unit_vectors(embeddings, "embeddings").mean(dim=0, dtype=torch.float64)  # (D,)
-    return bool(mean.square().sum() > 1 - 1e-5)
+    return len(embeddings) > 1 and bool(mean.square().sum() > 1 - 1e-5)
 
 
 def nearest(
@@ -227,14 +227,15 @@ def nearest(
 def nmi(embeddings: Tensor, labels: Tensor, iterations: int = 20, seed: int = 0) -> float:
     """Normalised mutual information between the classes and a k-means clustering, k = number of classes.
 
-    embeddings (N, D) are L2-normalised first. Lloyd's algorithm on the CPU from k images chosen by the seed; an empty
-    cluster restarts at the image farthest from its centre. Normalised by the arithmetic mean of the entropies. Raises
-    as retrieval does.
+    embeddings (N, D) are L2-normalised first. Lloyd's algorithm on the CPU from k images chosen by the seed, by their
+    places and not their classes; an empty cluster restarts at the image farthest from its centre. Normalised by the
+    arithmetic mean of the entropies. Raises as retrieval does.
     """
     from sklearn.cluster import KMeans
     from sklearn.metrics import normalized_mutual_info_score
 
-    X, classes, _ = _sorted_by_class(embeddings, labels, "nmi", "cpu")
+    sorted_X, sorted_classes, order = _sorted_by_class(embeddings, labels, "nmi", "cpu")
+    X, classes = sorted_X[order.argsort()], sorted_classes[order.argsort()]  # in the order of the images again
     k = len(torch.unique(classes))
     start = torch.randperm(len(X), generator=torch.Generator().manual_seed(seed))[:k]
     # Assigning images to the final centres is an iteration that max_iter does not count.

@@ -13,7 +13,7 @@ from torchvision import models
 
 from .bn_inception import BNInception
 from .googlenet import GoogLeNet
-from .head import EmbeddingNet
+from .head import EmbeddingNet, belongs_to
 from .resnet import ResNet
 from .timm_model import TimmModel
 
@@ -98,9 +98,9 @@ def load_network_state(network: EmbeddingNet, state: dict[str, torch.Tensor], pa
         for key, value in given.items():
             if key in own and value.shape == (1, *own[key].shape):
                 value = value[0]
-            if not key.startswith(optional) or (key in own and own[key].shape == value.shape):
+            if not belongs_to(key, optional) or (key in own and own[key].shape == value.shape):
                 state[key] = value
-    kept = {key: value for key, value in own.items() if key.startswith(optional)}
+    kept = {key: value for key, value in own.items() if belongs_to(key, optional)}
     try:
         network.load_state_dict(kept | state)  # torch itself lets num_batches_tracked be missing
     except RuntimeError as error:
