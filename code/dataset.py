@@ -1,10 +1,10 @@
 """Images, labels, splits, transforms, sampler, loaders; layouts/ knows where the files lie under the data root."""
 
+import contextlib
 import functools
 import hashlib
 import os
-import signal
-import threading
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,18 +14,22 @@ import layouts
 import numpy as np
 import torch
 from decoding import UnreadableImage, read_rgb
-from folders import shorten
+from folders import open_heif, shorten
+from loader import Loader, available_cores
+from PIL import Image
 from refused import Refused
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 from torchvision import transforms
 from tqdm import tqdm
+
+LARGE = 4  # megapixels; decoding an image of more takes longer than a small network to train on it
 
 
 @dataclass(frozen=True, eq=False)
 class ImageList:
     """The images of one split: labels (N,) int64 in 0..C-1, paths relative to root with '/' between.
 
-    own marks the user's own pictures, which are decoded as people see them; see decode.
+    own marks the user's own pictures, which are decoded as people see them; see decoding.decode.
     """
 
     root: Path
@@ -135,6 +139,28 @@ def undecodable(files: list[str], own: bool, rows: list[int]) -> dict[int, str]:
     return why
 
 
+def decoding_time(splits: list[ImageList], workers: int) -> tuple[float, float]:
+    """(megapixels, seconds that decoding all images once takes so many workers at least), (0, 0) if they are small.
+
+    Judged by the image of median size among a few of each split, which is decoded once if it is large.
+    """
+    open_heif()
+    sizes = [(0.0, "")]
+    for images in splits:
+        for row in range(0, len(images), max(1, len(images) // 4)):
+            # Undecodable ones are met soon enough.
+            with contextlib.suppress(Exception), Image.open(images.file(row)) as image:
+                sizes.append((image.width * image.height / 1e6, images.file(row)))
+    megapixels, file = sorted(sizes)[len(sizes) // 2]
+    if megapixels <= LARGE:
+        return 0.0, 0.0
+    started = time.monotonic()
+    with contextlib.suppress(UnreadableImage):
+        read_rgb(file, own=True)
+    seconds = sum(map(len, splits)) * (time.monotonic() - started)
+    return megapixels, seconds / max(1, min(workers, available_cores()))
+
+
 def split_validation(images: ImageList, share: float, seed: int) -> tuple[ImageList, ImageList]:
     """Holds out whole classes: (the others, the held out), both relabelled to 0...
 
@@ -173,6 +199,11 @@ class ImageDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def bytes_of(self, batch_size: int) -> int:
+        """What the images of a batch take, transformed."""
+        with torch.random.fork_rng(devices=[]):  # the transform may draw numbers
+            return batch_size * self.transform(Image.new("RGB", (9, 9))).nbytes
 
     def __getitem__(self, item: int | tuple[int, int]) -> tuple[torch.Tensor, int]:
         index, seed = item if isinstance(item, tuple) else (item, None)
@@ -281,61 +312,20 @@ class RandomBatches(Sampler):
         return torch.cat(chosen)
 
 
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class Loader(DataLoader):
-    """A DataLoader whose worker processes obey their parent's SIGTERM, and only their parent's."""
-
-    def __init__(self, data, workers: int, pin_memory: bool, **options):
-        workers = min(workers, available_cores())  # more would only compete for the cores
-        if workers > 0:
-            options |= dict(persistent_workers=True, prefetch_factor=4, worker_init_fn=leave_stopping_to_the_parent)
-        # With its own generator, a loader does not draw from the global one every epoch.
-        super().__init__(data, num_workers=workers, pin_memory=pin_memory, generator=torch.Generator(), **options)
-
-    def __iter__(self):
-        # All threads of a worker have to block the signal. Torch starts some before worker_init_fn: they inherit this.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        try:
-            return super().__iter__()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def leave_stopping_to_the_parent(worker: int) -> None:
-    """Runs in each worker process.
-
-    Ctrl-C and SIGTERM may reach the whole process group, but the parent finishes its step first and still needs its
-    workers. It sends them SIGTERM when it exits on an error, and waits for them: not to obey would hang it.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-        return
-    parent = os.getppid()
-
-    def obey_the_parent():
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-            pass
-        os._exit(0)  # torch would complain about a worker that a signal killed
-
-    threading.Thread(target=obey_the_parent, daemon=True).start()
-
-
 def make_train_loader(
     images: ImageList, transform, batch_size, seed, images_per_class=0, workers=0, pin_memory=False, shard=(0, 1)
-) -> DataLoader:
+) -> Loader:
     """Batches of (N, 3, H, W) uint8 and (N,) int64; loader.batch_sampler is the RandomBatches that draws them."""
     batches = RandomBatches(images.labels, batch_size, seed, images_per_class, shard)
-    return Loader(ImageDataset(images, transform), workers, pin_memory, batch_sampler=batches)
+    data = ImageDataset(images, transform)
+    return Loader(data, workers, pin_memory, data.bytes_of(batch_size // shard[1]), batch_sampler=batches)
 
 
-def make_eval_loader(images: ImageList, transform, batch_size, workers=0, pin_memory=False, shard=(0, 1)) -> DataLoader:
+def make_eval_loader(images: ImageList, transform, batch_size, workers=0, pin_memory=False, shard=(0, 1)) -> Loader:
     """All images in order, none dropped; process shard[0] of shard[1] gets every shard[1]-th, from shard[0] on."""
-    mine = range(shard[0], len(images), shard[1])
-    return Loader(ImageDataset(images, transform), workers, pin_memory, batch_size=batch_size, sampler=mine)
+    data, mine = ImageDataset(images, transform), range(shard[0], len(images), shard[1])
+    batch_bytes = data.bytes_of(min(batch_size, len(mine)))
+    return Loader(data, workers, pin_memory, batch_bytes, batch_size=batch_size, sampler=mine)
 
 
 # ---------------------------------------------------------------- what a run was trained on
@@ -364,9 +354,8 @@ def fingerprint(images: ImageList) -> dict:
 
 
 def digest_of_classes(*parts: dict) -> str:
-    """Of the classes of several fingerprints together, however they are divided between them."""
-    classes = [named for part in parts for named in zip(part["classes"], part["class_digests"], strict=True)]
-    return _digest(sorted(f"{name} {digest}" for name, digest in classes))
+    """Of the classes of several fingerprints together, however they are divided between them and called."""
+    return _digest(sorted(digest for part in parts for digest in part["class_digests"]))
 
 
 def _digest(lines: Iterable[str]) -> str:
@@ -374,11 +363,22 @@ def _digest(lines: Iterable[str]) -> str:
     return hashlib.sha256(text).hexdigest()[:16]
 
 
+def classes_as_now(then: dict, now: dict) -> list[str]:
+    """The classes of a fingerprint; those whose images are still the same under the names that they have in another.
+
+    A class is its images: the names of Cars-196 come from a file that may be missing, a list's may be spelled anew.
+    """
+    named = zip(now["class_digests"], now["classes"], now["sizes"], strict=True)
+    by_images = {digest: name for digest, name, size in named if size}
+    return [by_images.get(*old) for old in zip(then["class_digests"], then["classes"], strict=True)]
+
+
 def changes(then: dict, now: dict) -> str:
     """What differs between two fingerprints of one split, in words for one line; '' if nothing does."""
     if then["digest"] == now["digest"]:
         return ""
-    old, new = (dict(zip(part["classes"], part["class_digests"], strict=True)) for part in (then, now))
+    old = dict(zip(classes_as_now(then, now), then["class_digests"], strict=True))
+    new = dict(zip(now["classes"], now["class_digests"], strict=True))
     kinds = {
         "removed": [repr(name) for name in old if name not in new],
         "added": [repr(name) for name in new if name not in old],

@@ -1,4 +1,7 @@
-"""What a user can mend, and how an error is said."""
+"""What a user can mend, and how an error or a lack is said."""
+
+import functools
+import sys
 
 
 class Refused(ValueError):
@@ -15,5 +18,12 @@ def one_line(error: BaseException) -> str:
         return f"{error.filename}: {error.strerror}"
     # torch puts the whole traceback of a loader's worker process before what it says
     kind = type(error)
-    text = str(error).rpartition(f"\n{kind.__module__}.{kind.__name__}: ")[2]
+    name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+    text = str(error).rpartition(f"\n{name}: ")[2]
     return " ".join(text.split()) or type(error).__name__
+
+
+@functools.cache
+def warn_once(line: str) -> None:
+    """A warning, however often what it is about is met."""
+    print(f"warning: {line}", file=sys.stderr)
