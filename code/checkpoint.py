@@ -1,11 +1,14 @@
 """Files that a run leaves behind: written whole or not at all, and read without running what is in them."""
 
 import contextlib
+import errno
+import fcntl
 import glob
 import os
 import random
 import re
 import secrets
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,22 +20,31 @@ from folders import shorten
 from refused import Refused
 
 TEMPORARY = ".hist-tmp"  # suffix of files that are being written
+FAILED = {errno.ENOSPC, errno.EDQUOT, errno.EIO}  # of fsync: the disk fails; other errors mean that there is none
 
 
 def write(content: Callable[[Any], None], path: Path) -> None:
     """Let content(file) write, under a temporary name in the same folder; then force it to the disk and rename it.
 
-    A reader sees the old file or the new one; a crash, a full disk or a pulled plug leaves the old one.
-    Raises Refused if the file cannot be written.
+    A reader sees the old file or the new one; a crash, a full disk or a pulled plug leaves the old one. While it is
+    written the temporary file is locked, so that remove_leftovers leaves it alone. Raises Refused if the file cannot be
+    written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
         with open(temporary, "xb") as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             content(file)
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            force(file.fileno())
+            os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            force(folder)  # the new name, too, has to survive a power cut
+        finally:
+            os.close(folder)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -42,11 +54,15 @@ def write(content: Callable[[Any], None], path: Path) -> None:
             reason = cause.strerror
             raise Refused(f"{path}: cannot be written ({reason}); what was saved before is untouched") from error
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+
+
+def force(number: int) -> None:
+    """fsync of an open file or folder. Some network drives (CIFS, FUSE) cannot do that, and are trusted without."""
     try:
-        os.fsync(folder)  # the new name, too, has to survive a power cut
-    finally:
-        os.close(folder)
+        os.fsync(number)
+    except OSError as error:
+        if error.errno in FAILED:
+            raise
 
 
 def save(content: dict, path: Path) -> None:
@@ -64,9 +80,14 @@ def write_text(text: str, path: Path) -> bool:
 
 
 def remove_leftovers(folder: Path, beginning: str = "") -> None:
-    """Remove what kills in the middle of write() left in a folder, of files whose names begin so, and nothing else."""
+    """Remove what kills in the middle of write() left in a folder, of files whose names begin so, and nothing else.
+
+    A file that a living process is writing is locked and stays. Where there are no locks to tell, it goes after a day.
+    """
     for path in folder.glob(f".{glob.escape(beginning)}*{TEMPORARY}"):
-        with contextlib.suppress(OSError):  # another user's, beside a gallery that both search in
+        with contextlib.suppress(OSError), open(path, "r+b") as file:  # or another user's, beside a shared gallery
+            if time.time() - os.fstat(file.fileno()).st_mtime < 24 * 3600:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
 
 
@@ -172,13 +193,16 @@ def stored_flags(content: dict) -> dict[str, Any]:
 
 
 def random_states() -> dict:
-    """States of all random generators of this process, as plain values and tensors."""
+    """States of the random generators of this process and its GPU, as plain values and tensors.
+
+    Of several processes all have drawn the same: the first one's states are everybody's.
+    """
     algorithm, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": (algorithm, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
     }
 
 
@@ -187,5 +211,6 @@ def restore_random_states(states: dict) -> None:
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
-    if len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if states["cuda"] and torch.cuda.is_available():
+        number = torch.cuda.current_device()  # earlier versions kept the states of all GPUs
+        torch.cuda.set_rng_state(states["cuda"][number if number < len(states["cuda"]) else 0])

@@ -9,6 +9,7 @@ loss of the whole batch. On one process the functions here do nothing.
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import time
@@ -16,7 +17,7 @@ from collections import namedtuple
 
 import torch
 import torch.distributed as dist
-from refused import Refused
+from refused import Refused, one_line
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -89,6 +90,27 @@ def choose_device(gpu_id: int) -> torch.device:
     return torch.device("cuda", gpu_id)
 
 
+def announce(device: torch.device, gpu_id: int) -> None:
+    """Print what computes, and why not the GPU that is there: else one finds out after a night."""
+    count = processes().count
+    print(f"device: {describe(device)}" + f", {count} processes" * (count > 1) + unused_gpu(device, gpu_id))
+
+
+def unused_gpu(device: torch.device, gpu_id: int) -> str:
+    """Why torch cannot use an NVIDIA GPU that this machine has, in its own words; empty where it does, or should not.
+
+    That it has one is known from its driver: too old a one, or one beside a torch built for the CPU.
+    """
+    wanted = device.type == "cpu" and gpu_id >= 0 and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
+    if not wanted or not (torch.cuda.device_count() or os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi")):
+        return ""
+    try:
+        torch.cuda.init()
+    except Exception as error:
+        return f"; there is a GPU, which torch {torch.__version__} cannot use: {one_line(error)[:300]}"
+    return ""
+
+
 def describe(device: torch.device) -> str:
     """The device in words: 'cuda:0 NVIDIA H100' or 'cpu, 2 threads'."""
     if device.type == "cuda":
@@ -114,13 +136,13 @@ def reports_errors() -> bool:
 def together():
     """Around what all processes do at the same time: raises Lost where one of them is missing.
 
-    nccl raises it, a DistError. gloo raises a plain RuntimeError, from each collective and from the backward pass of
-    DistributedDataParallel; what else fails there (a full GPU, a CUDA error) has a type of its own.
+    nccl raises it, a DistError. gloo raises a plain RuntimeError, from each collective and from both passes of
+    DistributedDataParallel, and names its source file in it, which no error of another origin does.
     """
     try:
         yield
     except RuntimeError as error:
-        if dist.is_initialized() and type(error) is RuntimeError:
+        if dist.is_initialized() and "/gloo/" in str(error):
             raise Lost(error) from error
         raise
 

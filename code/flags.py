@@ -9,7 +9,10 @@ import argparse
 import errno
 import functools
 import math
+import os
+import re
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -137,9 +140,11 @@ def explain(error: Exception) -> str | None:
         return line
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is full: a smaller --batch-size or --image-size, or --amp bf16, needs less"
+    if isinstance(error, MemoryError) or re.search("can't allocate memory|Storage size .* overflow", line):
+        return "this machine's memory is not enough: smaller sizes (--batch-size, --embedding-size, …) need less"
     if isinstance(error, distributed.Lost):
         return f"the other processes were lost ({line[:300]}); if one of them ended, its own message says why"
-    if isinstance(error, RuntimeError) and line.startswith("DataLoader worker"):
+    if isinstance(error, RuntimeError) and re.match("DataLoader worker|unable to .* shared memory", line):
         cause = "too little memory, or shared memory (docker run --shm-size=8g)? --workers 0 needs less"
         return f"{line.rstrip('.')}: {cause}"
     return None
@@ -148,13 +153,18 @@ def explain(error: Exception) -> str | None:
 def run_script(main) -> None:
     """Run a script's main. What its user can mend becomes one line and a non-zero exit; all else keeps its traceback.
 
-    `python -X dev script.py` always shows the traceback. Of several processes only one prints the line.
+    `python -X dev script.py` always shows the traceback. Of several processes only one prints the line. Whoever reads
+    the output may stop reading, as `head` does: that ends the script without a word.
     """
     stderr = sys.stderr
     for stream in (sys.stdout, stderr):
         stream.reconfigure(errors="backslashreplace")  # file names may hold bytes that are not text
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be written goes there
+        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         line = explain(error)
         if line is None or sys.flags.dev_mode:
@@ -186,7 +196,6 @@ def number(kind: type, at_least: float = 0, below: float = math.inf, positive: b
     """A flag type: numbers of that kind in [at_least, below), without zero if positive."""
     what = "a whole number" if kind is int else "a number"
     what += " above 0" if positive else f" of at least {at_least:g}"
-    what += f" and below {below:g}" if below < math.inf else ""
 
     def convert(text: str):
         try:
@@ -195,12 +204,13 @@ def number(kind: type, at_least: float = 0, below: float = math.inf, positive: b
             value = math.nan
         if at_least <= value < below and (value or not positive):
             return value
-        raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
+        limit = f" and below {below:,}" if below == 1 or value >= below else ""
+        raise argparse.ArgumentTypeError(f"must be {what}{limit}, got {text!r}")
 
     return convert
 
 
-whole, real = functools.partial(number, int), functools.partial(number, float)
+whole, real = functools.partial(number, int, below=2**31), functools.partial(number, float)
 
 
 # ---------------------------------------------------------------- the flags
@@ -331,7 +341,7 @@ def train_parser() -> Parser:
     )
     parser.add_table(
         "run",
-        ("--seed", whole(0), 1, "N", "seed of everything random: initial weights, batches, augmentation"),
+        ("--seed", whole(0, below=2**32), 1, "N", "seed of everything random: initial weights, batches, augmentation"),
         ("--deterministic", "switch", False, None, "deterministic algorithms on the GPU too; slower"),
         ("--log-dir", Path, CODE.parent / "logs", "DIR", "a run is kept in log-dir/DATASET/run_N"),
         ("--run-num", whole(0), 1, "N",

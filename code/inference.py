@@ -117,7 +117,7 @@ def embed(network, loader, device, amp=False, channels_last=False, after_batch=l
         embeddings, labels = [torch.empty(0, network.embedding_size)], [torch.empty(0, dtype=torch.int64)]
     embeddings, labels = (distributed.gather_shares(torch.cat(x).to(device), total).cpu() for x in (embeddings, labels))
     if bad := int((~torch.isfinite(embeddings)).any(dim=1).sum()):
-        raise NotFinite(f"{bad:,} of {total:,} embeddings hold NaN or Inf: the network has diverged")
+        raise NotFinite(f"{bad:,} of {total:,} embeddings hold NaN or Inf")
     return Embedded(embeddings, labels)
 
 
@@ -125,6 +125,12 @@ def score(query: Embedded, gallery: Embedded | None, ks, device, memory_gib=1.0,
     """R@K, with precision also R-precision and MAP@R, of what was embedded."""
     sets = (*query, *(gallery or (None, None)))
     return metrics.retrieval(*sets, ks, precision, memory_gib, device, progress=True)
+
+
+def doubt(query: Embedded, gallery: Embedded | None) -> str:
+    """Why scores of these embeddings say little; empty if they do not lie at one point."""
+    everything = torch.cat([part.embeddings for part in (query, gallery) if part])
+    return metrics.ONE_POINT if metrics.almost_one_point(everything) else ""
 
 
 # ---------------------------------------------------------------- from networks and searches to pictures
