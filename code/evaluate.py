@@ -22,10 +22,13 @@ import inference
 import layouts
 import metrics
 import numpy as np
+import precision
 import summary
 import torch
 from folders import shorten
 from refused import Refused, one_line
+
+PRECISION = {"off": "float32", "bf16": "bf16"}
 
 
 def main():
@@ -36,7 +39,7 @@ def main():
     check_flags(args, given)
     device = distributed.start(args.gpu_id)
     processes = distributed.processes()  # started by torchrun they share the work; process 0 writes and speaks
-    print(f"device: {distributed.describe(device)}" + (f", {processes.count} processes" * (processes.count > 1)))
+    distributed.announce(device, args.gpu_id)
 
     # Embeddings: from a file, or of a checkpoint's network
     if args.embeddings:
@@ -50,11 +53,12 @@ def main():
                 export.to_onnx(loaded.network.cpu(), loaded.image_size, args.export)
             return distributed.stop()
         benchmark = load_benchmark(args, given, loaded)
+        args.amp = precision.to_score_with(args, given, device)
         options = (loaded.image_size, args.sz_batch, args.nb_workers, device)
         loaders = [inference.make_loader(images, *options) for images in (benchmark.query, benchmark.gallery)]
         options = (device, args.amp == "bf16", args.channels_last)
         query, gallery = (inference.embed(loaded.network, loader, *options) for loader in loaders)
-        ks, measured = benchmark.recall_at, describe(benchmark, loaded)
+        ks, measured = benchmark.recall_at, describe(benchmark, loaded) | {"precision": PRECISION[args.amp]}
         if args.save_embeddings and processes.rank == 0:
             save_embeddings(args.save_embeddings, benchmark, query, gallery)
             print(f"embeddings: {args.save_embeddings}")
@@ -77,8 +81,8 @@ def main():
 
     # What was reached, on what
     report(args, scored_by, measured, found, scores)
-    if metrics.almost_one_point(query.embeddings):
-        print(f"warning: {metrics.ONE_POINT}", file=sys.stderr)
+    if doubt := inference.doubt(query, gallery):
+        print(f"warning: {doubt}", file=sys.stderr)
     if args.pictures:
         args.pictures.mkdir(parents=True, exist_ok=True)
         inference.draw_search(args.pictures, found, query, gallery, benchmark)
@@ -118,7 +122,7 @@ def load_benchmark(args, given, loaded) -> dataset.Benchmark:
     if not trained_on or not (same or "folder" in (args.dataset, stored.get("dataset"))):
         return benchmark
     tested = set(benchmark.query.class_names)
-    names = trained_on["train"]["classes"]
+    names = dataset.classes_as_now(trained_on["train"], dataset.fingerprint(benchmark.query))
     # Numbers of one benchmark are not those of another folder.
     seen = [name for name in names if name in tested and (same or not name.isdigit())]
     if seen:
@@ -157,7 +161,7 @@ def report(args, scored_by, measured, found, scores):
     print(f"checkpoint: {measured['checkpoint']}")
     print(f"data: {measured['dataset'] or 'unknown'} in {measured['data_root']}, {', '.join(splits)}")
     if measured["image_size"]:
-        print(f"images: {measured['image_size']} pixels")
+        print(f"images: {measured['image_size']} pixels, network in {measured['precision']}")
     searched = f"gallery: {gallery:,}" if gallery else "each among the others"
     print(f"queries: {found.num_queries:,}, {searched}")
     if found.num_without_positive:

@@ -31,7 +31,9 @@ import jinja2
 import metrics
 import numpy as np
 import pictures
+import precision
 import torch
+from loader import Loader
 from PIL import Image
 from refused import Refused
 from tqdm import tqdm
@@ -49,16 +51,19 @@ def main():
     args, given = parser.parse()
     if distributed.several():
         raise Refused("retrieve.py is one process: start it without torchrun")
+    if not args.gallery.resolve().name:
+        raise Refused(f"--gallery {args.gallery}: name a folder in it; embeddings are kept beside the gallery")
     queries, galleries = list_images(args.query, "--query"), list_images(args.gallery, "--gallery")
     for searched in (args.gallery, args.query):
         if searched.is_dir() and args.output.resolve().is_relative_to(searched.resolve()):
             raise Refused(f"--output {args.output} lies in {searched} and would be searched next time: name another")
     checkpoint.require_writable(args.output, "--output", folder=True)
     device = distributed.choose_device(args.gpu_id)
-    print(f"device: {distributed.describe(device)}")
+    distributed.announce(device, args.gpu_id)
     loaded = inference.load_network(parser, args, given, checkpoint.best_name("DATASET", "MODEL"), False, device)
     args = loaded.args
     print(f"checkpoint: {loaded.path}")
+    args.amp = precision.to_score_with(args, given, device)
 
     # Embeddings
     vectors, rows, bad = embed(loaded, queries, device)
@@ -87,7 +92,7 @@ def list_images(path: Path, option: str) -> dataset.ImageList:
         raise Refused(f"{option} {path}: there is no such {'image or ' * (option == '--query')}folder")
     found, others = folders.find_images(path)
     if others:
-        print(f"note: {path}: skipped {others:,} files that are no images", file=sys.stderr)
+        print(f"note: {path}: skipped {folders.tell_skipped(others)}", file=sys.stderr)
     if not found:
         raise Refused(f"{option} {path}: the folder holds no image")
     return own_pictures(path, found)
@@ -111,7 +116,8 @@ def embed(loaded, images, device) -> tuple[torch.Tensor, np.ndarray, dict[str, s
     """Embeddings (n, D) of those of the images that can be decoded, which these are (n,), {file: why} of the others."""
     args = loaded.args
     marked = MarkedWhereUnreadable(images, dataset.eval_transform(loaded.image_size))
-    loader = dataset.Loader(marked, args.nb_workers, device.type == "cuda", batch_size=args.sz_batch)
+    batch_bytes = marked.bytes_of(args.sz_batch)
+    loader = Loader(marked, args.nb_workers, device.type == "cuda", batch_bytes, batch_size=args.sz_batch)
     done = inference.embed(loaded.network, loader, device, args.amp == "bf16", args.channels_last)
     decoded = done.labels.numpy() >= 0
     bad = [images.file(row) for row in np.flatnonzero(~decoded)]

@@ -13,6 +13,7 @@ other files from following, they are made from it when the run is resumed.
 
 import atexit
 import contextlib
+import errno
 import fcntl
 import itertools
 import json
@@ -36,7 +37,7 @@ import net
 import pictures
 import summary
 import tracking
-from refused import Refused, one_line
+from refused import Refused, one_line, warn_once
 from tqdm import tqdm
 
 # What a run carries from one process to the next, each an attribute of Run and an entry of last.pth
@@ -116,21 +117,21 @@ def refuse_other_data(state: dict, data: dict, args: Namespace) -> None:
     """Compare the data of a run with what is there now, fingerprint by fingerprint: {split: dataset.fingerprint(…)}.
 
     Another class, or another order of the classes, would pair every label with the learned mean of another class.
-    Raises Refused, unless only images changed and --allow-changed-images says to go on. Then the best epoch is
-    chosen among those to come: the earlier ones were scored on other images.
+    Raises Refused, unless only images changed and --allow-changed-images says to go on.
     """
-    empty = dict(images=0, classes=[], sizes=[], class_digests=[], digest="")
-    splits = [(split, state["data"].get(split, empty), data.get(split, empty)) for split in {**state["data"], **data}]
-    differing = "; ".join(f"{split}: {what}" for split, old, new in splits if (what := dataset.changes(old, new)))
-    if not differing:
-        return
-    only_images = all(old["classes"] == new["classes"] for _, old, new in splits)
-    if only_images and args.allow_changed_images:
-        print(f"warning: the data changed since the run began ({differing}); the best epoch is chosen among those from "
-              "here on", file=sys.stderr)  # fmt: skip
+    differing, only_images = differences(state["data"], data)
+    if not differing or (only_images and args.allow_changed_images):
         return
     way_out = "--allow-changed-images resumes anyway" if only_images else "restore it, or start a new run"
     raise Refused(f"{args.resume} was trained on other data than {args.data_root} now holds: {differing}; {way_out}")
+
+
+def differences(then: dict, now: dict) -> tuple[str, bool]:
+    """(what differs, '' if it is the same data; whether only images do) of two {split: dataset.fingerprint(…)}."""
+    empty = dict(images=0, classes=[], sizes=[], class_digests=[], digest="")
+    splits = [(split, then.get(split, empty), now.get(split, empty)) for split in {**then, **now}]
+    differing = "; ".join(f"{split}: {what}" for split, old, new in splits if (what := dataset.changes(old, new)))
+    return differing, all(dataset.classes_as_now(old, new) == new["classes"] for _, old, new in splits)
 
 
 # ---------------------------------------------------------------- the folder
@@ -147,12 +148,8 @@ def new_run_folder(parent: Path, run_num: int | None, overwrite: bool = False) -
         folder = parent / f"run_{number}"
         with contextlib.suppress(FileExistsError):
             folder.mkdir(exist_ok=overwrite)
-            lock(folder)
-            for path in folder.iterdir():
-                if path.name == "wandb" and path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                elif path.name != LOCK and (path.is_file() or path.is_symlink()):
-                    path.unlink()
+            lock(folder, new=True)
+            clear(folder)
             return folder
     raise Refused(
         f"{folder} exists: give --resume to go on with it, --overwrite to replace it, "
@@ -160,24 +157,47 @@ def new_run_folder(parent: Path, run_num: int | None, overwrite: bool = False) -
     )
 
 
-def lock(folder: Path) -> None:
-    """Keep other processes out of a run's folder until this one ends in any way. Raises Refused where one is in it.
+def clear(folder: Path) -> None:
+    """Remove a run's files, and what wandb keeps of it."""
+    for path in folder.iterdir():
+        if path.name == "wandb" and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK and (path.is_file() or path.is_symlink()):
+            path.unlink()
+
+
+def lock(folder: Path, new: bool = False) -> None:
+    """Keep other processes out of a run's folder until this one leaves it. Raises Refused where one is in it.
 
     A lock of fcntl's lockf: unlike flock's, worker processes that outlive a killed parent do not inherit it. The file
-    is not closed, which would end the lock.
+    is not closed, which would end the lock. A file system without locks gets a warning.
     """
     path = folder / LOCK
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.read(file, 1000).decode().strip() or "which has just begun"
-        raise Refused(f"{folder}: another process ({owner}) is using this run") from None
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            owner = os.read(file, 1000).decode().strip() or "which has just begun"
+            raise Refused(f"{folder}: another process ({owner}) is using this run") from None
+        warn_once(f"{folder}: its file system has no locks ({error.strerror}): start no second process in this run")
     if os.fstat(file).st_nlink == 0:  # its owner removed it between our two calls: others lock a new one
-        return lock(folder)
-    atexit.register(path.unlink, missing_ok=True)
+        return lock(folder, new)
+    atexit.register(leave, folder, new)
     os.truncate(file, 0)
     os.write(file, f"{platform.node()}, process {os.getpid()}\n".encode())
+
+
+def leave(folder: Path, new: bool) -> None:
+    """Release a run's folder; if it is a new one in which nothing was saved that could be resumed, remove it."""
+    atexit.unregister(leave)  # the folder may be another process's by then
+    unused = new and not (folder / "last.pth").exists()
+    with contextlib.suppress(OSError):  # gone already, or holds what is not ours
+        if unused:
+            clear(folder)
+        (folder / LOCK).unlink(missing_ok=True)
+        if unused:
+            folder.rmdir()
 
 
 class Run:
@@ -249,11 +269,25 @@ class Run:
             if name not in OF_THE_CALL and value != self.flags.get(name, parser.get_default(name))
         }
         entry = {"after_epoch": self.epoch}
-        if not self.done and data != self.data:
-            entry["data_before"] = summary_of(self.data)
-            self.data, self.best = data, None  # the best so far was scored on other images
+        if not self.done:
+            differing, _ = differences(self.data, data)
+            if differing:
+                entry["data_before"] = summary_of(self.data)
+                self._forget_best(differing)
+            self.data = data  # with the names that classes have now
         self.flags = self.flags | changed
         self.resumptions = [*self.resumptions, entry | {"flags": changed, **here}]
+
+    def _forget_best(self, differing: str) -> None:
+        """The best so far was scored on other images. Its checkpoint is kept, under another name."""
+        kept = self.best_path.with_name(f"{self.best_path.stem}_until_epoch_{self.epoch}.pth")
+        said = "the best epoch is chosen among those from here on"
+        if self.best and self.best_path.exists():
+            said += f"; epoch {self.best['epoch']}, the best before, is kept in {kept}"
+            if distributed.is_first():
+                checkpoint.write(lambda file: file.write(self.best_path.read_bytes()), kept)
+        print(f"warning: the data changed since the run began ({differing}); {said}", file=sys.stderr)
+        self.best = None
 
     # ------------------------------------------------------------ the state, and the files that are made of it
 
@@ -306,6 +340,12 @@ class Run:
         if self.best:
             checkpoint.write_text(summary.results_text(self), self.folder / f"{self.best_path.stem}_results.txt")
         return bool(self.history) and checkpoint.write_text(summary.csv_text(self.history), self.folder / "results.csv")
+
+    def close(self) -> None:
+        if self.wandb:
+            tracking.finish(self.wandb)
+        if distributed.is_first():
+            leave(self.folder, new=self.args.resume is None)
 
     # ------------------------------------------------------------ pictures
 

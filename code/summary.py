@@ -9,6 +9,7 @@ import os
 import platform
 import shlex
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import distributed
@@ -112,13 +113,22 @@ def results_text(run) -> str:
 def kept(run) -> str:
     """What is left of a run that was stopped."""
     if not run.history:
-        return f"No epoch was completed, so there is nothing to resume in {run.folder}."
-    resume = command_for("train.py", "--resume", os.path.relpath(run.folder / "last.pth"))
+        return f"No epoch was completed, so nothing is left of {run.folder}."
+    resume = command_for("train.py", "--resume", os.path.relpath(run.folder / "last.pth"), starter=starter())
     last = run.history[-1]
     return f"Kept: {last['phase']} epoch {last['epoch']} in {run.folder}. Resume with: {resume}"
 
 
-def summary(run, usual_root: Path) -> str:
+def starter() -> list[str]:
+    """What starts as many processes as there are."""
+    count, here = distributed.processes().count, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if count == here:
+        return ["torchrun", "--standalone", f"--nproc-per-node={here}"] if here > 1 else ["python"]
+    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={os.environ['MASTER_ADDR']}:29500"]
+    return ["torchrun", f"--nnodes={count // here}", f"--nproc-per-node={here}", *meeting]
+
+
+def summary(run, usual_root: Path, cores: int) -> str:
     """What a run reached, advice, and the commands that go on from it; usual_root: default of --data-root."""
     args, best, last, untrained = run.args, run.best, run.history[-1], run.history[0]
     lines = [""]
@@ -130,19 +140,24 @@ def summary(run, usual_root: Path) -> str:
     if best and best["R@1"] < untrained["R@1"]:
         lines.append("       better than the best epoch: train longer (--epochs), or look at the learning rates")
     if run.doubt:
-        lines.append(f"       {run.doubt}; from random weights, train with --bn-freeze 0")
+        way_out = "; train random weights with --bn-freeze 0" * (args.weights == "none" and args.bn_freeze)
+        lines.append(f"       {run.doubt}{way_out}")
     lowest, chance = min((row["ce_loss"] for row in run.history if "ce_loss" in row), default=0), run.chance()
-    if chance and lowest > 0.95 * chance:
+    if best and chance and lowest > 0.95 * chance:
+        way_out = "try a larger --alpha" + " or a smaller --lr-ds" * (args.lr_ds > 0)
+        if args.lr * args.lr_hgnn_factor == 0:
+            way_out = "the HGNN's learning rate, --lr times --lr-hgnn-factor, is 0"
         lines.append(
             f"       the HGNN's cross-entropy stayed at chance (lowest {lowest:.2f}; ln C is {chance:.2f}): the "
-            "hypergraph did nothing in this run; try a larger --alpha or a smaller --lr-ds"
+            f"hypergraph did nothing in this run; {way_out}"
         )
     waited = [row["data_time"] for row in run.history if "data_time" in row]
     if waited and (share := sum(waited) / len(waited)) > 1 / 3:
-        lines.append(
-            f"       training waited for images {100 * share:.0f} % of the time: give it more --workers (at most one a "
-            "core is used), or store the pictures smaller"
-        )
+        ways_out = [f"give it more --workers ({args.nb_workers} now, {cores} cores)"] * (args.nb_workers < cores)
+        if args.dataset == "folder":
+            ways_out.append(f"shrink the pictures once ({shrink(args.data_root)})")
+        waited_for = f"       training waited for images {100 * share:.0f} % of the time"
+        lines.append(": ".join([waited_for, *([", or ".join(ways_out)] * bool(ways_out))]))
     lines.append(f"files  {os.path.relpath(run.folder)}")
     if best:
         words = ["--model-path", os.path.relpath(run.best_path)]
@@ -155,6 +170,22 @@ def summary(run, usual_root: Path) -> str:
     return "\n".join(lines)
 
 
-def command_for(script: str, *words) -> str:
+def large_pictures(megapixels: float, seconds: float, args) -> str:
+    """A line about pictures that take long to decode; empty for small ones."""
+    if not megapixels:
+        return ""
+    return (
+        f"note: the pictures are large ({megapixels:.0f} megapixels); in every epoch decoding them takes at least "
+        f"{seconds / 60:.1f} minutes with {args.nb_workers} workers; to shrink them once: {shrink(args.data_root)}\n"
+    )
+
+
+def shrink(data_root: Path) -> str:
+    """The command that makes large pictures small, once."""
+    smaller = f"{data_root.with_suffix('') if data_root.is_file() else data_root}_512"
+    return command_for("prepare.py", "shrink", "folder", "--data-root", data_root, "--output", smaller)
+
+
+def command_for(script: str, *words, starter: Sequence[str] = ("python",)) -> str:
     path = os.path.relpath(Path(__file__).parent / script)
-    return shlex.join(["python", path, *map(str, words)])
+    return shlex.join([*starter, path, *map(str, words)])

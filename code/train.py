@@ -22,16 +22,16 @@ import dataset
 import distributed
 import flags
 import inference
-import metrics
 import net
 import numpy as np
+import precision
 import recorded
 import run
 import summary
 import torch
-import tracking
 from distributed import StopSignals
 from hist import HISTLoss
+from loader import available_cores
 from refused import Refused
 from torch import nn
 from torch.utils.data import DataLoader
@@ -55,7 +55,8 @@ def main() -> None:
     device = distributed.start(args.gpu_id)
     processes = distributed.processes()
     seed_everything(args.seed, args.deterministic)
-    print(f"device: {distributed.describe(device)}" + (f", {processes.count} processes" * (processes.count > 1)))
+    distributed.announce(device, args.gpu_id)
+    precision.to_train_with(args, device, resumed=state is not None)
     if args.cuda_graphs:
         print(f"steps: {recorded.way(device)}")
 
@@ -65,6 +66,9 @@ def main() -> None:
     if state:
         run.refuse_other_data(state, data, args)
     print(summary.describe_data(benchmark.name, images))
+    if benchmark.query.own:
+        large = dataset.decoding_time(list(images.values()), args.nb_workers)
+        print(summary.large_pictures(*large, args), end="")
 
     # Network, loss, optimiser
     network, image_size = make_network(args, "none" if state else args.weights, device)
@@ -112,10 +116,9 @@ def main() -> None:
         distributed.stop()
         sys.exit(128 + stop.number)
     finally:
-        if log.wandb:
-            tracking.finish(log.wandb)
+        log.close()
     if processes.rank == 0:  # the others keep no history
-        print(summary.summary(log, flags.DATA))
+        print(summary.summary(log, flags.DATA, available_cores()))
     distributed.stop()
 
 
@@ -217,7 +220,7 @@ def train_epoch(
         for step, (images, labels) in enumerate(loader, start=1):
             waited += time.monotonic() - asked
             images = network.normalise(images.to(device, non_blocking=True, memory_format=layout))
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"), distributed.together():
                 embeddings = forward(images)
             embeddings, labels = distributed.gather_batch(embeddings, labels)
             loss = loss_of(embeddings, labels)
@@ -278,13 +281,15 @@ def finish_epoch(row: dict, started: float, log: run.Run, loaders: dict, benchma
                 found = inference.score(query, gallery, benchmark.recall_at, log.device, args.search_memory)
                 row |= {prefix + name: value for name, value in found.figures().items()}
     except inference.NotFinite as error:
+        if row["phase"] == "untrained":
+            raise Refused(f"before any training, {error}: look at the values in --weights {args.weights}") from None
         where = f" in {summary.epoch_title(row, args.nb_epochs)}: {error}"
         raise diverged(where, rates_of(log.parts["optimizer"])) from None
     row["seconds"] = time.monotonic() - started
     if not distributed.is_first():
         return
     log.add(row)
-    log.doubt = metrics.ONE_POINT if metrics.almost_one_point(query.embeddings) else ""
+    log.doubt = inference.doubt(query, gallery)
     at_once = args.sz_batch // distributed.processes().count  # as in training: that much fits the memory
 
     def draw(folder: Path, points: int) -> None:
