@@ -1,8 +1,9 @@
-"""Check, download and look at the benchmarks.
+"""Check, download and look at the benchmarks; make large pictures of your own small.
 
 python code/prepare.py check cub --decode          # is it complete, is it the right edition?
 python code/prepare.py download cub                # fetch it (cub, SOP), or say how to get it
 python code/prepare.py show cub --output cub.png   # look at it before training
+python code/prepare.py shrink folder --data-root my_pictures --output my_pictures_512
 """
 
 import http.client
@@ -19,9 +20,11 @@ from pathlib import Path
 import dataset
 import layouts
 import numpy as np
-from flags import DATA, Parser, dataset_name, real, run_script
+from flags import DATA, Parser, dataset_name, real, run_script, whole
 from folders import written_whole
+from loader import available_cores
 from refused import Refused, one_line
+from shrink import shrink
 from torchvision.datasets.utils import calculate_md5
 from tqdm import tqdm
 
@@ -49,7 +52,7 @@ def check(name: str, data_root: Path, decode: bool = False, train_classes: float
         print(f"note: {note}")
     problems = found.doubts + found.obstacles
     if decode:
-        problems += dataset.drop_unreadable(listing, listing.splits, dataset.available_cores())
+        problems += dataset.drop_unreadable(listing, listing.splits, available_cores())
     for problem in problems:
         print(f"problem: {problem}")
     if not problems:
@@ -169,20 +172,27 @@ def show(name: str, data_root: Path, output: Path, train_classes: float | None =
 
 
 def build_parser() -> Parser:
-    parser = Parser("Check, download and look at the benchmarks.")
+    parser = Parser("Check, download and look at the benchmarks; make large pictures of your own small.")
     commands = parser.add_subparsers(dest="command", required=True)
     for command, text in (
         ("check", "compare what is on disk with what was published; exit status 1 if anything is off"),
         ("download", f"fetch cub, SOP, emoji or {WEIGHTS} (ImageNet weights); say how to get cars and Inshop"),
         ("show", "draw a contact sheet of some classes of each split"),
+        ("shrink", "copy your own pictures small, as JPEG or PNG, once; what an interrupted call has done is kept"),
     ):
         sub = commands.add_parser(command, help=text, description=text)
-        names = DOWNLOADS if command == "download" else layouts.DATASETS
+        names = {"download": DOWNLOADS, "shrink": ("folder",)}.get(command, layouts.DATASETS)
         sub.add_argument("name", type=dataset_name, choices=names, metavar="NAME", help=f"one of {', '.join(names)}")
-        where = "folder that holds the benchmarks; for folder, your folder or .csv, .tsv or .txt file"
+        yours = "your folder or .csv, .tsv or .txt file"
+        where = f"{yours}" if command == "shrink" else "folder that holds the benchmarks"
+        where += f"; for folder, {yours}" * (command in ("check", "show"))
         sub.add_argument("--data-root", type=Path, default=DATA, metavar="DIR", help=where)
         if command == "download":
             sub.add_argument("--url", help="fetch the same archive from another place (its md5 is checked)")
+            continue
+        if command == "shrink":
+            sub.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the small copies")
+            sub.add_argument("--side", type=whole(8), default=512, metavar="PIXELS", help="of the shorter side")
             continue
         share = "share of the sorted classes that trains when a folder has no split of its own (default 0.5)"
         sub.add_argument("--train-classes", type=real(0, 1, positive=True), metavar="SHARE", help=share)
@@ -199,6 +209,12 @@ def main() -> None:
         sys.exit(0 if check(args.name, args.data_root, args.decode, args.train_classes) else 1)
     elif args.command == "download":
         download(args.name, args.data_root, args.url)
+    elif args.command == "shrink":
+        failed = shrink(args.data_root, args.output, args.side)
+        for line in failed:
+            print(f"problem: {line}")
+        print(f"{args.output} is ready" + f" but for {len(failed):,} pictures" * bool(failed))
+        sys.exit(1 if failed else 0)
     else:
         show(args.name, args.data_root, args.output or Path(f"{args.name}.png"), args.train_classes)
 
