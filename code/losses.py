@@ -1,8 +1,8 @@
 """Losses to compare HIST with, from pytorch-metric-learning, under the very same conditions: train.py --loss NAME.
 
 The arguments after the sizes in LOSSES are what --loss-args can set; their defaults are those of the paper, or of the
-library where it says so. Losses with parameters (proxies, centres, class weights) train them at --lr-ds. The others
-compare images of a batch with each other and need several of each class in it (--IPC).
+library where it says so. Parameters of losses train at --lr-ds. Losses without any need several images of a class in a
+batch (--IPC).
 """
 
 import inspect
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class LibraryLoss(nn.Module):
-    """A loss of the library, after its miner if it has one; in float32, under autocast too."""
+    """A loss of the library, after its miner if it has one; in float32 at least, under autocast too."""
 
     def __init__(self, loss: nn.Module, miner: nn.Module | None = None):
         super().__init__()
@@ -26,7 +26,7 @@ class LibraryLoss(nn.Module):
         """embeddings (N, D), labels (N,) integers, on any device -> scalar."""
         labels = labels.to(embeddings.device, non_blocking=labels.device.type == "cpu")  # from a GPU it waits
         with torch.autocast(embeddings.device.type, enabled=False):
-            embeddings = embeddings.float()
+            embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
             pairs = self.miner(embeddings, labels) if self.miner else None  # all there are
             return self.loss(embeddings, labels, pairs)
 

@@ -70,6 +70,7 @@ class Apart:
 def _run(files, environment, work, arguments):
     multiprocessing.set_start_method("fork", force=True)  # as usual, for the workers of its loaders
     os.setsid()  # its workers and it are a group that a test can signal
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # a loader that started the server has it blocked
     os.environ.update(environment)
     sys.stdout, sys.stderr = (open(path, "w", buffering=1) for path in files)
     for stream in (sys.stdout, sys.stderr):
@@ -124,6 +125,26 @@ def on_a_full_disk(*arguments) -> None:
     run_undrawn("train.py", *arguments)
 
 
+def write_slowly(path: Path) -> None:
+    import checkpoint
+
+    checkpoint.write(lambda file: (file.write(b"half"), file.flush(), print("half"), time.sleep(60)), path)
+
+
+def run_started_by(method: str, *arguments) -> None:
+    """train.py, whose workers are started in that way."""
+    multiprocessing.set_start_method(method, force=True)
+    run_undrawn("train.py", *arguments)
+
+
+def reproduce_with(stand_in: Path, *arguments) -> None:
+    """reproduce.py, with another script for train.py."""
+    import reproduce
+
+    reproduce.TRAIN = stand_in
+    run_script("reproduce.py", *arguments)
+
+
 def wait_for_signals() -> None:
     import distributed
 
@@ -145,7 +166,9 @@ def make_run_folders(parent: Path, count: int) -> None:
     import run
 
     for _ in range(count):
-        print(run.new_run_folder(parent, None))
+        folder = run.new_run_folder(parent, None)
+        (folder / "last.pth").touch()  # else it is removed at exit
+        print(folder)
 
 
 def search_and_embed(all_sets: list, path: Path) -> None:
@@ -193,12 +216,14 @@ def twenty_steps(mode: str, loss_name: str, path: Path) -> None:
     import torch
     import train
 
+    # In float32 rounding grows a thousandfold within as many steps, and how it does depends on the CPU.
+    torch.set_default_dtype(torch.float64)
     device = distributed.start(-1)
     rank, count = distributed.processes()
     words = "--lr 1e-5 --lr-ds 1e-3 --optimizer sgd --embedding-size 16 --hgnn-hidden 8 --loss"
     args = flags.train_parser().parse([*words.split(), loss_name])[0]
     torch.manual_seed(0)
-    network, criterion = net.build("resnet18", 16, "none", bn_freeze=True), train.make_criterion(6, args)
+    network, criterion = net.build("timm:test_resnet", 16, "none", bn_freeze=True), train.make_criterion(6, args)
     network.set_backbone_trainable(True)
     optimizer = train.make_optimizer(network, criterion, args)
     network.train()

@@ -82,6 +82,10 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Mock)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
+        try:
+            torch.randn(2).uniform_()[:, None]
+        except RuntimeError:
+            pytest.skip("this torch (2.6 does) asks a driver even about tensors that are not there")
         yield
 
 

@@ -31,9 +31,6 @@ def relative(found, expected):
     return ((found - expected).norm() / expected.norm().clamp(min=1e-300)).item()
 
 
-# The twin ---------------------------------------------------------------------------------------------------------
-
-
 def slow_distances(X, means, log_vars):
     """Step 1 and 2: the squared Mahalanobis distance of every sample to every class."""
     x = [row / row.square().sum().sqrt() for row in X]
@@ -106,9 +103,6 @@ def slow_loss(X, T, state, tau, alpha, ls, training=True):
     return dict(dist_loss=dist_loss, ce_loss=ce_loss, loss=loss, H=H, G=G, logits=logits, statistics=statistics)
 
 
-# Criteria and batches ---------------------------------------------------------------------------------------------
-
-
 def make(num_classes, embedding_size, hidden=4, dtype=torch.float64, seed=0, **options):
     """A HISTLoss none of whose parameters is at a special value: log-variances on both sides of 0 and 6, say."""
     generator = torch.Generator().manual_seed(seed)
@@ -165,9 +159,6 @@ def assert_equals_twin(criterion, X, T, tolerance):
     return twin, state | {"X": slow_X}
 
 
-# Figures of the paper's code --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("case", ["loss_small", "loss_repeated_classes"])
 def test_golden(case):
     """Names, loss, terms, gradients and statistics of the whole; the parts."""
@@ -194,9 +185,6 @@ def test_golden(case):
     logits = parts.hgnn(X, H)
     for found, name in ((dist_loss, "dist_loss"), (H, "H"), (propagation(H), "G"), (logits, "logits")):
         assert relative(found, figures[name]) < 1e-5, name
-
-
-# The twin, over shapes --------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -250,9 +238,6 @@ def test_twin_in_float32(tau):
     assert_equals_twin(criterion, X, T, 2e-5)
 
 
-# What a user may rely on ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("ls", [0.0, 0.7])
 def test_terms_can_be_read_and_compute_is_the_loss_without_its_checks(ls):
     criterion, (X, T) = make(5, 8, ls=ls), make_batch([0, 4, 4, 2], 8)
@@ -302,9 +287,6 @@ def test_initial_parameters():
     assert isinstance(HGNN(5, 3).bn1, torch.nn.BatchNorm1d) and HGNN(5, 3).theta1.out_features == 512
 
 
-# Precision --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_autocast_and_the_type_of_the_embeddings_change_nothing(dtype):
     """Loss, gradients and parts are those of float32, the type of the parameters."""
@@ -338,9 +320,6 @@ def test_distance_zero():
     assert H[T, T ^ 1].min().item() > 1 - 1e-5
     criterion(X, T).backward()
     assert all(torch.isfinite(p.grad).all() for p in [X, *criterion.parameters()])
-
-
-# Size -------------------------------------------------------------------------------------------------------------
 
 
 def share_of_classes_times_batch_times_size():

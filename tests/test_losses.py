@@ -109,9 +109,6 @@ def test_every_kind_of_loss_trains_resumes_to_the_same_bits_and_scores(call, ref
     assert scored.code == 0 and f"R@1     {100 * rows['R@1'].iloc[-1]:.4f}" in scored.out
 
 
-# HIST without its hypergraph network ----------------------------------------------------------------------------
-
-
 def test_without_lambda_the_hgnn_is_skipped(batch, monkeypatch):
     X, T = batch
     torch.manual_seed(0)
@@ -125,15 +122,6 @@ def test_without_lambda_the_hgnn_is_skipped(batch, monkeypatch):
     assert loss == alone.dist_loss == with_it.dist_loss and alone.ce_loss is None
     loss.backward()
     assert X.grad.abs().sum() > 0 and all(p.grad is None for p in alone.hgnn.parameters())
-
-
-@pytest.mark.slow
-def test_run_of_the_distribution_loss_alone(call, cub, tmp_path):
-    assert call("train.py", *options(cub, tmp_path, "--ls", 0)).code == 0
-    run = tmp_path / "cub" / "run_1"
-    rows = pd.read_csv(run / "results.csv").query("phase != 'untrained'")
-    assert rows["loss"].tolist() == rows["dist_loss"].tolist() and "ce_loss" not in rows
-    assert load(run / "last.pth")["criterion_state_dict"]["hgnn.bn1.num_batches_tracked"] == 0
 
 
 @pytest.mark.slow

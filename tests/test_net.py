@@ -72,9 +72,6 @@ def refused(function, *arguments, **options):
     return message
 
 
-# ---- the published networks ----
-
-
 @pytest.mark.parametrize("name", GOLDEN_NETWORKS)
 def test_names_shapes_and_embeddings_of_the_published_networks(name):
     network, keys = net.build(name, weights="none").eval(), golden_keys(name)
@@ -92,9 +89,6 @@ def test_preprocessing():
     caffe = ((104, 117, 128), (1, 1, 1), True, 255.0, 224)
     for network, expected in ((build(), usual), (build("bn_inception"), caffe)):
         assert (network.mean, network.std, network.bgr, network.scale, network.image_size) == expected
-
-
-# ---- head ----
 
 
 def test_embedding_layer_starts_with_kaiming_fan_out_and_no_bias():
@@ -130,9 +124,6 @@ def test_bfloat16_autocast_and_channels_last(name):
         embeddings = network(images(96).contiguous(memory_format=torch.channels_last))
     assert nn.functional.cosine_similarity(embeddings.float(), expected).min() > 0.99
     embeddings.float().square().sum().backward()
-
-
-# ---- what trains ----
 
 
 @pytest.mark.parametrize("name", net.MODELS)
@@ -175,9 +166,6 @@ def test_exactly_the_trainable_parameters_get_a_gradient_and_statistics_move_unl
     assert not any(torch.equal(value, statistics[key]) for key, value in used.items())
 
 
-# ---- weights from a file: test_checkpoint.py has the forms of files ----
-
-
 def without(state, *parts):
     return {key: value for key, value in state.items() if not any(part in key for part in parts)}
 
@@ -206,9 +194,6 @@ def test_files_of_backbones_that_differ_a_little(tmp_path, name, make):
     assert network.model.embedding.weight.shape[0] == 16
 
 
-# ---- weights from the network ----
-
-
 def unreachable(url, *arguments, **options):
     raise urllib.error.URLError("Name or service\nnot known")
 
@@ -229,9 +214,6 @@ def test_imagenet_weights_are_the_first_version(name, monkeypatch):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **options: urls.append(url) or published)
     assert same_backbone(published, net.build(name))
     assert urls == [models.get_model_weights(name).IMAGENET1K_V1.url]
-
-
-# ---- state dicts of whole networks ----
 
 
 def test_whole_networks_load_strictly_but_for_auxiliary_heads_and_counters():
@@ -263,15 +245,21 @@ def test_another_network_or_embedding_size_is_refused(name, tmp_path):
         assert "other.pth does not fit resnet18" in message and "--model" in message
 
 
-# ---- names ----
-
-
 def test_unknown_names_are_refused_with_the_choices(monkeypatch):
     message = refused(build, "resnet-50")
     assert "unknown model 'resnet-50'" in message and all(name in message for name in net.MODELS)
     assert "timm:resnet18z" in refused(build, "timm:resnet18z")
     monkeypatch.setitem(sys.modules, "timm", None)
     assert "import of timm halted" in refused(build, "timm:resnet18")
+
+
+def test_a_name_that_begins_like_an_unused_one_is_used():
+    network = build()
+    network.unused = ("bn1.weight.", "conv1.we.")
+    network.set_backbone_trainable(False)
+    network.set_backbone_trainable(True)
+    trainable = {name for name, parameter in network.model.named_parameters() if parameter.requires_grad}
+    assert "conv1.weight" in trainable and "bn1.bias" in trainable and "bn1.weight" not in trainable
 
 
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "vit_tiny_patch16_224"])

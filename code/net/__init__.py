@@ -13,7 +13,7 @@ from torchvision import models
 
 from .bn_inception import BNInception
 from .googlenet import GoogLeNet
-from .head import EmbeddingNet, belongs_to
+from .head import EmbeddingNet
 from .resnet import ResNet
 from .timm_model import TimmModel
 
@@ -33,10 +33,9 @@ def build(
 
     name            one of MODELS, or 'timm:NAME' for a model of timm
     embedding_size  D, dimensions of an embedding
-    weights         'imagenet': downloaded by torchvision, or by timm; 'none': random; or a file that checkpoint.py
-                    reads: the backbone's state dict as torchvision publishes it (bn_inception:
-                    pretrained-models.pytorch; timm: timm), or a checkpoint. The embedding layer is taken from
-                    it if its size fits and is otherwise new
+    weights         'imagenet': downloaded by torchvision, for timm's models timm's own default; 'none': random; or a
+                    file that checkpoint.py reads: the backbone's state dict as published, or a checkpoint. The
+                    embedding layer is taken from it if its size fits and is otherwise new
     add_gmp, layer_norm, bn_freeze      see EmbeddingNet
 
     Raises Refused: unknown name; no such file, or one that holds no weights or does not fit; no download.
@@ -98,9 +97,9 @@ def load_network_state(network: EmbeddingNet, state: dict[str, torch.Tensor], pa
         for key, value in given.items():
             if key in own and value.shape == (1, *own[key].shape):
                 value = value[0]
-            if not belongs_to(key, optional) or (key in own and own[key].shape == value.shape):
+            if not f"{key}.".startswith(optional) or (key in own and own[key].shape == value.shape):
                 state[key] = value
-    kept = {key: value for key, value in own.items() if belongs_to(key, optional)}
+    kept = {key: value for key, value in own.items() if f"{key}.".startswith(optional)}
     try:
         network.load_state_dict(kept | state)  # torch itself lets num_batches_tracked be missing
     except RuntimeError as error:

@@ -8,11 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def belongs_to(name: str, parts: tuple[str, ...]) -> bool:
-    """Whether a parameter or buffer is one of the parts, by name, or lies in one whose name ends in a dot."""
-    return name in parts or name.startswith(tuple(part for part in parts if part.endswith(".")))
-
-
 class EmbeddingNet(nn.Module):
     """A backbone with its classifier replaced by an embedding layer.
 
@@ -26,8 +21,8 @@ class EmbeddingNet(nn.Module):
     add_gmp       add the global maximum to the global average of each channel
     layer_norm    normalise each embedding to mean 0, variance 1 (LayerNorm without affine parameters)
     bn_freeze     start with the affine parameters of the backbone's BatchNorm2d frozen
-    unused        names inside `model` of what forward does not use: parameters, or modules with a dot at the end
-                  (classifier, auxiliary heads). Kept only because the published state dicts hold them
+    unused        names inside `model`, with a dot at the end, of modules and parameters that forward does not use:
+                  classifier, auxiliary heads. Kept only because the published state dicts hold them
     """
 
     # The input this network wants: values in [0, 1] times scale, in BGR order if bgr, minus mean, over std;
@@ -54,7 +49,7 @@ class EmbeddingNet(nn.Module):
         self.layer_norm = nn.LayerNorm(embedding_size, elementwise_affine=False) if layer_norm else nn.Identity()
 
         for parameter_name, parameter in self.model.named_parameters():
-            if belongs_to(parameter_name, self.unused):
+            if f"{parameter_name}.".startswith(self.unused):
                 parameter.requires_grad_(False)
         if bn_freeze:
             for module in self._batchnorms():
@@ -109,7 +104,7 @@ class EmbeddingNet(nn.Module):
         What forward does not use stays frozen: data parallel training would wait for its gradients for ever.
         """
         for name, parameter in self.model.named_parameters():
-            if not belongs_to(name, ("embedding.", *self.unused)):
+            if not f"{name}.".startswith(("embedding.", *self.unused)):
                 parameter.requires_grad_(trainable)
 
     def freeze_batchnorm_statistics(self) -> None:

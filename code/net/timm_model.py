@@ -28,7 +28,7 @@ class TimmModel(EmbeddingNet):
         gives_maps = maps.ndim == 4 and getattr(model, "output_fmt", "NCHW") == "NCHW"
         pooled = maps.mean((2, 3)) if gives_maps else model.forward_head(maps, pre_logits=True)
         pooled.sum().backward()
-        unused = tuple(n for n, p in model.named_parameters() if p.grad is None)
+        unused = tuple(f"{n}." for n, p in model.named_parameters() if p.grad is None)
         model.zero_grad()
         model.train()
 
