@@ -4,8 +4,8 @@
     python code/report.py logs/cub logs/cars       # these
     python code/report.py logs/cub --output paper  # files go to paper/ instead of logs/
 
-Writes report.md, report.tex (tabulars), report.csv (one row per run), report_groups.csv (one row per figure of a group
-and published figure beside it) and report.html, a page that needs no other file. Prints report.md.
+Writes report.md, report.csv (one row per run), report_groups.csv (one row per figure of a group and published figure
+beside it) and report.html, a page that needs no other file. Prints report.md.
 """
 
 import base64
@@ -28,7 +28,8 @@ from run import run_folders
 
 LOGS = flags.CODE.parent / "logs"
 TEMPLATE = flags.CODE / "report_template.html"
-PUBLISHED_SIZE = 512  # dimensions; the published figures are all of HIST's whole loss
+# Of a data set and network, in percent, all with HIST's whole loss and in 512 dimensions
+PUBLISHED, PUBLISHED_SIZE = flags.CODE / "published.csv", 512
 SOURCES = {
     "paper": "Lim, Yun, Park, Choi, Hypergraph-Induced Semantic Tuplet Loss for Deep Metric Learning, CVPR 2022",
     "paper, quoted by a survey": "the paper's means for BN-Inception, as a later survey quotes them",
@@ -80,7 +81,6 @@ def main():
     text = UNPRINTABLE.sub("?", markdown(sections))
     files = {
         "report.md": text + "".join(f"\n{markdown_escape(line)}\n" for line in left_out),
-        "report.tex": latex(sections),
         "report.csv": pd.concat([section.runs_table() for section in sections]).to_csv(index=False),
         "report_groups.csv": pd.concat([section.figures_table() for section in sections]).to_csv(index=False),
         "report.html": page(sections, left_out),
@@ -91,14 +91,10 @@ def main():
     print("written: " + ", ".join(str(args.output / name) for name in files))
 
 
-# ---------------------------------------------------------------- reading
-
-
 def read_runs(folder: Path) -> tuple[list[dict], list[str]]:
     """(a row for each finished run, one line for each of the others). Raises Refused for a folder without any run_N.
 
-    A row holds what report.csv does, all flags and the data under their names, and what else the report shows. Its text
-    is what the files hold, which the writers below escape.
+    A row holds what report.csv does, all flags and the data under their names, and what else it shows, unescaped.
     """
     if not run_folders(folder):
         raise Refused(f"{folder}: there is no run_N in it" if folder.is_dir() else f"{folder}: there is no such folder")
@@ -211,18 +207,11 @@ def one_line(text) -> str:
     return " ".join(str(text).split())
 
 
-# ---------------------------------------------------------------- grouping and comparing
-
-
 class Section:
     """The runs of one folder, in groups of those that differ only in their seed, group 1 the best.
 
-    A run that repeats another, with the same seed and the same figures, belongs to its group but is not counted again.
-
-    Attributes:
-        runs: the rows of read_runs with 'dataset', 'group' and 'repeats', the run that it repeats or ''.
-        counted: those that repeat no other.
-        figures: the R@K that all runs have; differing: the flags in which the groups differ.
+    runs: the rows of read_runs with 'dataset', 'group' and 'repeats', the run with the same seed and figures or ''.
+    counted: those that repeat no other. figures: the R@K that all runs have. differing: flags in which groups differ.
     """
 
     def __init__(self, name: str, rows: list[dict]):
@@ -265,7 +254,11 @@ class Section:
                 values = group[f"{name} (%)"]
                 std = statistics.stdev(values) if len(values) > 1 else None
                 rows.append(common | {"figure": name, "mean (%)": statistics.fmean(values), "std (%)": std})
-        table = pd.DataFrame(rows, dtype=object).merge(published(), "left", on=["of", "figure"]).drop(columns="of")
+        table = (
+            pd.DataFrame(rows, dtype=object)
+            .merge(pd.read_csv(PUBLISHED), "left", on=["of", "figure"])
+            .drop(columns="of")
+        )
         difference = (table["mean (%)"] - table["published (%)"]).astype(float).round(6)
         allowed = table["published ± (%)"].fillna(table["std (%)"].astype(float)).round(6)
         cases = [difference.isna() | allowed.isna(), difference.abs() <= allowed, difference > 0]
@@ -290,28 +283,12 @@ class Section:
         return {title: shown(pd.DataFrame(rows, dtype=object)) for title, rows in found.items() if len(rows)}
 
 
-@functools.cache
-def published() -> pd.DataFrame:
-    """The published figures, one a row, in percent; of: data set and network."""
-    rows = []
-    for dataset in layouts.DATASETS:
-        benchmark = layouts.get(dataset)
-        for model, source, text in benchmark.results:
-            for figure, known in zip(benchmark.results_at, text.split(), strict=False):  # some only have R@1
-                value, _, spread = known.partition("±")
-                rows.append([f"{dataset}, {model}", figure, source, float(value), float(spread) if spread else None])
-    return pd.DataFrame(rows, columns=["of", "figure", "source", "published (%)", "published ± (%)"])
-
-
 def comparable(made: dict, counts: dict[str, tuple[int, int]]) -> bool:
     """Whether figures that were published for its data set and network belong beside a run."""
     theirs = layouts.get(made["dataset"]).published if made["dataset"] in layouts.DATASETS else {}
     theirs = {"query" if split == "test" else split: tuple(sizes) for split, sizes in theirs.items()}
     whole_method = made["loss"] == "hist" and made["ls"] != 0 and made["sz_embedding"] == PUBLISHED_SIZE
     return whole_method and not made["val_classes"] and counts == theirs
-
-
-# ---------------------------------------------------------------- writing
 
 
 def plus_minus(value: float, spread: float | None, digits: int) -> str:
@@ -352,18 +329,6 @@ def markdown_escape(text: str) -> str:
     """What to_markdown leaves to its caller: no markup, no tags, no links. run_1 and R@1 need no escape."""
     special = r"[\\`*\[\]<>|~$#]|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\."
     return re.sub(special, lambda match: "\\" + match[0], text)
-
-
-def latex(sections: list[Section]) -> str:
-    r"""One tabular per table, to be \input; needs the package booktabs."""
-    parts = [f"% {line}" for line in explanations(sections)]
-    for section in sections:
-        parts += ["", f"% {section.name}: {section.shared()}"]
-        for title, table in section.tables().items():
-            parts += [f"\n% {section.name}: {title}", table.to_latex(index=False, escape=True)]
-    # Characters that pandas leaves as they are and LaTeX's text fonts lack
-    commands = (r"\textless{}", r"\textgreater{}", r"\textbar{}", r"$\pm$", "$-$", r"$\Delta$")
-    return "\n".join(parts).translate(str.maketrans(dict(zip("<>|±−Δ", commands, strict=True))))
 
 
 def page(sections: list[Section], left_out: list[str]) -> str:

@@ -157,23 +157,13 @@ def test_verdict_by_the_published_deviation_or_else_by_ours(tmp_path):
         assert table[number, "paper"] == expected and table[number, "replication, re-run"] == ""
 
 
-def test_other_losses_are_groups_of_their_own_with_their_seconds(logs):
-    table = section(logs / "losses").figures_table()
-    # two epochs each, rows number 2 and 3 of the history: the median of 6, 9 and 8, 12 over both seeds is 8.5
-    seconds = {(row["loss"], row["ls"]): row["s/epoch"] for row in table.to_dict("records")}
-    assert seconds == {("hist", 1.0): 8.5, ("triplet", 1.0): 18.75, ("hist", 0.0): 2.5}
-    # only the whole method stands beside what was published of it
-    beside = table.dropna(subset="source")
-    assert set(zip(beside["loss"], beside["ls"], strict=True)) == {("hist", 1.0)}
-
-
 def test_the_console_shows_the_markdown_what_is_left_out_and_where_the_files_lie(logs, written):
     output, done = written
     text = (output / "report.md").read_text()
     assert done.stdout.splitlines()[0] == "# Runs"
     assert done.stdout.split("\nwritten: ")[0].strip() in text
     check_markdown(text, num_tables=6)
-    for name in ("report.md", "report.tex", "report.csv", "report_groups.csv", "report.html"):
+    for name in ("report.md", "report.csv", "report_groups.csv", "report.html"):
         assert str(output / name) in done.stdout.splitlines()[-1]
     reasons = {"run_5": "results.csv: No such file or directory", "run_6": "not finished, 1 of 40 epochs"}
     said = [f"warning: {logs / 'cub' / run}: left out, {why}" for run, why in reasons.items()]
@@ -187,28 +177,6 @@ def check_markdown(text, num_tables):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
         assert len({len(line) for line in block.splitlines()}) == 1
     assert not re.search(r"(?<!\\)[<\[`*$]", text)
-
-
-def test_latex_is_balanced_and_escaped(written):
-    text = (written[0] / "report.tex").read_text()
-    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 6
-    check_latex(text)
-    assert r"71.50 $\pm$ 0.36" in text and r"$\Delta$ R@1" in text and "$-$1.30 below" in text
-
-
-def check_latex(text):
-    """Every row has as many cells as its tabular has columns, and no character that LaTeX takes for a command."""
-    columns = None
-    for line in text.splitlines():
-        if line.startswith("%"):
-            continue
-        if line.startswith(r"\begin{tabular}"):
-            columns = len(re.fullmatch(r"\\begin\{tabular\}\{(l+)\}", line)[1])
-        elif line.endswith(r"\\"):
-            bare = re.sub(r"\\[&%#_{}]|\\\$", "", line.removesuffix(r"\\"))
-            assert bare.count("&") == columns - 1
-            assert bare.count("$") % 2 == 0 and not re.search(r"[%#_~^<>|]", bare)
-            assert bare.count("{") == bare.count("}")
 
 
 def test_a_run_that_repeats_another_counts_once(tmp_path):
@@ -419,22 +387,12 @@ def test_nothing_of_a_run_is_executed_or_injected(tmp_path_factory, call):
     assert not any(re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", text) for text in texts.values())
 
     page = Page(texts["report.html"])
-    assert page.open == [] and page.tags.count("script") == 1 and not {"b", "h"} & set(page.tags)
-    assert texts["report.html"].count("<script>") == 1 and page.text.count("<script>alert(1)</script>") > 20
+    assert page.open == [] and "script" not in page.tags and not {"b", "h"} & set(page.tags)
+    assert "<script>" not in texts["report.html"] and page.text.count("<script>alert(1)</script>") > 20
     text = texts["report.md"]
     check_markdown(text, num_tables=2)
     assert text.count("script") and not re.search(r"(?<!\\)(?<![^\W_])_|(?<!\\)_(?![^\W_])|https?://|www\.", text)
     assert sum(line.startswith("#") for line in text.splitlines()) == 4
-    check_latex(texts["report.tex"])
-
-
-def test_odd_values_of_flags_still_tell_runs_apart(tmp_path):
-    for number, value in enumerate(([1], [2], {"a": 1}, None, "", True, 1, 10**400), 1):
-        make_run(tmp_path / "cub" / f"run_{number}", {1: [0.5]}, seed=number, odd=value)
-    made = section(tmp_path / "cub")
-    expected = {("run_1",), ("run_2",), ("run_3",), ("run_4", "run_5"), ("run_6", "run_7"), ("run_8",)}
-    assert set(grouped(made)) == expected
-    assert report.page([made], []) and report.latex([made]) and report.markdown([made])
 
 
 class Page(html.parser.HTMLParser):
@@ -468,7 +426,7 @@ def test_page_loads_nothing_and_shows_all(written):
     assert page.open == []
     assert all(value.startswith("data:") for value in page.loads)
     assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|WebSocket", source)
-    assert page.tags.count("script") == 1  # the remark's is text
+    assert "script" not in page.tags  # the remark's is text
     assert NASTY in page.text
     assert page.tags.count("img") == 7 + 1  # curves of every run, neighbours of one
     assert page.tags.count("table") == 6
