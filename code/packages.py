@@ -29,12 +29,10 @@ def read_packages(packages: Sequence[Package], folder: Path, client: Sequence[st
     for package in tqdm(packages, "fetching packages", unit="package", disable=None):
         placed = folder / package.file
         content = placed.read_bytes() if placed.is_file() else fetch(package, client, by_hand)
-        found = hashlib.sha256(content).hexdigest()
-        if found != package.sha256:
+        if (found := hashlib.sha256(content).hexdigest()) != package.sha256:
             way_out = "remove it, then it is fetched anew" if placed.is_file() else by_hand
             raise Refused(
-                f"{placed}: not {package.spec} as published, but cut short or another file ({len(content):,} bytes, "
-                f"sha256 {found[:12]}… instead of {package.sha256[:12]}…); {way_out}"
+                f"{placed}: not {package.spec} as published ({len(content):,} bytes, sha256 {found}); {way_out}"
             )
         contents.append(content)
     return contents

@@ -129,10 +129,3 @@ def test_what_cannot_be_had_or_drawn_is_named_and_nothing_is_left(world, tmp_pat
     with pytest.raises(Refused, match=words) as refusal:
         emoji.download(world)
     assert "\n" not in str(refusal.value) and not list(world.rglob("*"))
-
-
-def test_nothing_is_fetched_without_npm(world, monkeypatch):
-    monkeypatch.setattr(emoji, "NPM_PACK", NONE)
-    with pytest.raises(Refused, match="one@1.0.0 cannot be fetched .no-such-program is not installed"):
-        emoji.download(world)
-    assert not world.exists()

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from folders import file_identity, is_folder, scan, shorten
+from folders import file_identity, shorten
 from refused import Refused
 
 from layouts.reading import Layout, Listing
@@ -26,20 +26,14 @@ def get(name: str) -> Layout:
     return importlib.import_module(f"layouts.{name.lower()}").LAYOUT
 
 
-# ---------------------------------------------------------------- a listing and its splits
-
-
 def read_splits(name: str, data_root: Path, train_classes: float | None = None, share_given: bool = True) -> Listing:
     """The listing of one data set, its classes divided into train and test unless it has a split of its own.
 
-    Whether listed files are there is not looked at. train_classes is the share of the classes that trains, None for
-    half of them. Where it has nothing to divide it is refused, or with share_given=False, for a share that comes from
-    a checkpoint, ignored.
+    train_classes is the share of the classes that trains, None for half of them. Where it has nothing to divide it is
+    refused, or with share_given=False, for a share that comes from a checkpoint, ignored.
     """
     layout = get(name)
     home = Path(data_root, layout.home)
-    if name == "folder":
-        refuse_benchmarks(home)
     try:
         listing = layout.read(home)
     except FileNotFoundError as error:
@@ -54,17 +48,6 @@ def read_splits(name: str, data_root: Path, train_classes: float | None = None, 
     if "all" in listing.splits:
         split_by_class(listing, train_classes or 0.5, layout.last_train_class)
     return listing
-
-
-def refuse_benchmarks(root: Path) -> None:
-    """Raises Refused where the benchmarks themselves would be taken for classes."""
-    for name in DATASETS:
-        home = get(name).home
-        if home and (root / home).is_dir() and any(map(is_folder, scan(root / home))):
-            raise Refused(
-                f"{root}: it holds benchmarks ({home}), not classes; give --dataset {name}, or for pictures of your "
-                f"own --data-root {root / 'FOLDER'}, their folder"
-            )
 
 
 def split_by_class(listing: Listing, train_classes: float, last_train_class: int | None = None) -> None:
@@ -88,9 +71,6 @@ def split_by_class(listing: Listing, train_classes: float, last_train_class: int
     listing.splits["test"] = [pair for pair in pairs if pair[1] not in train]
 
 
-# ---------------------------------------------------------------- what is wrong with it
-
-
 @dataclass
 class Findings:
     """Lines about what is odd about a listing."""
@@ -108,9 +88,8 @@ def examine(name: str, listing: Listing, training: bool = True) -> Findings:
     listed = (path for pairs in splits.values() for path, _ in pairs if listing.source)
     missing = [path for path in listed if not os.path.isfile(os.path.join(listing.root, path))]
     if missing:
-        found.obstacles.append(
-            f"{where} names {len(missing):,} images that are not in {listing.root}: {shorten(missing)}"
-        )
+        files = f"{len(missing):,} images that are not in {listing.root}: {shorten(missing)}"
+        found.obstacles.append(f"{where} names {files}")
     if training and "train" not in splits:
         found.obstacles.append(
             f"{where}: there is no split 'train', so it can be scored (evaluate.py) but not trained on; "
@@ -168,11 +147,7 @@ def similar_names(where: str, classes: dict[str, set]) -> list[str]:
 
 
 def repeated_files(where: str, listing: Listing) -> list[str]:
-    """A line if a file is listed twice, under one spelling of its path or two (./a.jpg), none if all differ.
-
-    The user's own pictures are also compared by their numbers in the file system, through links of any kind. Copies
-    are fine.
-    """
+    """A line if a file is listed twice, also spelled otherwise (./a.jpg) or, of own pictures, through a link."""
     seen: dict[object, tuple[str, str]] = {}
     for split, pairs in listing.splits.items():
         for path, _ in pairs:
@@ -182,9 +157,7 @@ def repeated_files(where: str, listing: Listing) -> list[str]:
                     key = file_identity(os.path.join(listing.root, path))
             if key in seen:
                 other, other_split = seen[key]
-                return [
-                    f"{where}: {other} ({other_split}) and {path} ({split}) are the same file, listed twice; "
-                    "keep one of the two"
-                ]
+                files = f"{other} ({other_split}) and {path} ({split})"
+                return [f"{where}: {files} are the same file, listed twice; keep one of the two"]
             seen[key] = path, split
     return []

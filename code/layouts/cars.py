@@ -70,16 +70,6 @@ LAYOUT = Layout(
     read=read,
     published={"train": (8054, 98), "test": (8131, 98)},
     last_train_class=98,
-    results_at=("R@1", "R@2", "R@4"),
-    results=(
-        ("resnet50", "paper", "89.6±0.2 93.9±0.1 96.4±0.1"),
-        ("resnet50", "replication, re-run", "89.8 94.4 96.6"),
-        ("resnet50", "replication, tuned", "90.2 94.5 96.8"),
-        ("bn_inception", "paper, quoted by a survey", "87.4 92.5 95.4"),
-        ("bn_inception", "best quoted", "87.6"),
-        ("bn_inception", "replication, re-run", "87.6"),
-        ("bn_inception", "replication, tuned", "88.1 92.7 95.7"),
-    ),
     by_hand="""Cars-196 cannot be downloaded: its pages are gone. Put one of these under {home}:
   1. car_ims.tgz (md5 d5c8f0aa497503f355e17dc7886c3f14), unpacked to car_ims/,
      and cars_annos.mat (md5 b407c6086d669747186bd1d764ff9dbc)

@@ -1,8 +1,5 @@
 """The emoji benchmark: one class per sign, from up to nine icon sets.
 
-Artists' drawings that package registries carry, in CUB-200-2011's layout and about its size, with few pictures a class
-as in Stanford Online Products.
-
 emoji_classes.txt fixes the classes and their order. It holds the names without "skin-tone" that at least six of the
 sources know, as an icon or an alias. Of names that share their drawing in the first source that knows them
 (alphabetical order), only the first is kept. The sorted names were then shuffled by random.Random(1).
@@ -112,7 +109,7 @@ def write_emoji(folder: Path, sources: dict[str, dict], svg_to_bytes) -> None:
                 if image.convert("L").getextrema() == (255, 255):
                     raise Refused(
                         f"emoji: {name!r} of @iconify-json/{source} is drawn all white; "
-                        "`pip install -r requirements.txt` brings the resvg_py that draws them all"
+                        "`pip install -r requirements.txt -c constraints.txt` brings the resvg_py that draws them all"
                     )
             (class_folder / f"{class_name}_{source}.png").write_bytes(png)
 

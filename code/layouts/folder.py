@@ -5,15 +5,15 @@ DIR/train/<class>/..., DIR/query/..., DIR/gallery/...   the queries search in th
 DIR/<class>/...                                         split by class, the first in sorted order train
 LIST, or a DIR with one and at most one folder          a .csv, .tsv or .txt, see read_list
 
-All files below a class folder, however deep, whose suffix is that of a format Pillow opens are images of the class;
-the others are counted. Content alone counts when an image is decoded. A list may name images with any suffix or none.
+All files below a class folder, however deep, whose suffix is that of an image are of the class. A list may name images
+with any suffix or none.
 """
 
 import csv
 import io
 from pathlib import Path
 
-from folders import is_folder, scan, shorten
+from folders import kind_of, scan, shorten
 from refused import Refused
 
 from layouts.reading import Layout, Listing, bad_line, read_class_folders, read_text
@@ -33,7 +33,7 @@ def read(root: Path) -> Listing:
         return read_list(root)
     if not root.is_dir():
         raise Refused(f"{root} is not there; --data-root names your folder of images or your list (.csv, .tsv, .txt)")
-    folders = [entry.name for entry in scan(root) if is_folder(entry)]
+    folders = [entry.name for entry in scan(root) if kind_of(entry) == "folder"]
     lists = sorted(path for path in root.iterdir() if is_list(path))
     if len(folders) < 2 and len(lists) == 1:  # a single folder holds what the list names
         return read_list(lists[0])
@@ -51,9 +51,6 @@ def read(root: Path) -> Listing:
             f"needed are the folders {NEEDED}, or one per class (under other names than these), or one list"
         )
     return Listing(root, {"all": read_class_folders(root, "", notes)}, notes=notes, own=True)
-
-
-# ---------------------------------------------------------------- lists
 
 
 def is_list(path: Path) -> bool:
@@ -91,10 +88,9 @@ def split_of(row: dict[str, str]) -> str | None:
 def read_list(list_file: Path) -> Listing:
     """A table with a header, separated by commas, semicolons or tabs; everything in it is text.
 
-    Its columns are path, label and perhaps split (train, test, query or gallery, together as for folders), in any
-    order and letter case; others are ignored. Without a split the classes are split, the first in alphabetical order
-    train. Paths are relative to the file's folder, or absolute. The lists of open-metric-learning are understood, too:
-    a row of the split `validation` is what its is_query and is_gallery say, and both of them is test.
+    Its columns are path, label and perhaps split (as for folders), in any order and letter case; others are ignored.
+    Without it the classes are split. Paths are relative to the file's folder, or absolute. Of open-metric-learning, a
+    row of the split `validation` is what its is_query and is_gallery say, and both of them is test.
     """
     text = read_text(list_file)
     header = read_header(text)

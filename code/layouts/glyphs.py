@@ -50,8 +50,7 @@ def draw_letter(letter: str, pixels: int) -> Image.Image:
 def distinct_letters() -> tuple[str, ...]:
     """All letters (Unicode category L*) that the font draws differently, in code-point order.
 
-    Of letters that look the same (Latin, Greek and Cyrillic A) only the first is kept. They are compared cropped to
-    their ink, because every image shifts its letter anyway.
+    Of letters that look the same when cropped to their ink (Latin, Greek and Cyrillic A) only the first is kept.
     """
     seen = {draw_letter("\uffff", 40).tobytes()}  # what the font draws for a letter it does not have
     letters = []

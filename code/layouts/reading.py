@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from folders import find_images, is_folder, is_image, kind_of, scan, shorten, tell_skipped
+from folders import find_images, kind_of, scan, shorten, tell_skipped
 from refused import Refused
 
 AUDIT = "As an independent audit found (this project has not fetched any of these): "
@@ -40,17 +40,10 @@ class Layout:
     published: dict[str, tuple[int, int]] = field(default_factory=dict)  # (images, classes) of each split
     recall_at: tuple[int, ...] = (1, 2, 4, 8, 16, 32)  # the K of R@K in its papers
     last_train_class: int | None = None  # where no list names the splits, the classes up to it train
-    # Published figures in percent, ± where it was published, all with HIST's whole loss in 512 dimensions:
-    # (model, source, text), the figures in the order of results_at
-    results: tuple[tuple[str, str, str], ...] = ()
-    results_at: tuple[str, ...] = ()
     archive: tuple[str, str] | None = None  # url and md5 of its download,
     by_hand: str = ""  # or how to get it where that is not possible,
     draw: Callable[[Path], Path] | None = None  # or what makes it under a data root, unless it is there
     mirrors: str = ""  # which copies elsewhere are right or wrong
-
-
-# ---------------------------------------------------------------- list files
 
 
 def read_text(path: Path) -> str:
@@ -95,16 +88,12 @@ def read_rows(list_file: Path, pattern: str, columns: str, header: int = 0) -> I
             yield number, row
 
 
-# ---------------------------------------------------------------- folders of images
-
-
 def read_class_folders(root: Path, inside: str, notes: list[str]) -> list[tuple[str, str]]:
     """The images of root/inside/<class>/ with the folder's name as the class id (inside may be '')."""
     top, pairs, nested = root / inside, [], []
-    entries = scan(top)
-    beside = sum(map(is_image, entries))
-    skipped = [kind_of(entry) for entry in entries if not is_image(entry) and not is_folder(entry)]
-    for name in (entry.name for entry in entries if is_folder(entry)):
+    kinds = {entry.name: kind_of(entry) for entry in scan(top)}
+    skipped = [kind for kind in kinds.values() if kind not in ("folder", "image")]
+    for name in (name for name, kind in kinds.items() if kind == "folder"):
         found, others = find_images(top / name)
         if not found:
             holds = f" but {tell_skipped(others)}" if others else ""
@@ -117,9 +106,10 @@ def read_class_folders(root: Path, inside: str, notes: list[str]) -> list[tuple[
                 f"{top / name}: holds no images itself but {len(inner):,} folders of them ({shorten(inner)}), all "
                 f"taken as one class; if each of these is a class, move them into {top}"
             )
-    if skipped or beside:
-        said = [f"{beside:,} images that lie beside the class folders"] * bool(beside)
-        notes.append(f"{top}: skipped {' and '.join([tell_skipped(skipped)] * bool(skipped) + said)}")
+    beside = sum(kind == "image" for kind in kinds.values())
+    told = [tell_skipped(skipped), f"{beside:,} images that lie beside the class folders" * bool(beside)]
+    if any(told):
+        notes.append(f"{top}: skipped {' and '.join(filter(None, told))}")
     notes += nested[:1]
     return pairs
 

@@ -21,16 +21,6 @@ LAYOUT = Layout(
     read=read,
     published={"train": (59551, 11318), "test": (60502, 11316)},
     recall_at=(1, 10, 100, 1000),
-    results_at=("R@1", "R@10", "R@100"),
-    results=(
-        ("resnet50", "paper", "81.4±0.2 92.0±0.2 96.7±0.1"),
-        ("resnet50", "replication, re-run", "80.7 91.2 96.4"),
-        ("resnet50", "replication, tuned", "81.0 91.6 96.3"),
-        ("bn_inception", "paper, quoted by a survey", "79.6 91.0 96.2"),
-        ("bn_inception", "best quoted", "79.8"),
-        ("bn_inception", "replication, re-run", "77.4"),
-        ("bn_inception", "replication, tuned", "77.9 90.1 95.8"),
-    ),
     archive=("http://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip", "7f73d41a2f44250d4779881525aea32e"),
     mirrors=AUDIT + "nyris/stanford-online-products-v1 on Hugging Face (revision 24a1b9b8) has the original sizes "
     "and the right 59,551 + 60,502 images. Avoid JamieSJS/stanford-online-products: it is reduced to 224 × 224.",
