@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 
 import numpy as np
-from folders import has_to_be_converted, open_heif, suffix_of
+from folders import TO_CONVERT, open_heif, suffix_of
 from PIL import Image, ImageCms, ImageOps
 from refused import Refused, one_line
 
@@ -22,10 +22,8 @@ def decode(image: Image.Image, own: bool = False) -> Image.Image:
     """An opened image as 8-bit RGB.
 
     16-bit images are divided by 257; other integers and floats are scaled from their smallest value to their largest.
-
     own pictures come out as a viewer shows them: turned as their EXIF data says, and on white where they are
-    transparent. The published benchmarks were scored without either, so by default EXIF data is ignored and the colours
-    under transparent pixels show.
+    transparent. The published benchmarks were scored without either.
     """
     image.load()
     if own:
@@ -77,7 +75,7 @@ def read_rgb(path: Path | str, own: bool = False, enough: int = 0, srgb: bool = 
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise Refused("not a regular file")  # opening a pipe would wait for ever
-        if own and has_to_be_converted(suffix_of(str(path))):
+        if own and suffix_of(str(path)) in TO_CONVERT:
             raise Refused("it has to be converted first, to JPEG or TIFF")
         if own:
             open_heif()

