@@ -20,15 +20,13 @@ from folders import shorten
 from refused import Refused
 
 TEMPORARY = ".hist-tmp"  # suffix of files that are being written
-FAILED = {errno.ENOSPC, errno.EDQUOT, errno.EIO}  # of fsync: the disk fails; other errors mean that there is none
 
 
 def write(content: Callable[[Any], None], path: Path) -> None:
     """Let content(file) write, under a temporary name in the same folder; then force it to the disk and rename it.
 
-    A reader sees the old file or the new one; a crash, a full disk or a pulled plug leaves the old one. While it is
-    written the temporary file is locked, so that remove_leftovers leaves it alone. Raises Refused if the file cannot be
-    written.
+    A reader sees the old file or the new one; a crash, a full disk or a pulled plug leaves the old one. Until then the
+    file is locked: remove_leftovers leaves it alone. Raises Refused if it cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
@@ -61,7 +59,7 @@ def force(number: int) -> None:
     try:
         os.fsync(number)
     except OSError as error:
-        if error.errno in FAILED:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
 
 
@@ -105,9 +103,6 @@ def require_writable(path: Path | None, option: str, folder: bool = False) -> No
         place = place.parent
     if not (place.is_dir() and os.access(place, os.W_OK)):
         raise Refused(f"{option} {path}: cannot be written, {place} is no folder that can be written to")
-
-
-# ---------------------------------------------------------------- checkpoints and weights
 
 
 def best_name(dataset: str, model: str) -> str:
@@ -169,9 +164,8 @@ def load(path: Path) -> dict:
 def network_state(content: dict, path: Path) -> dict[str, torch.Tensor]:
     """The network's state dict in what load() returned, by the names of this project: 'model.conv1.weight'.
 
-    It is found under 'model_state_dict', 'state_dict' or 'model', or is the whole content. DataParallel,
-    DistributedDataParallel and torch.compile put 'module.' and '_orig_mod.' before the names, in any order; the state
-    dict of the backbone alone has no 'model.'. Raises Refused if there is no state dict.
+    It is found under 'model_state_dict', 'state_dict' or 'model', or is the whole content, its names with or without
+    the 'module.' and '_orig_mod.' of torch's wrappers and with or without 'model.'. Raises Refused if there is none.
     """
     state = content
     for key in ("model_state_dict", "state_dict", "model"):

@@ -3,9 +3,13 @@
 import contextlib
 import functools
 import hashlib
+import multiprocessing
 import os
+import signal
+import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,15 +18,12 @@ import layouts
 import numpy as np
 import torch
 from decoding import UnreadableImage, read_rgb
-from folders import open_heif, shorten
-from loader import Loader, available_cores
+from folders import shorten
 from PIL import Image
-from refused import Refused
-from torch.utils.data import Dataset, Sampler
+from refused import Refused, warn_once
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 from tqdm import tqdm
-
-LARGE = 4  # megapixels; decoding an image of more takes longer than a small network to train on it
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +55,8 @@ class ImageList:
 class Benchmark:
     """What is trained on, and what is retrieved from what; train and test share no class.
 
-    train is None only for a folder that can be scored but not trained on. gallery is None where the queries search
-    among themselves; otherwise query and gallery share one label space. recall_at are the K of R@K. warnings are lines
-    for the user; unreadable has one about each image that was left out.
+    train is None for a folder that can only be scored, gallery where the queries search among themselves; else both
+    share one label space. recall_at are the K of R@K. unreadable has a line about each image that was left out.
     """
 
     name: str
@@ -88,11 +88,9 @@ def load_benchmark(
 ) -> Benchmark:
     """Reads the lists of one data set; no image is opened unless skip_bad asks for it.
 
-    train_classes, share_given: as in layouts.read_splits. With training=False a `folder` may lack train: its
-    Benchmark.train is None then.
-
-    With skip_bad every image is decoded once, by so many worker processes (those of train only if training). What
-    fails is as if it had not been listed, and a class of nothing else, too.
+    train_classes, share_given: as in layouts.read_splits. With training=False a `folder` may lack train. With skip_bad
+    every image is decoded once, by so many worker processes (those of train only if training). What fails is as if it
+    had not been listed, and a class of nothing else, too.
     """
     listing = layouts.read_splits(name, data_root, train_classes, share_given)
     found = layouts.examine(name, listing, training)
@@ -117,18 +115,23 @@ def drop_unreadable(listing: layouts.Listing, splits: Iterable[str], workers: in
     rank, count = distributed.processes()
     listed = [(split, pair) for split in splits for pair in listing.splits[split]]
     files = [os.path.join(listing.root, path) for _, (path, _) in listed]
-    mine, why = range(rank, len(files), count), {}
-    decode = functools.partial(undecodable, files, listing.own)
-    loader = Loader(mine, workers, pin_memory=False, batch_size=32, collate_fn=decode)
-    for found in tqdm(loader, "decode", unit="batch", disable=None, leave=False):
-        why |= found
-    why = dict(sorted(item for part in distributed.from_all(why) for item in part.items()))
+    work, rows = functools.partial(undecodable, files, listing.own), range(rank, len(files), count)
+    mine = in_workers(work, rows, workers, "decode")
+    why = dict(sorted(item for part in distributed.from_all(mine) for item in part.items()))
     for split in splits:
         listing.splits[split] = [pair for row, (of, pair) in enumerate(listed) if of == split and row not in why]
     return list(why.values())
 
 
-def undecodable(files: list[str], own: bool, rows: list[int]) -> dict[int, str]:
+def in_workers(work: Callable[[list[int]], dict], rows: Sequence[int], workers: int, title: str) -> dict:
+    """All that work finds, each part of the rows in one of so many worker processes."""
+    found, loader = {}, Loader(rows, workers, pin_memory=False, batch_size=8, collate_fn=work)
+    for part in tqdm(loader, title, unit="batch", disable=None, leave=False):
+        found |= part
+    return found
+
+
+def undecodable(files: list[str], own: bool, rows: Iterable[int]) -> dict[int, str]:
     """{row: why it cannot be decoded} of those that cannot"""
     why = {}
     for row in rows:
@@ -139,26 +142,15 @@ def undecodable(files: list[str], own: bool, rows: list[int]) -> dict[int, str]:
     return why
 
 
-def decoding_time(splits: list[ImageList], workers: int) -> tuple[float, float]:
-    """(megapixels, seconds that decoding all images once takes so many workers at least), (0, 0) if they are small.
-
-    Judged by the image of median size among a few of each split, which is decoded once if it is large.
-    """
-    open_heif()
-    sizes = [(0.0, "")]
-    for images in splits:
-        for row in range(0, len(images), max(1, len(images) // 4)):
-            # Undecodable ones are met soon enough.
-            with contextlib.suppress(Exception), Image.open(images.file(row)) as image:
-                sizes.append((image.width * image.height / 1e6, images.file(row)))
-    megapixels, file = sorted(sizes)[len(sizes) // 2]
-    if megapixels <= LARGE:
-        return 0.0, 0.0
-    started = time.monotonic()
-    with contextlib.suppress(UnreadableImage):
-        read_rgb(file, own=True)
-    seconds = sum(map(len, splits)) * (time.monotonic() - started)
-    return megapixels, seconds / max(1, min(workers, available_cores()))
+def decoding_cost(images: ImageList) -> tuple[float, float]:
+    """(megapixels, seconds to decode it) of the image of median size among four; zeros if none can be decoded."""
+    found = [(0.0, 0.0)]
+    for row in range(0, len(images), max(1, len(images) // 3)):
+        started = time.monotonic()
+        with contextlib.suppress(UnreadableImage):  # it is met soon enough
+            image = read_rgb(images.file(row), images.own)
+            found.append((image.width * image.height / 1e6, time.monotonic() - started))
+    return sorted(found)[len(found) // 2]
 
 
 def split_validation(images: ImageList, share: float, seed: int) -> tuple[ImageList, ImageList]:
@@ -246,12 +238,11 @@ def generator_for(*key: int) -> torch.Generator:
 class RandomBatches(Sampler):
     """Batches of an epoch as lists of (index, seed): a function of the labels, the sizes and (seed, epoch).
 
-    images_per_class = 0: all images, shuffled; the last ones are dropped if they do not fill a batch.
-    images_per_class = k: each batch has batch_size/k classes, drawn without replacement, and k images of each,
-    all different if the class has k. Either way an epoch has N // batch_size batches.
+    images_per_class = 0: all images, shuffled. k: each batch has batch_size/k classes, drawn without replacement, and
+    k images of each, all different if the class has k. Either way an epoch has N // batch_size batches.
 
-    When several processes train together, each gets an equal part of every batch; shard = (number of this process,
-    number of processes). The parts joined in order are the batch that a single process would get.
+    shard = (number of this process, number of processes): each gets an equal part of every batch. The parts joined in
+    order are the batch that a single process would get.
 
     The seed next to each index determines its augmentation. So batches and augmentations are the same for any number
     of workers, whatever else draws random numbers, and after a resume. Call set_epoch before each epoch.
@@ -310,6 +301,70 @@ class RandomBatches(Sampler):
             rounds = [torch.randperm(len(members), generator=generator) for _ in range(-(-k // len(members)))]
             chosen.append(members[torch.cat(rounds)[:k]])
         return torch.cat(chosen)
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def workers_that_fit(workers: int, batch_bytes: int) -> tuple[int, int]:
+    """(workers, batches ahead of each) of at most so many, and 4, whose batches fit into what /dev/shm has free.
+
+    In containers that is 64 MB by default. One batch more is in use. macOS has its shared memory elsewhere.
+    """
+    ahead, free = 4, 0.0
+    if sys.platform != "linux":
+        return workers, ahead
+    with contextlib.suppress(OSError):  # not even a /dev/shm
+        found = os.statvfs("/dev/shm")
+        free = 0.9 * found.f_bavail * found.f_frsize / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    while workers and (workers * ahead + 1) * batch_bytes > free:
+        workers, ahead = (workers, ahead - 1) if ahead > 1 else (workers - 1, 1)
+    return workers, ahead
+
+
+class Loader(DataLoader):
+    """A DataLoader whose worker processes obey their parent's SIGTERM, and only their parent's.
+
+    batch_bytes: what a batch takes on its way from a worker.
+    """
+
+    def __init__(self, data, workers: int, pin_memory: bool, batch_bytes: int = 4096, **options):
+        wanted = min(workers, available_cores())  # more would only compete for the cores
+        workers, ahead = workers_that_fit(wanted, batch_bytes)
+        if (workers, ahead) < (wanted, 4):
+            warn_once("/dev/shm is small, so fewer batches are loaded ahead; docker run --shm-size=8g makes it larger")
+        if workers > 0:
+            options |= dict(persistent_workers=True, prefetch_factor=ahead, worker_init_fn=leave_stopping_to_the_parent)
+        # With its own generator, a loader does not draw from the global one every epoch.
+        super().__init__(data, num_workers=workers, pin_memory=pin_memory, generator=torch.Generator(), **options)
+
+    def __iter__(self):
+        # All threads of a worker have to block the signal. Torch starts some before worker_init_fn: they inherit this.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def leave_stopping_to_the_parent(worker: int) -> None:
+    """In each worker process: Ctrl-C and SIGTERM may reach the whole group, but the parent finishes its step first.
+
+    It still needs its workers. When it exits on an error it sends them SIGTERM, and waits: not to obey would hang it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        return
+    parent = multiprocessing.parent_process().pid  # who started it; in the system's eyes that may be a forkserver
+
+    def obey_the_parent():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)  # torch would complain about a worker that a signal killed
+
+    threading.Thread(target=obey_the_parent, daemon=True).start()
 
 
 def make_train_loader(

@@ -52,10 +52,8 @@ def start(gpu_id: int) -> torch.device:
     """Join the process group if torchrun started this process, and choose the device.
 
     gpu_id: as --gpu-id says, -1 for the CPU; of several processes on one machine each takes the GPU of its own number.
-    From here on only process 0 speaks: the standard output, warnings and progress bars of the others are silenced.
-
-    Raises Refused: no GPU of that number, fewer GPUs than processes on this machine, or an environment that is not
-    torchrun's, or processes that cannot reach each other.
+    From here on only process 0 speaks. Raises Refused: no GPU of that number, fewer GPUs than processes on this
+    machine, an environment that is not torchrun's, or processes that cannot reach each other.
     """
     if not several():
         return choose_device(gpu_id)
@@ -91,24 +89,18 @@ def choose_device(gpu_id: int) -> torch.device:
 
 
 def announce(device: torch.device, gpu_id: int) -> None:
-    """Print what computes, and why not the GPU that is there: else one finds out after a night."""
-    count = processes().count
-    print(f"device: {describe(device)}" + f", {count} processes" * (count > 1) + unused_gpu(device, gpu_id))
+    """Print what computes, and why not the NVIDIA GPU that is there: else one finds out after a night.
 
-
-def unused_gpu(device: torch.device, gpu_id: int) -> str:
-    """Why torch cannot use an NVIDIA GPU that this machine has, in its own words; empty where it does, or should not.
-
-    That it has one is known from its driver: too old a one, or one beside a torch built for the CPU.
+    The driver may be too old, or torch built for the CPU; torch says which.
     """
+    count, unused = processes().count, ""
     wanted = device.type == "cpu" and gpu_id >= 0 and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
-    if not wanted or not (torch.cuda.device_count() or os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi")):
-        return ""
-    try:
-        torch.cuda.init()
-    except Exception as error:
-        return f"; there is a GPU, which torch {torch.__version__} cannot use: {one_line(error)[:300]}"
-    return ""
+    if wanted and (torch.cuda.device_count() or os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi")):
+        try:
+            torch.cuda.init()
+        except Exception as error:
+            unused = f"; there is a GPU, which torch {torch.__version__} cannot use: {one_line(error)[:300]}"
+    print(f"device: {describe(device)}" + f", {count} processes" * (count > 1) + unused)
 
 
 def describe(device: torch.device) -> str:

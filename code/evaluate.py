@@ -11,24 +11,21 @@ Checkpoints of this project know their architecture and data set; for published 
 import json
 import operator
 import sys
+import warnings
 from pathlib import Path
 
 import checkpoint
 import dataset
 import distributed
-import export
 import flags
 import inference
 import layouts
 import metrics
 import numpy as np
-import precision
 import summary
 import torch
 from folders import shorten
 from refused import Refused, one_line
-
-PRECISION = {"off": "float32", "bf16": "bf16"}
 
 
 def main():
@@ -50,15 +47,18 @@ def main():
         args = loaded.args
         if args.export:
             if processes.rank == 0:
-                export.to_onnx(loaded.network.cpu(), loaded.image_size, args.export)
+                to_onnx(loaded.network.cpu(), loaded.image_size, args.export)
             return distributed.stop()
         benchmark = load_benchmark(args, given, loaded)
-        args.amp = precision.to_score_with(args, given, device)
+        args.amp = inference.amp_to_score_with(args, given, device)
         options = (loaded.image_size, args.sz_batch, args.nb_workers, device)
         loaders = [inference.make_loader(images, *options) for images in (benchmark.query, benchmark.gallery)]
         options = (device, args.amp == "bf16", args.channels_last)
         query, gallery = (inference.embed(loaded.network, loader, *options) for loader in loaders)
-        ks, measured = benchmark.recall_at, describe(benchmark, loaded) | {"precision": PRECISION[args.amp]}
+        ks, measured = (
+            benchmark.recall_at,
+            describe(benchmark, loaded),
+        )
         if args.save_embeddings and processes.rank == 0:
             save_embeddings(args.save_embeddings, benchmark, query, gallery)
             print(f"embeddings: {args.save_embeddings}")
@@ -147,6 +147,7 @@ def describe(benchmark, loaded) -> dict:
         "data_root": str(benchmark.query.root),
         "splits": {split: {"images": len(of), "classes": of.num_classes} for split, of in splits if of is not None},
         "image_size": loaded.image_size,
+        "precision": loaded.args.amp.replace("off", "float32"),
         "undecoded": len(benchmark.unreadable),
         "trained_by": loaded.content.get("made_by"),
         "trained_with": checkpoint.stored_flags(loaded.content),
@@ -180,9 +181,6 @@ def report(args, scored_by, measured, found, scores):
             "scored_with": flags.plain(args) | {"image_size": measured["image_size"]},
         }
         checkpoint.write_text(json.dumps(content, indent=2) + "\n", args.json)
-
-
-# ---------------------------------------------------------------- embeddings in a file
 
 
 def save_embeddings(path: Path, benchmark, query, gallery) -> None:
@@ -231,6 +229,42 @@ def embedded(file, prefix: str) -> inference.Embedded:
     wide = embeddings.dtype.itemsize > 4  # torch has neither float128 nor the other byte order
     embeddings = embeddings.astype(np.float64 if wide else np.float32)
     return inference.Embedded(torch.from_numpy(embeddings), torch.from_numpy(labels.astype(np.int64)))
+
+
+def to_onnx(network, image_size: int, path: Path) -> None:
+    """Write a network in float32, for batches of any size: images (N, 3, H, W) -> embeddings (N, D).
+
+    Preprocessing is stored in the file's metadata. Raises Refused if the network cannot be exported, or packages are
+    missing.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise Refused(f"--export: {error.name} is not installed (pip install onnx onnxscript)") from error
+    network.eval()
+    images = torch.zeros(2, 3, image_size, image_size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about torch's own parts
+        names = {"input_names": ["images"], "output_names": ["embeddings"]}
+        sizes = ({0: torch.export.Dim("batch")},)
+        try:
+            program = torch.onnx.export(network, (images,), dynamo=True, verbose=False, dynamic_shapes=sizes, **names)
+        except torch.onnx.OnnxExporterError as error:  # some networks of timm cannot be traced
+            raise Refused(f"--export: torch cannot export {network.name} ({str(error).strip()[:200]})") from error
+    program.model.metadata_props.update(
+        {
+            "image_size": str(image_size),
+            "resize": f"shorter side to {round(image_size * 256 / 224)} pixels, then the middle",
+            "channels": "BGR" if network.bgr else "RGB",
+            "range": f"0 to {network.scale:g}",
+            "mean": str(list(network.mean)),
+            "std": str(list(network.std)),
+        }
+    )
+    content = program.model_proto.SerializeToString()
+    checkpoint.write(lambda file: file.write(content), path)
+    print(f"exported: {path} ({len(content) / 2**20:.0f} MiB)")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """From a checkpoint to a network that is ready to embed, from images to embeddings, and from those to scores."""
 
+import functools
 import sys
+import timeit
+from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +15,7 @@ import net
 import numpy as np
 import pictures
 import torch
+import torch.nn.functional as F
 from folders import shorten
 from refused import Refused
 from torch import Tensor
@@ -40,15 +44,11 @@ class Loaded(NamedTuple):
     args: object
 
 
-# ---------------------------------------------------------------- from a checkpoint to a network
-
-
 def load_network(parser, args, given: set[str], name: str, only: bool, device: torch.device) -> Loaded:
     """The network of a checkpoint, this project's or a published one.
 
-    Flags that were not given come from the checkpoint, as Loaded.args; given ones may not contradict the network.
-    args.model_path is the checkpoint or its folder, name and only are what to look for there, see checkpoint.find.
-    Raises Refused or OSError: no checkpoint, a damaged one, or one that does not fit the flags.
+    Flags that were not given come from the checkpoint, as Loaded.args; given ones may not contradict the network. name,
+    only: see checkpoint.find. Raises Refused: no checkpoint, a damaged one, or one that does not fit the flags.
     """
     path = checkpoint.find(args.model_path, name, only)
     content = checkpoint.load(path)
@@ -65,7 +65,32 @@ def memory_format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-# ---------------------------------------------------------------- from images to embeddings and scores
+def slow_bf16(amp: str, device: torch.device, training: bool) -> float:
+    """How many times as long as in float32 a convolution takes in bf16 on this CPU; 0 if no longer, or not wanted.
+
+    Neither the CPU's name nor torch's version tells. training: with the backward pass, for which fewer CPUs have bf16.
+    """
+    if amp != "bf16" or device.type != "cpu":
+        return 0.0
+    images, weight = torch.ones(8, 64, 14, 14), torch.ones(64, 64, 3, 3, requires_grad=True)
+
+    def step(bf16: bool) -> None:
+        with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            total = F.conv2d(images, weight, padding=1).sum()
+        if training:
+            total.backward()
+
+    float32, bf16 = (min(timeit.repeat(functools.partial(step, x), number=1, repeat=4)) for x in (False, True))
+    return distributed.from_all(bf16 / float32 if bf16 > 1.2 * float32 else 0.0)[0]  # less is noise
+
+
+def amp_to_score_with(args: Namespace, given: set[str], device: torch.device) -> str:
+    """--amp for a checkpoint's network: as it was trained, unless float32 is faster here and --amp is not given."""
+    if not (times := slow_bf16(args.amp, device, training=False)):
+        return args.amp
+    instead = "--amp off is faster" if "amp" in given else "so this is float32; --amp bf16 is as it was trained"
+    print(f"warning: bf16 takes {times:.1f} times as long as float32 on this CPU, {instead}", file=sys.stderr)
+    return args.amp if "amp" in given else "off"
 
 
 def announce(benchmark: dataset.Benchmark) -> None:
@@ -128,12 +153,14 @@ def score(query: Embedded, gallery: Embedded | None, ks, device, memory_gib=1.0,
 
 
 def doubt(query: Embedded, gallery: Embedded | None) -> str:
-    """Why scores of these embeddings say little; empty if they do not lie at one point."""
-    everything = torch.cat([part.embeddings for part in (query, gallery) if part])
-    return metrics.ONE_POINT if metrics.almost_one_point(everything) else ""
+    """Why R@K of several embeddings ranks rounding errors; empty if they do not almost lie at one point.
 
-
-# ---------------------------------------------------------------- from networks and searches to pictures
+    Those of a network from random weights with frozen BatchNorm statistics do.
+    """
+    everything = metrics.unit_vectors(torch.cat([part.embeddings for part in (query, gallery) if part]), "embeddings")
+    if len(everything) == 1 or everything.mean(dim=0, dtype=torch.float64).square().sum() <= 1 - 1e-5:
+        return ""
+    return "all embeddings lie almost at one point (mean cosine similarity above 0.99999): scores say little"
 
 
 def draw_search(folder: Path, found: metrics.Retrieval, query, gallery, benchmark, max_points=2000) -> None:
@@ -148,17 +175,14 @@ def draw_search(folder: Path, found: metrics.Retrieval, query, gallery, benchmar
     targets, images = (query, query_images) if gallery is None else (gallery, benchmark.gallery)
     itself = torch.from_numpy(chosen) if gallery is None else None
     nearest, similarities = metrics.nearest(query.embeddings[chosen], targets.embeddings, 8, itself)
-    names = [query_images.class_names[label] for label in query.labels[chosen]]
-    files = [query_images.root / path for path in query_images.paths]
-    pictures.neighbours(
-        [files[q] for q in chosen],
-        [[images.root / images.paths[n] for n in row] for row in nearest],
-        (targets.labels[nearest] == query.labels[chosen][:, None]).tolist(),
-        similarities.tolist(),
-        [f"{'worst' if n < len(worst) else 'random'} query: {name}" for n, name in enumerate(names)],
-        folder / "neighbours.png",
-        own=query_images.own,
-    )
+    right = (targets.labels[nearest] == query.labels[chosen][:, None]).tolist()
+    rows = []
+    for n, (q, places) in enumerate(zip(chosen, nearest.tolist(), strict=True)):
+        title = f"{'worst' if n < len(worst) else 'random'} query: {query_images.class_names[query.labels[q]]}"
+        neighbours = zip(map(images.file, places), similarities[n].tolist(), right[n], strict=True)
+        rows.append((title, query_images.file(q), list(neighbours)))
+    pictures.neighbours(rows, folder / "neighbours.png", query_images.own)
+    files = [query_images.file(row) for row in range(len(query_images))]
     pictures.embedding_map(query.embeddings.numpy(), files, folder / "embedding.png", query_images.own, max_points)
 
 

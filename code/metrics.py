@@ -14,10 +14,6 @@ from search import INF, Found, blocks, search
 from torch import Tensor
 from tqdm import tqdm
 
-ONE_POINT = (
-    "all embeddings lie almost at one point (mean cosine similarity above 0.99999): scores of their order say little"
-)
-
 
 @dataclass(frozen=True)
 class Retrieval:
@@ -64,9 +60,8 @@ def retrieval(
         memory_gib: limit in GiB on what the search holds besides the embeddings.
         device: where to compute; the embeddings are moved there.
 
-    Raises:
-        Refused: shapes that do not fit, NaN or Inf in the embeddings, K below 1, or no query with a positive.
-        ValueError: labels that are not whole numbers.
+    Raises Refused: shapes that do not fit, NaN or Inf in the embeddings, K below 1, or no query with a positive;
+    ValueError: labels that are not whole numbers.
     """
     if min(ks, default=0) < 1:
         raise Refused(f"R@K needs K of at least 1, got {list(ks)}")
@@ -185,16 +180,6 @@ def _closer_and_tied(similarities: Tensor, positives: Tensor) -> tuple[Tensor, T
     """How many of each row's similarities are closer than each of its positives, and as close; both closest first."""
     closer = torch.searchsorted(-similarities, -positives)
     return closer, torch.searchsorted(-similarities, -positives, right=True) - closer
-
-
-def almost_one_point(embeddings: Tensor) -> bool:
-    """Whether several embeddings (N, D) have a mean cosine similarity above 0.99999.
-
-    Then their differences come near the resolution of float32, and R@K ranks rounding errors. A network from random
-    weights with frozen BatchNorm statistics does that.
-    """
-    mean = unit_vectors(embeddings, "embeddings").mean(dim=0, dtype=torch.float64)  # (D,)
-    return len(embeddings) > 1 and bool(mean.square().sum() > 1 - 1e-5)
 
 
 def nearest(

@@ -81,14 +81,10 @@ def curves(
 ) -> None:
     """Loss, with HIST its two terms, and R@K in percent, over the epochs of a run.
 
-    Args:
-        history: rows as train.py keeps them, from the first on: 'phase' (untrained, warm-up or train), 'epoch', in all
-            but the untrained one 'loss', with HIST 'dist_loss', 'ce_loss' and perhaps 'incidence' (off-diagonal mean
-            of H) and 'variance' (mean variance of the classes), which get axes of their own; and R@K as fractions:
-            'R@1', …, with held-out classes 'val R@1'.
-        title: which run this is.
-        chance: cross-entropy of guessing, the logarithm of the number of training classes.
-        best: the epoch that was chosen, if one was.
+    history: rows as train.py keeps them, from the first on: 'phase' (untrained, warm-up or train), 'epoch', in all but
+    the untrained one 'loss', with HIST 'dist_loss', 'ce_loss' and perhaps 'incidence' and 'variance', which get axes of
+    their own; and R@K as fractions. title: which run this is. chance: cross-entropy of guessing. best: the epoch that
+    was chosen, if one was.
     """
     hypergraph_rows = any("incidence" in row for row in history)
     heights = (1, 1, 0.5) if hypergraph_rows else (1, 1)
@@ -173,51 +169,34 @@ def _plot(axes, history: Sequence[dict], name: str, scale: float, **look) -> Non
 
 
 @in_our_fonts
-def neighbours(
-    query_paths: Sequence[Path | str],
-    neighbour_paths: Sequence[Sequence[Path | str]],
-    neighbour_right: Sequence[Sequence[bool]] | None,
-    similarities: Sequence[Sequence[float]],
-    titles: Sequence[str],
-    path: Path,
-    *,
-    captions: Sequence[Sequence[str]] | None = None,
-    own: bool = False,
-) -> None:
+def neighbours(rows: Sequence[tuple[str, str, Sequence]], path: Path, own: bool = False, named: bool = False) -> None:
     """One row per query: the image, then its nearest ones, the right ones in a green frame, the others in red dashes.
 
-    Args:
-        query_paths: Q image files.
-        neighbour_paths: for each query the files of its nearest images, nearest first; as many as there are.
-        neighbour_right: whether each of these is of the query's class; None where classes are not known.
-        similarities: cosine similarity of each to the query, written below it.
-        titles: a line of text above each row.
-        captions: a name for each nearest image, written below its similarity.
-        own: they are the user's own pictures, which are turned as their EXIF orientation says.
-
-    An image that cannot be read becomes a grey square that says so.
+    rows: (title, image file of the query, [(image file, cosine similarity, whether it is of the query's class, None if
+    not known), …] nearest first, as many as there are). own: they are the user's own pictures, decoded as such. named:
+    with file names. An image that cannot be read becomes a grey square that says so.
     """
     step, first, row_height = 1.08, 1.38, 1.78  # inches; the side of a picture is 1
-    width = max(7.3, first + step * max(len(row) for row in neighbour_paths))
-    figure, axes = _canvas(width, row_height * len(query_paths) + 0.5, dpi=125)
-    kinds = {"nearest images": None} if neighbour_right is None else {"✓ same class": True, "✗ another class": False}
+    width = max(7.3, first + step * max(len(found) for _, _, found in rows))
+    figure, axes = _canvas(width, row_height * len(rows) + 0.5, dpi=125)
+    known = any(right is not None for _, _, found in rows for _, _, right in found)
+    kinds = {"✓ same class": True, "✗ another class": False} if known else {"nearest images": None}
     kinds = {"query": "query"} | kinds
     patches = [Patch(fill=False, label=text, **FRAMES[kind] | {"linewidth": 2}) for text, kind in kinds.items()]
     axes.legend(handles=patches, loc="upper left", ncols=3, frameon=False, handlelength=1.6, handleheight=1.2)
     axes.text(width - 0.1, 0.21, "number: cosine similarity", ha="right", va="center", fontsize=10)
-    for q, (query, files) in enumerate(zip(query_paths, neighbour_paths, strict=True)):
+    for q, (title, query, found) in enumerate(rows):
         top = 0.5 + q * row_height
-        axes.text(0.08, top + 0.11, label(titles[q], int(width * 11)), va="center", fontsize=11)
+        axes.text(0.08, top + 0.11, label(title, int(width * 11)), va="center", fontsize=11)
         _draw_image(axes, query, 0.08, top + 0.26, FRAMES["query"], own)
-        for n, file in enumerate(files):
-            right = None if neighbour_right is None else neighbour_right[q][n]
+        for n, (file, similarity, right) in enumerate(found):
             x = first + n * step
             _draw_image(axes, file, x, top + 0.26, FRAMES[right], own)
             text = dict(ha="center", va="center", color=FRAMES[right]["color"])
-            axes.text(x + 0.5, top + 1.39, f"{MARKS[right]}{similarities[q][n]:.4f}", fontsize=10, **text)
-            if captions is not None:
+            axes.text(x + 0.5, top + 1.39, f"{MARKS[right]}{similarity:.4f}", fontsize=10, **text)
+            if named:
                 text |= dict(fontsize=6.5, family=["DejaVu Sans Mono", *FONTS])
-                axes.text(x + 0.5, top + 1.54, label(captions[q][n], CAPTION_LENGTH), **text)
+                axes.text(x + 0.5, top + 1.54, label(Path(file).name, CAPTION_LENGTH), **text)
     _save(figure, path)
 
 
@@ -315,11 +294,9 @@ def embedding_map(
 ) -> None:
     """The pictures themselves on a plane: those that are close are similar by cosine.
 
-    The plane is cut into cells as large as a thumbnail, and each shows the first picture that falls into it. The title
-    says how many of how many are shown. By t-SNE; of few points by PCA.
-
-    embeddings (N, D) of any finite length; the N image files, of which those that cannot be read are left out. own: as
-    in neighbours(). max_points: of more pictures as many are drawn at random, always the same ones.
+    By t-SNE, of few points by PCA. The plane is cut into cells as large as a thumbnail; each shows the first picture
+    that falls into it. embeddings (N, D) of any finite length; the N image files, of which those that cannot be read
+    are left out. own: as in neighbours(). max_points: of more pictures as many are drawn, always the same ones.
     """
     points = np.random.default_rng(0).permutation(len(embeddings))[:max_points]
     X = np.asarray(embeddings)[points].astype(np.float64)

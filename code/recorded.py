@@ -1,10 +1,8 @@
 """Training steps whose kernels a GPU launches by itself: --cuda-graphs.
 
 A step of a ResNet-50 launches some two thousand kernels, and at the paper's batch of 32 a fast GPU waits for Python to
-launch them. torch.cuda.make_graphed_callables records a forward and a backward pass as one launch each. Checks, the
-optimiser, learning rates and checkpoints stay as they are.
-
-Not yet run on a GPU.
+launch them. torch.cuda.make_graphed_callables records a forward and a backward pass as one launch each. Not yet run on
+a GPU.
 """
 
 from collections.abc import Callable

@@ -5,9 +5,8 @@
 
 The gallery is embedded once. Its embeddings are kept beside it in GALLERY.embeddings-KEY.npz, where the key names the
 checkpoint and how images are prepared; later calls only embed new and changed files. Writes neighbours.csv (all
-queries), neighbours.png (some) and neighbours.html, a page that needs no other file.
-
-A query that is itself in the gallery is not its own neighbour. The search is exact.
+queries), neighbours.png (some) and neighbours.html, a page that needs no other file. A query in the gallery is not its
+own neighbour. The search is exact.
 """
 
 import base64
@@ -31,9 +30,7 @@ import jinja2
 import metrics
 import numpy as np
 import pictures
-import precision
 import torch
-from loader import Loader
 from PIL import Image
 from refused import Refused
 from tqdm import tqdm
@@ -63,7 +60,7 @@ def main():
     loaded = inference.load_network(parser, args, given, checkpoint.best_name("DATASET", "MODEL"), False, device)
     args = loaded.args
     print(f"checkpoint: {loaded.path}")
-    args.amp = precision.to_score_with(args, given, device)
+    args.amp = inference.amp_to_score_with(args, given, device)
 
     # Embeddings
     vectors, rows, bad = embed(loaded, queries, device)
@@ -117,15 +114,12 @@ def embed(loaded, images, device) -> tuple[torch.Tensor, np.ndarray, dict[str, s
     args = loaded.args
     marked = MarkedWhereUnreadable(images, dataset.eval_transform(loaded.image_size))
     batch_bytes = marked.bytes_of(args.sz_batch)
-    loader = Loader(marked, args.nb_workers, device.type == "cuda", batch_bytes, batch_size=args.sz_batch)
+    loader = dataset.Loader(marked, args.nb_workers, device.type == "cuda", batch_bytes, batch_size=args.sz_batch)
     done = inference.embed(loaded.network, loader, device, args.amp == "bf16", args.channels_last)
     decoded = done.labels.numpy() >= 0
     bad = [images.file(row) for row in np.flatnonzero(~decoded)]
     why = {bad[row]: reason for row, reason in dataset.undecodable(bad, True, range(len(bad))).items()}
     return done.embeddings[decoded], np.flatnonzero(decoded), why
-
-
-# ---------------------------------------------------------------- the gallery and its cache
 
 
 def cache_path(loaded) -> Path:
@@ -195,9 +189,6 @@ def read_cache(cache: Path, keys: np.ndarray, embedding_size: int) -> tuple[np.n
     return embeddings, known
 
 
-# ---------------------------------------------------------------- what is written
-
-
 def write(args, neighbours: dict[str, list[tuple[str, float]]], bad: dict[str, str], size: int) -> None:
     """neighbours: query -> [(file of the gallery, similarity), …]; bad: query -> why it could not be decoded."""
     args.output.mkdir(parents=True, exist_ok=True)
@@ -214,16 +205,8 @@ def write(args, neighbours: dict[str, list[tuple[str, float]]], bad: dict[str, s
 
     shown = {query: found[:MOST_NEIGHBOURS] for query, found in neighbours.items()}
     drawn = {query: shown[query] for query in [query for query in shown if query not in bad][:MOST_SHOWN]}
-    pictures.neighbours(
-        list(drawn),
-        [[file for file, _ in found] for found in drawn.values()],
-        None,
-        [[value for _, value in found] for found in drawn.values()],
-        [f"query: {query}" for query in drawn],
-        files[1],
-        captions=[[os.path.basename(file) for file, _ in found] for found in drawn.values()],
-        own=True,
-    )
+    rows = [(f"query: {query}", query, [(*pair, None) for pair in found]) for query, found in drawn.items()]
+    pictures.neighbours(rows, files[1], own=True, named=True)
     count = f"{len(neighbours) - len(bad):,}" + (f" and {len(bad):,} that cannot be decoded" if bad else "")
     sections = tqdm(list(shown.items())[:MOST_ON_PAGE], "page", unit="query", disable=None, leave=False)
     template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
@@ -235,9 +218,7 @@ def write(args, neighbours: dict[str, list[tuple[str, float]]], bad: dict[str, s
     checkpoint.write_text(html, files[2])
 
     for query, found in drawn.items():
-        print(f"\n{query}")
-        for rank, (file, similarity) in enumerate(found, 1):
-            print(f"{rank:>4}  {similarity:.4f}  {file}")
+        print(f"\n{query}", *(f"{n:>4}  {value:.4f}  {file}" for n, (file, value) in enumerate(found, 1)), sep="\n")
     for why in list(bad.values())[:MOST_SHOWN]:
         print(f"warning: {why}", file=sys.stderr)
     print(f"\nqueries: {count}, the first of them above; gallery: {size:,}; similarity: cosine")

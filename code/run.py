@@ -50,8 +50,6 @@ LOCK = ".lock"  # file in a run's folder that its process holds
 # Flags that a resumption does not change
 OF_THE_CALL = {"resume", "overwrite", "run_num", "log_dir", "allow_changed_images"}
 
-# ---------------------------------------------------------------- flags of a run, new or resumed
-
 
 def parse_flags() -> tuple[Namespace, dict | None]:
     """(flags, the last.pth of the run to resume or None).
@@ -113,35 +111,27 @@ def run_folders(parent: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("run_")))
 
 
-def refuse_other_data(state: dict, data: dict, args: Namespace) -> None:
-    """Compare the data of a run with what is there now, fingerprint by fingerprint: {split: dataset.fingerprint(…)}.
+def data_changes(state: dict, data: dict, args: Namespace) -> str:
+    """What differs between a run's data and what is there now, {split: dataset.fingerprint(…)} both; '' if nothing.
 
     Another class, or another order of the classes, would pair every label with the learned mean of another class.
     Raises Refused, unless only images changed and --allow-changed-images says to go on.
     """
-    differing, only_images = differences(state["data"], data)
+    empty = dict(images=0, classes=[], sizes=[], class_digests=[], digest="")
+    splits = [(split, state["data"].get(split, empty), data.get(split, empty)) for split in {**state["data"], **data}]
+    differing = "; ".join(f"{split}: {what}" for split, old, new in splits if (what := dataset.changes(old, new)))
+    only_images = all(dataset.classes_as_now(old, new) == new["classes"] for _, old, new in splits)
     if not differing or (only_images and args.allow_changed_images):
-        return
+        return differing
     way_out = "--allow-changed-images resumes anyway" if only_images else "restore it, or start a new run"
     raise Refused(f"{args.resume} was trained on other data than {args.data_root} now holds: {differing}; {way_out}")
-
-
-def differences(then: dict, now: dict) -> tuple[str, bool]:
-    """(what differs, '' if it is the same data; whether only images do) of two {split: dataset.fingerprint(…)}."""
-    empty = dict(images=0, classes=[], sizes=[], class_digests=[], digest="")
-    splits = [(split, then.get(split, empty), now.get(split, empty)) for split in {**then, **now}]
-    differing = "; ".join(f"{split}: {what}" for split, old, new in splits if (what := dataset.changes(old, new)))
-    return differing, all(dataset.classes_as_now(old, new) == new["classes"] for _, old, new in splits)
-
-
-# ---------------------------------------------------------------- the folder
 
 
 def new_run_folder(parent: Path, run_num: int | None, overwrite: bool = False) -> Path:
     """Make, lock and return parent/run_N: the next free number, or the given one. Raises Refused if that is taken.
 
-    Making a folder either succeeds or finds it there, so two runs that start at once never share one. With overwrite
-    the files of the run that is there are removed, and what wandb keeps of it; other folders stay.
+    Making a folder either succeeds or finds it there, so two runs that start at once never share one. overwrite clears
+    the run that is there.
     """
     parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1) if run_num is None else [run_num]:
@@ -210,8 +200,8 @@ class Run:
     history   rows, from the untrained network on; best: the row of the best training epoch so far, or None
     """
 
-    def __init__(self, args: Namespace, image_size: int, device, parts: dict, data: dict, state: dict | None):
-        """state: last.pth of the run to go on with, whose folder is locked; None for a new run."""
+    def __init__(self, args: Namespace, image_size, device, parts: dict, data: dict, state: dict | None, changed=""):
+        """state: last.pth of the run to go on with, whose folder is locked, or None; changed: see data_changes."""
         self.args, self.device, self.parts = args, device, parts
         self.wandb, self.drawing_seconds, self.started = None, 0.0, time.monotonic()
         self.doubt = ""  # why the last scores say little
@@ -231,7 +221,7 @@ class Run:
             setattr(self, name, state[name])
         self.best_path = self.folder / checkpoint.best_name(args.dataset, args.model)
         if args.resume:
-            self._note_resumption(data, here)
+            self._note_resumption(data, changed, here)
         if not distributed.is_first():
             return
         checkpoint.remove_leftovers(self.folder)
@@ -258,7 +248,7 @@ class Run:
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise Refused(f"{path}: does not fit this run: {one_line(error)[:200]}") from error
 
-    def _note_resumption(self, data: dict, here: dict) -> None:
+    def _note_resumption(self, data: dict, data_changed: str, here: dict) -> None:
         """List this call beside what made the run first; last.pth has it from the first completed epoch on."""
         if max(self.args.nb_epochs, self.flags["nb_epochs"]) <= self.epoch:
             return  # it was complete, and stays as it is
@@ -270,15 +260,14 @@ class Run:
         }
         entry = {"after_epoch": self.epoch}
         if not self.done:
-            differing, _ = differences(self.data, data)
-            if differing:
+            if data_changed:
                 entry["data_before"] = summary_of(self.data)
-                self._forget_best(differing)
+                self._forget_best(data_changed)
             self.data = data  # with the names that classes have now
         self.flags = self.flags | changed
         self.resumptions = [*self.resumptions, entry | {"flags": changed, **here}]
 
-    def _forget_best(self, differing: str) -> None:
+    def _forget_best(self, changed: str) -> None:
         """The best so far was scored on other images. Its checkpoint is kept, under another name."""
         kept = self.best_path.with_name(f"{self.best_path.stem}_until_epoch_{self.epoch}.pth")
         said = "the best epoch is chosen among those from here on"
@@ -286,7 +275,7 @@ class Run:
             said += f"; epoch {self.best['epoch']}, the best before, is kept in {kept}"
             if distributed.is_first():
                 checkpoint.write(lambda file: file.write(self.best_path.read_bytes()), kept)
-        print(f"warning: the data changed since the run began ({differing}); {said}", file=sys.stderr)
+        print(f"warning: the data changed since the run began ({changed}); {said}", file=sys.stderr)
         self.best = None
 
     # ------------------------------------------------------------ the state, and the files that are made of it

@@ -121,11 +121,11 @@ def kept(run) -> str:
 
 def starter() -> list[str]:
     """What starts as many processes as there are."""
-    count, here = distributed.processes().count, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if count == here:
-        return ["torchrun", "--standalone", f"--nproc-per-node={here}"] if here > 1 else ["python"]
-    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={os.environ['MASTER_ADDR']}:29500"]
-    return ["torchrun", f"--nnodes={count // here}", f"--nproc-per-node={here}", *meeting]
+    count, here, where = distributed.processes().count, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), ["--standalone"]
+    if count > here:
+        meeting = f"--rdzv-endpoint={os.environ['MASTER_ADDR']}:29500"
+        where = [f"--nnodes={count // here}", "--rdzv-backend=c10d", meeting]
+    return ["torchrun", *where, f"--nproc-per-node={here}"] if count > 1 else ["python"]
 
 
 def summary(run, usual_root: Path, cores: int) -> str:
@@ -170,20 +170,10 @@ def summary(run, usual_root: Path, cores: int) -> str:
     return "\n".join(lines)
 
 
-def large_pictures(megapixels: float, seconds: float, args) -> str:
-    """A line about pictures that take long to decode; empty for small ones."""
-    if not megapixels:
-        return ""
-    return (
-        f"note: the pictures are large ({megapixels:.0f} megapixels); in every epoch decoding them takes at least "
-        f"{seconds / 60:.1f} minutes with {args.nb_workers} workers; to shrink them once: {shrink(args.data_root)}\n"
-    )
-
-
 def shrink(data_root: Path) -> str:
     """The command that makes large pictures small, once."""
-    smaller = f"{data_root.with_suffix('') if data_root.is_file() else data_root}_512"
-    return command_for("prepare.py", "shrink", "folder", "--data-root", data_root, "--output", smaller)
+    output = f"{data_root.with_suffix('') if data_root.is_file() else data_root}_512"
+    return command_for("prepare.py", "shrink", "folder", "--data-root", data_root, "--output", output)
 
 
 def command_for(script: str, *words, starter: Sequence[str] = ("python",)) -> str:

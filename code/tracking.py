@@ -11,9 +11,7 @@ def start(args: Namespace, folder: Path, config: dict, run_id: str | None):
     """A wandb run, or None where it is off.
 
     args.wandb: off, offline, online, or None for what WANDB_MODE says. run_id continues an earlier run. Never asks for
-    a key: online without one, or without the network, becomes offline and says so.
-
-    Raises Refused if wandb was asked for and is not installed.
+    a key: online without one, or without the network, becomes offline. Raises Refused if wandb is not installed.
     """
     mode = args.wandb or os.environ.get("WANDB_MODE", "off").replace("dryrun", "offline")  # wandb's older word
     if mode not in ("online", "offline"):

@@ -24,14 +24,12 @@ import flags
 import inference
 import net
 import numpy as np
-import precision
 import recorded
 import run
 import summary
 import torch
 from distributed import StopSignals
 from hist import HISTLoss
-from loader import available_cores
 from refused import Refused
 from torch import nn
 from torch.utils.data import DataLoader
@@ -56,19 +54,22 @@ def main() -> None:
     processes = distributed.processes()
     seed_everything(args.seed, args.deterministic)
     distributed.announce(device, args.gpu_id)
-    precision.to_train_with(args, device, resumed=state is not None)
+    if times := inference.slow_bf16(args.amp, device, training=True):
+        print(f"warning: bf16 takes {times:.1f} times as long as float32 on this CPU, {'a new run with ' * bool(state)}"
+              "--amp off trains faster", file=sys.stderr)  # fmt: skip
     if args.cuda_graphs:
         print(f"steps: {recorded.way(device)}")
 
     # Data
     benchmark, images = load_data(args)
     data = {split: dataset.fingerprint(listed) for split, listed in images.items()}
-    if state:
-        run.refuse_other_data(state, data, args)
+    changed = run.data_changes(state, data, args) if state else ""
     print(summary.describe_data(benchmark.name, images))
-    if benchmark.query.own:
-        large = dataset.decoding_time(list(images.values()), args.nb_workers)
-        print(summary.large_pictures(*large, args), end="")
+    megapixels, seconds = dataset.decoding_cost(images["train"]) if benchmark.query.own else (0, 0)
+    if megapixels > 4:  # decoding one takes longer than a small network to train on it
+        seconds *= sum(map(len, images.values())) / max(1, min(args.nb_workers, dataset.available_cores()))
+        print(f"note: the pictures have {megapixels:.0f} megapixels; decoding takes {seconds / 60:.1f} minutes an "
+              f"epoch or more; to shrink them once: {summary.shrink(args.data_root)}")  # fmt: skip
 
     # Network, loss, optimiser
     network, image_size = make_network(args, "none" if state else args.weights, device)
@@ -86,7 +87,7 @@ def main() -> None:
 
     # The run's folder, or the run to go on with
     parts = dict(network=network, criterion=criterion, optimizer=optimizer, scheduler=scheduler)
-    log = run.Run(args, image_size, device, parts, data, state)
+    log = run.Run(args, image_size, device, parts, data, state, changed)
     print(f"run: {log.folder}" + (f", resumed after epoch {log.epoch}" if state else ""))
     if state and log.done:
         print(f"nothing left to do, {log.epoch} of {log.epoch} epochs are done; a larger --epochs trains longer")
@@ -118,7 +119,7 @@ def main() -> None:
     finally:
         log.close()
     if processes.rank == 0:  # the others keep no history
-        print(summary.summary(log, flags.DATA, available_cores()))
+        print(summary.summary(log, flags.DATA, dataset.available_cores()))
     distributed.stop()
 
 
