@@ -25,7 +25,7 @@ from train_step import BF16, CHANNELS_LAST, RECORDED, Step, measure
 CODE = Path(__file__).resolve().parent.parent / "code"
 sys.path.insert(0, str(CODE))
 import checkpoint  # noqa: E402
-import export  # noqa: E402
+import evaluate  # noqa: E402
 import flags  # noqa: E402
 import metrics  # noqa: E402
 import recorded  # noqa: E402
@@ -240,7 +240,7 @@ def check_onnx(sizes: Sizes, device: torch.device) -> Rows:
     step.train(2)
     said = io.StringIO()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(said):
-        export.to_onnx(step.network.cpu(), step.args.image_size, Path(folder, "network.onnx"))
+        evaluate.to_onnx(step.network.cpu(), step.args.image_size, Path(folder, "network.onnx"))
     yield {"check": said.getvalue().strip().rpartition("network.onnx ")[2].strip("()"), "ok": True}
 
 
