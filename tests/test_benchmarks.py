@@ -3,43 +3,14 @@
 import itertools
 import sys
 
-import dataset
 import flags
-import pytest
 import torch
 import yaml
 from conftest import ROOT
-from PIL import Image
 
 sys.path.append(str(ROOT / "benchmarks"))
-import loader  # noqa: E402
 import loss  # noqa: E402
-import photographs  # noqa: E402
 import retrieval  # noqa: E402
-
-
-def test_photographs_have_cubs_layout_and_the_same_bytes_each_time(tmp_path):
-    drawn = []
-    for folder, seed in (("one", 0), ("two", 0), ("three", 1)):
-        root = photographs.make_photographs(tmp_path / folder, train=7, test=5, seed=seed, classes=4)
-        drawn.append([path.read_bytes() for path in sorted(root.rglob("*.jpg"))])
-    assert drawn[0] == drawn[1] and len(set(drawn[0])) == 12 and not set(drawn[0]) & set(drawn[2])
-    listed = dataset.load_benchmark("cub", root)
-    assert [(len(split), split.num_classes) for split in (listed.train, listed.query)] == [(7, 2), (5, 2)]
-    sizes = [Image.open(path).size for path in root.rglob("*.jpg")]
-    assert {width for width, _ in sizes} == {500} and all(300 <= height <= 450 for _, height in sizes)
-
-
-@pytest.mark.slow
-def test_the_loader_is_compared_with_image_folder(monkeypatch, capsys):
-    monkeypatch.setattr(loader, "bench_set_up", lambda *_: None)  # it starts processes
-    monkeypatch.setattr(dataset, "available_cores", lambda: 1)
-    monkeypatch.setattr(sys, "argv", ["loader.py", "--quick"])
-    loader.main()
-    lines = capsys.readouterr().out.splitlines()
-    for name, count in (("this project: bytes", 2), ("ImageFolder: floats", 2), ("ImageFolder loader", 2)):
-        rows = [line.removeprefix(name).split() for line in lines if line.startswith(name)]
-        assert len(rows) == count and all(float(figure) >= 0 for row in rows for figure in row)
 
 
 def test_searches_that_are_compared_find_the_same():

@@ -23,9 +23,6 @@ SMALL = dataset.train_transform(16)
 SMALL_EVAL = dataset.eval_transform(16)
 
 
-# ---------------------------------------------------------------- validation
-
-
 def classes_of_one(count):
     """A list of so many own pictures, each of a class of its own."""
     names = [str(c) for c in range(count)]
@@ -47,9 +44,6 @@ def test_split_validation_holds_out_whole_classes(tmp_path):
     for classes, share, count in ((60, 0.02, 1), (60, 0.98, 59), (4, 0.9, 4), (3, 0.5, 2)):
         with pytest.raises(Refused, match=f"--val-classes {share} holds out {count} of the {classes} training"):
             dataset.split_validation(classes_of_one(classes), share, 0)
-
-
-# ---------------------------------------------------------------- pixels
 
 
 def read(path, own=False):
@@ -364,10 +358,11 @@ def signals_are_the_workers_own(_):
 def test_workers_outlive_signals_to_the_group_and_leave_quietly_when_the_trainer_tells_them_to(birds):
     others = multiprocessing.active_children()
     loader = dataset.make_eval_loader(birds.query, signals_are_the_workers_own, 8, workers=1)
+    loader.multiprocessing_context = "fork"  # a forkserver, Python 3.14's default, would be the one of apart.py
     assert all(x.all() for x, _ in loader)
     (worker,) = (process for process in multiprocessing.active_children() if process not in others)
     for _ in range(2):
-        subprocess.run(["kill", str(worker.pid)], check=True)  # not from the trainer, which still needs its workers
+        subprocess.run(["sh", "-c", f"kill {worker.pid}"], check=True)  # not from the trainer, which still needs its workers
         worker.join(1)
         assert worker.is_alive()
     worker.terminate()
@@ -388,9 +383,6 @@ for batch in dataset.make_train_loader(images, dataset.train_transform(8), 4, 1,
     code = Path(dataset.__file__).parent
     ended = subprocess.run([sys.executable, "-c", script], cwd=code, capture_output=True, text=True, timeout=90)
     assert ended.returncode == 1 and ended.stderr.endswith("TypeError: unforeseen\n")
-
-
-# ---------------------------------------------------------------- images that cannot be decoded
 
 
 def spoil(images, rows):

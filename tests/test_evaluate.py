@@ -43,9 +43,6 @@ def score(checkpoint, *words):
     return ["evaluate.py", "--model-path", checkpoint, "--gpu-id", -1, "--workers", 0, *words]
 
 
-# Scores are of classes that were not trained on ----------------------------------------------------------------------
-
-
 def test_classes_that_were_trained_on_are_not_scored(call, refused, trained, pictures, tmp_path):
     mine, checkpoint = trained
     assert call(*score(checkpoint)).code == 0
@@ -88,9 +85,6 @@ def test_a_benchmark_cannot_come_back_as_a_folder(refused, cub, held_out):
     )
 
 
-# Data that is not there, or not said ---------------------------------------------------------------------------------
-
-
 def test_pictures_that_are_gone_are_asked_for(call, refused, trained, tmp_path):
     checkpoint = trained_on(tmp_path / "gone", trained[1], tmp_path)
     refused(*score(checkpoint), match=f"{tmp_path / 'gone'} is not there; --data-root names")
@@ -115,9 +109,6 @@ def test_a_share_from_the_checkpoint_does_not_divide_what_is_divided(call, refus
     done = call(*score(run, "--data-root", divided))
     assert done.code == 0 and "query 18 images of 3 classes" in done.out, done.err
     refused(*score(run, "--data-root", divided, "--train-classes", 0.25), match="split of its own")
-
-
-# What a score says of itself -----------------------------------------------------------------------------------------
 
 
 def test_a_score_says_what_it_was_measured_on(call, trained, tmp_path):
@@ -166,9 +157,6 @@ def test_arrays_of_the_other_byte_order_and_embeddings_that_are_all_but_one_poin
         write_embeddings(other, embeddings=1 + scale * arrays["embeddings"])
         done = call("evaluate.py", "--embeddings", other, "--gpu-id", -1)
         assert done.code == 0 and ("warning: all embeddings lie almost at one point" in done.err) == doubted
-
-
-# Files that cannot be written are refused before the work ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("option", ["--json", "--save-embeddings", "--export", "--pictures"])

@@ -78,30 +78,6 @@ def test_every_part_reports(main, monkeypatch, capsys):
     assert sum(row["s in all"] for row in epochs) < whole["s in all"] and "≤ 4 s" in epochs[-1]["goal"]
 
 
-class Other:
-    """Stands in for recorded.record: refuses, and then computes something else than the network."""
-
-    def __init__(self, forward, criterion):
-        print("steps: eager, the network cannot be recorded (it waits)")
-        self.forward = forward
-
-    def __call__(self, images):
-        return 1.001 * self.forward(images)
-
-
-def test_a_recording_that_fails_or_computes_something_else_is_noticed(main, monkeypatch):
-    """The first would compare eager steps with eager ones and find no difference."""
-    monkeypatch.setattr(gpu_checks.recorded, "refusal", lambda device: None)
-    monkeypatch.setattr(gpu_checks.recorded, "record", Other)
-    monkeypatch.setattr(gpu_checks, "graph_costs", lambda *_: iter(()))
-    monkeypatch.setattr(gpu_checks, "train_at_once", lambda *_: {"eager": [], "again": []})
-    status, report, text = main("--parts", "graph")
-    assert status == "gpu.py: failed: graph" and "the network cannot be recorded (it waits)" in text
-    wrong = [row["of"].split(",")[0] for row in report["parts"][0]["rows"] if row.get("ok") is False]
-    said = ["what could not be recorded", "loss in the warm-up and at falling rates", "tensors that differ"]
-    assert wrong == [*(f"float32: {what}" for what in said), "bf16"]
-
-
 def test_a_part_that_fails_does_not_stop_the_others(main, monkeypatch):
     def fails_half_way(sizes, device):
         """Fails"""
@@ -115,28 +91,6 @@ def test_a_part_that_fails_does_not_stop_the_others(main, monkeypatch):
     assert broken["error"] == "RuntimeError: no such kernel" and len(broken["rows"]) == 1
     assert other["error"] is None and len(other["rows"]) == 4
     assert "FAILED: RuntimeError: no such kernel\n" in text and "label -1" in text
-
-
-def test_a_check_that_does_not_hold_fails_its_part(main, monkeypatch):
-    real = gpu_checks.problem
-
-    def other_on_the_cpu(N, C, D, place):
-        criterion, X, T = real(N, C, D, "cpu")
-        if place == "cpu":
-            with torch.no_grad():
-                criterion.hgnn.theta2.weight.mul_(1.01)
-        return criterion, X, T
-
-    monkeypatch.setattr(gpu_checks, "problem", other_on_the_cpu)
-    status, report, text = main("--parts", "values")
-    assert status == "gpu.py: failed: values"
-    assert "checks do not hold" in report["parts"][0]["error"] and "| NO |" in text
-
-
-def test_parts_that_do_not_exist_are_refused(main, capsys):
-    with pytest.raises(FileNotFoundError):  # nothing is written
-        main("--only", "values,speed")
-    assert "there is no part 'speed', there are values, " in capsys.readouterr().err
 
 
 def test_the_loss_takes_few_operations():

@@ -2,7 +2,6 @@
 
 import dataset
 import inference
-import metrics
 import net
 import pytest
 import torch
@@ -78,18 +77,3 @@ def test_networks_see_what_torchvision_would_give_them_to_the_bit(tmp_path, want
     loader = inference.make_loader(images, 32, 4, workers, "cpu")
     found = inference.embed(Pixels(**wanted), loader, "cpu", channels_last=channels_last)
     assert torch.equal(found.embeddings, expected.flatten(1))
-
-
-@pytest.mark.parametrize("gallery_labels", [None, [3, 1, 1, 0, 7, 2]])
-def test_scores_are_those_of_metrics(gallery_labels):
-    labels = [0, 1, 3, 1, 2, 0, 1] if gallery_labels else [0, 1, 0, 1, 2, 0, 1]
-    loaders, sets = [], []
-    for seed, given in enumerate((labels, gallery_labels)):
-        loader, images = make_loader(given, 3, seed=seed) if given else (None, None)
-        loaders.append(loader)
-        sets += [images.flatten(1), torch.tensor(given)] if given else []
-    query, gallery = (inference.embed(Tiny(), loader, "cpu") for loader in loaders)
-    found = inference.score(query, gallery, (1, 2), "cpu", precision=True, memory_gib=1e-5)
-    assert found.figures() == metrics.retrieval(*sets, ks=(1, 2), precision=True).figures()
-    assert query.labels.tolist() == labels and (gallery is None) == (gallery_labels is None)
-    assert found.num_queries == 7 and found.num_without_positive == (0 if gallery_labels else 1)

@@ -47,8 +47,9 @@ def flat(part, where=""):
 
 
 def assert_same_run(one, other):
+    """Pictures aside, and the lock, which a process leaves at its end."""
     files, others = ({path.name for path in run.iterdir() if path.suffix != ".png"} for run in (one, other))
-    assert files == others
+    assert files - {".lock"} == others - {".lock"}
     for name in ("last.pth", BEST_FILE):
         assert flat(load(one / name)) == flat(load(other / name))
     drop = dict(columns=list(STAMPS))
@@ -64,9 +65,6 @@ def whole(cub, tmp_path_factory):
     logs = tmp_path_factory.mktemp("whole")
     assert apart.Apart(apart.run_undrawn, "train.py", *options(cub, logs, "--epochs", 4)).end().code == 0
     return logs / "cub" / "run_1"
-
-
-# The same bits --------------------------------------------------------------------------------------------------------
 
 
 def test_resumed_run_has_the_same_bits_and_another_seed_has_not(call, cub, whole, tmp_path):
@@ -149,7 +147,7 @@ def test_signal_finishes_the_batch_and_says_how_to_go_on(call, cub, whole, tmp_p
 def test_signal_while_scoring_counts_too(cub, tmp_path, call, monkeypatch):
     """The untrained network is scored first: nothing is there to keep yet."""
     handlers = []
-    monkeypatch.setattr(train.metrics, "retrieval", lambda *_: pytest.fail("scored"))
+    monkeypatch.setattr(train.inference.metrics, "retrieval", lambda *_: pytest.fail("scored"))
     embed = train.inference.embed
 
     def interrupted(*arguments, **options):
@@ -159,6 +157,7 @@ def test_signal_while_scoring_counts_too(cub, tmp_path, call, monkeypatch):
     monkeypatch.setattr(train.inference, "embed", interrupted)
     done = call("train.py", *options(cub, tmp_path))
     assert done.code == 143 and "SIGTERM: stopped. No epoch was completed" in done.err and len(handlers) == 1
+    assert list((tmp_path / "cub").iterdir()) == []  # nothing is left that could not be resumed
 
 
 def test_second_ctrl_c_leaves_at_once():
@@ -203,9 +202,6 @@ def test_nan_loss_stops_before_the_optimiser_step(refused, cub, tmp_path, monkey
         assert part in line
     assert len(re.findall(r"\.jpg|\.png", line)) == 8  # the images of the batch
     assert load(tmp_path / "cub" / "run_1" / "last.pth")["epoch"] == 1
-
-
-# Which folder ---------------------------------------------------------------------------------------------------------
 
 
 def test_runs_never_overwrite_each_other(call, refused, cub, tmp_path):

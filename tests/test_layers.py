@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 CODE = Path(__file__).resolve().parent.parent / "code"
-SCRIPTS = {"train", "evaluate", "retrieve", "report", "prepare"}
+SCRIPTS = {"train", "evaluate", "retrieve", "report", "prepare", "reproduce"}
 # A package is one room here: its parts may import each other.
 ROOMS = {path.stem: [path] for path in CODE.glob("*.py")}
 ROOMS |= {path.parent.name: sorted(path.parent.glob("*.py")) for path in CODE.glob("*/__init__.py")}

@@ -120,7 +120,8 @@ def test_neighbours(tmp_path, images):
     right = np.zeros((queries, k), bool)
     right[:, :4] = True
     similar = np.linspace(1, -1, queries * k).reshape(queries, k)
-    pictures.neighbours(images[:queries], [images] * queries, right, similar, ["a $ b", "c" * 500, "日本 $x_{"], path)
+    found = [list(zip(images, *row, strict=True)) for row in zip(similar, right.tolist(), strict=True)]
+    pictures.neighbours(list(zip(["a $ b", "c" * 500, "日本 $x_{"], images, found, strict=False)), path)
     pixels = read(path)
     assert pixels.shape[1] > pixels.shape[0] > 400
     assert share(pixels, pictures.GREEN) > share(pixels, pictures.RED) * 0.8 > 0.002  # solid against dashed frames
@@ -128,28 +129,20 @@ def test_neighbours(tmp_path, images):
     assert share(pixels, "#9c9c9c", 1) > 0.01  # 40000 of 65535, not clipped to white
     grey = []  # right and wrong differ without colour, too; a query may have found nothing
     for right in (True, False):
-        pictures.neighbours(images[:2], [images[:1], []], [[right], []], [[0.5], []], ["query", "none"], path)
+        pictures.neighbours([("query", images[0], [(images[0], 0.5, right)]), ("none", images[1], [])], path)
         grey.append(read(path).mean(axis=2) < 200)
     assert (grey[0] != grey[1])[70:].sum() > 500
 
 
 def test_neighbours_captions_do_not_overlap(figures, images):
     captions = ["W" * 60 + ".jpg", "猫" * 40 + ".jpg", "short $.png", "عصفور" * 9]
-    pictures.neighbours(images[:1], [images[:4]], None, [[0.5] * 4], ["query"], "n.png", captions=[captions])
+    pictures.neighbours([("query", images[0], [(name, 0.5, None) for name in captions])], "n.png", named=True)
     figures[0].canvas.draw()
     texts = [text for text in figures[0].axes[0].texts if text.get_fontsize() == 6.5]
     assert len(texts) == 4 and all("…" in text.get_text() for text in texts[:2])
     assert texts[0].get_text().endswith("W.jpg") and texts[2].get_text() == r"short \$.png"
     boxes = [text.get_window_extent() for text in texts]
     assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:]))  # noqa: B905
-
-
-def test_only_own_pictures_are_turned(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held upright: turn by 90 degrees
-    Image.new("RGB", (60, 20), "red").save(tmp_path / "turned.jpg", exif=exif)
-    assert pictures.read_thumbnail(tmp_path / "turned.jpg").size == (60, 20)
-    assert pictures.read_thumbnail(tmp_path / "turned.jpg", own=True).size == (20, 60)
 
 
 def test_long_names_fit_and_keep_their_ends():
@@ -178,10 +171,10 @@ def test_no_name_sets_off_a_warning_and_no_setting_is_left(tmp_path, images):
         import sys, matplotlib, numpy as np
         before = matplotlib.rcParams["font.family"]
         import pictures
-        names, rows = {INTERNATIONAL!r}, [[{str(images[0])!r}] * 12]
+        names, image = {INTERNATIONAL!r}, {str(images[0])!r}
         pictures.hypergraph(np.eye(12), np.arange(12), names, "h.png")
-        pictures.embedding_map(np.ones((1, 1)), rows[0], "one.png")
-        pictures.neighbours(rows[0], rows * 12, None, [[0.5] * 12] * 12, names, "n.png", captions=[names] * 12)
+        pictures.embedding_map(np.ones((1, 1)), [image], "one.png")
+        pictures.neighbours([(name, image, [(x, 0.5, None) for x in names]) for name in names], "n.png", named=True)
         pictures.curves([], "c.png", title=" ".join(names))
         assert matplotlib.rcParams["font.family"] == before and "matplotlib.pyplot" not in sys.modules
     """

@@ -104,7 +104,7 @@ def test_ci_runs_the_tests_with_the_line_of_the_readme():
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())
     assert set(workflow[True]) == {"push", "pull_request"}  # YAML reads `on` as a truth value
     job = workflow["jobs"]["tests"]
-    assert job["strategy"]["matrix"]["python"] == ["3.10", "3.13"]
+    assert job["strategy"]["matrix"]["python"] == ["3.10", "3.14"]
     assert [step["run"] for step in job["steps"] if "run" in step] == tests_and_style
 
 

@@ -98,13 +98,6 @@ def test_what_refuses_stays_eager_and_says_so_once(recorder, monkeypatch, capsys
     assert outcome[0] == steps(again, again, criterion)[0]
 
 
-def test_why_steps_are_eager(monkeypatch):
-    assert recorded.way(CPU) == "eager, --cuda-graphs has no effect: there is no GPU"
-    assert recorded.way(torch.device("cuda")) == "recorded after the first 3 of a phase"
-    monkeypatch.setattr(recorded.distributed, "processes", lambda: recorded.distributed.Processes(0, 2))
-    assert "there are several processes" in recorded.way(torch.device("cuda"))
-
-
 def test_a_run_says_which_way_it_goes_and_resumes_either_way(call, cub, tmp_path, request):
     words = options(cub, tmp_path, "--batch-size", 4, "--cuda-graphs")  # six steps an epoch
     eager = call("train.py", *words, 1, "--epochs", 2)

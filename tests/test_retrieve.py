@@ -80,12 +80,6 @@ def test_a_query_in_the_gallery_does_not_find_itself_whatever_links_lead_to_it(f
     assert sorted(Path(row["neighbour"]).name for row in rows) == ["0.png", "1.png", "3.png", "4.png", "5.png"]
 
 
-def test_torchrun_is_refused(find, gallery, monkeypatch):
-    monkeypatch.setattr(retrieve.distributed, "several", lambda: True)
-    outcome, _ = find(gallery, gallery)
-    assert outcome.code == 1
-
-
 def embedded(monkeypatch):
     """Notes which images are embedded."""
     seen, embed = [], retrieve.embed

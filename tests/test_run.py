@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -11,14 +12,17 @@ from types import SimpleNamespace
 
 import apart
 import checkpoint
+import dataset
 import distributed
+import numpy as np
 import pytest
 import report
 import run
 import summary
 import torch
 from conftest import BEST, TINY
-from trees import save
+from scipy.io import loadmat, savemat
+from trees import make_cars, save, write_annotations
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -106,15 +110,79 @@ def test_the_best_epoch_is_chosen_among_those_scored_on_the_same_images(call, ru
     last = checkpoint.load(folder / "last.pth")
     last["best"]["R@1"] = 1.0  # nothing could be better
     checkpoint.save(last, folder / "last.pth")
+    before = checkpoint.load(folder / f"folder_{BEST}.pth")
     remove_image(pictures)
     done = call(*resume(folder, "--data-root", pictures, "--allow-changed-images"))
+    kept = folder / f"folder_{BEST}_until_epoch_1.pth"
     assert done.code == 0 and "warning: the data changed since the run began" in done.err
+    assert f"epoch 1, the best before, is kept in {kept}" in done.err
+    assert checkpoint.load(kept)["epoch"] == before["epoch"] == 1
     assert "Best epoch: 2" in (folder / f"folder_{BEST}_results.txt").read_text()
     assert stars == [2]
     said = json.loads((folder / "args.json").read_text())
     assert said["data"]["query"]["images"] == 23
     assert said["resumptions"][0]["after_epoch"] == 1
     assert said["resumptions"][0]["data_before"]["query"]["images"] == 24
+
+
+def test_names_of_classes_are_for_the_eye(call, tmp_path):
+    """Cars-196 has them in a file that may come later: the best epoch and its checkpoint stay."""
+    home = make_cars(tmp_path, 2)
+    words = [*TINY, "--dataset", "cars", "--data-root", tmp_path, "--log-dir", tmp_path, "--warm", 0, "--epochs", 1]
+    assert call("train.py", *words).code == 0
+    folder = tmp_path / "cars" / "run_1"
+    state = checkpoint.load(folder / "last.pth")
+    assert state["data"]["train"]["classes"] == ["1", "2", "3", "4"]
+    checkpoint.save(state | {"best": state["best"] | {"R@1": 2.0}}, folder / "last.pth")
+    before = (folder / f"cars_{BEST}.pth").read_bytes()
+    savemat(home / "devkit" / "cars_meta.mat", {"class_names": np.array([f"Car {c}" for c in range(8)], dtype=object)})
+    done = call(*resume(folder))
+    assert done.code == 0 and "the data changed" not in done.err and "lost" not in done.err, done.err
+    assert (folder / f"cars_{BEST}.pth").read_bytes() == before
+    after = checkpoint.load(folder / "last.pth")
+    assert after["best"]["epoch"] == 1 and after["data"]["train"]["classes"][0] == "Car 0"
+    assert "data_before" not in json.loads((folder / "args.json").read_text())["resumptions"][0]
+    scored = call("evaluate.py", "--model-path", folder, "--data-root", tmp_path, "--workers", 0)
+    assert scored.code == 0 and "not the test images" not in scored.err
+    # with another image there, too: names alone are not what differs
+    (home / "cars_test" / "00009.jpg").rename(home / "cars_test" / "00099.jpg")
+    cars = home / "cars_test_annos_withlabels.mat"
+    rows = loadmat(cars, squeeze_me=True)["annotations"]
+    files = ["00099.jpg" if row["fname"] == "00009.jpg" else row["fname"] for row in rows]
+    write_annotations(cars, files, [int(row["class"]) for row in rows], "fname")
+    found = dataset.load_benchmark("cars", tmp_path)
+    changed = dataset.changes(state["data"]["train"], dataset.fingerprint(found.train))
+    assert re.fullmatch(r"classes removed: 1 \('1'\); classes added: 1 \('Car 0'\)", changed)
+
+
+def test_a_renamed_label_of_a_list_is_the_same_class(call, refused, run_folder, tmp_path):
+    pictures, _ = run_folder
+    rows = [f"{path.relative_to(pictures)},{path.parent.name}" for path in sorted(pictures.rglob("*.png"))]
+    table = pictures / "list.csv"
+    table.write_text("\n".join(["path,label", *rows]))
+    words = [*TINY, "--dataset", "folder", "--data-root", table, "--log-dir", tmp_path, "--warm", 0, "--epochs", 1]
+    assert call("train.py", *words).code == 0
+    folder = tmp_path / "folder" / "run_2"
+    table.write_text(table.read_text().replace(",class 3", ",class 3, again").replace(", again", " again"))
+    done = call(*resume(folder))
+    assert done.code == 0 and "the data changed" not in done.err
+    assert checkpoint.load(folder / "last.pth")["data"]["train"]["classes"][3] == "class 3 again"
+    table.write_text(table.read_text().replace(",class 3 again", ",a class"))  # the labels move
+    refused(
+        *resume(folder), "--allow-changed-images", "--epochs", 3, match="train: the same classes and images come in"
+    )
+
+
+def test_of_equally_good_epochs_the_first_stays_the_best(trained):
+    log, saved = object.__new__(run.Run), []
+    log.history, log.best, log.stamp, log.wandb, log.folder = [], None, {}, None, trained[1]
+    log.args, log.state, log._save_best, log._write_texts = SimpleNamespace(nb_epochs=9), dict, saved.append, bool
+    log._write_texts = lambda: None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", lambda *_: None)
+        for epoch, score in enumerate((0.5, 0.5, 0.4, 0.6, 0.6), 1):
+            log.add({"phase": "train", "epoch": epoch, "R@1": score, "seconds": 1.0})
+    assert log.best["epoch"] == 4 and len(saved) == 2
 
 
 def test_an_abandoned_extension_of_a_finished_run_leaves_no_mark(call, run_folder):
@@ -212,9 +280,6 @@ def test_listed_and_held_out_classes_are_compared_too(call, refused, cub, held_o
     refused(*resume(run, "--data-root", changed), match=lost)
 
 
-# A finished run, and what resuming leaves -----------------------------------------------------------------------------
-
-
 def test_resuming_a_finished_run_changes_nothing(call, refused, run_folder):
     pictures, folder = run_folder
     before = snapshot(folder)
@@ -242,9 +307,6 @@ def test_resumptions_are_listed_beside_what_made_the_run(call, run_folder):
     # what the checkpoint says of its flags is what holds now
     assert checkpoint.load(folder / "last.pth")["flags"]["nb_epochs"] == 3
     assert call("train.py", "--resume", folder, "--data-root", pictures).out.count("3 of 3 epochs are done") == 1
-
-
-# Lock and leftovers ---------------------------------------------------------------------------------------------------
 
 
 def test_a_run_is_locked_before_it_is_read(call, run_folder, monkeypatch):
@@ -292,16 +354,56 @@ def test_a_network_that_went_astray_is_said_to_have_diverged(call, refused, trai
     refused("train.py", *words, "--epochs", 1, match=match)
 
 
+def test_weights_that_give_nothing_finite_are_said_before_any_training(refused, trained, tmp_path):
+    state = checkpoint.load(trained[1] / "last.pth")["model_state_dict"]
+    torch.save({name: value * float("nan") for name, value in state.items()}, tmp_path / "nan.pth")
+    words = [*TINY, "--dataset", "folder", "--data-root", trained[0], "--log-dir", tmp_path]
+    match = "before any training, 24 of 24 embeddings hold NaN or Inf: look at the values in --weights .*nan.pth"
+    refused("train.py", *words, "--weights", tmp_path / "nan.pth", match=match)
+    assert list((tmp_path / "folder").iterdir()) == []
+
+
 def test_what_the_summary_advises(trained):
+    """Nothing that was given already, or cannot help."""
     row = {"phase": "train", "epoch": 1, "loss": 1.0, "R@1": 0.5, "lr": 1e-3, "images_per_s": 100, "seconds": 2.0}
     log = SimpleNamespace(folder=trained[1], best_path=trained[1] / "best.pth", doubt="", chance=lambda: None)
-    log.args = SimpleNamespace(val_classes=0, dataset="cub", data_root=Path(), skip_bad_images=False)
-    for share, percent, advised in ((0.05, "", False), (0.2, "20 %", False), (0.5, "50 %", True)):
+
+    def advised(history, best=None, doubt="", cores=4, chance=None, **flags):
+        usual = dict(val_classes=0, dataset="cub", data_root=Path("mine"), skip_bad_images=False, nb_workers=1, ls=1.0)
+        usual |= dict(weights="none", bn_freeze=1, lr=1e-3, lr_ds=0.1, lr_hgnn_factor=10.0)
+        log.args, log.history, log.best, log.doubt = SimpleNamespace(**usual | flags), history, best, doubt
+        log.chance = lambda: chance
+        return summary.summary(log, Path(), cores)
+
+    for share, percent in ((0.05, ""), (0.2, "20 %"), (0.5, "50 %")):
         waiting = row | {"data_time": share}
         line = summary.console_line(waiting, 2)
         assert ("waiting for images" in line) == bool(percent) and percent in line
-        log.history, log.best = [row, waiting], None
-        assert ("50 % of the time: give it more --workers" in summary.summary(log, Path())) == advised
+        assert ("50 % of the time: give it more --workers (1 now, 4 cores)" in advised([row, waiting])) == (
+            share == 0.5
+        )
+    assert advised([row, waiting], nb_workers=4).splitlines()[3].endswith("50 % of the time")
+    own = advised([row, waiting], nb_workers=4, dataset="folder")
+    assert "50 % of the time: shrink the pictures once (python " in own and "--output mine_512)" in own
     for untrained, worse in ((0.9, True), (0.1, False)):
-        log.history, log.best = [row | {"R@1": untrained}, row], row
-        assert ("better than the best epoch: train longer" in summary.summary(log, Path())) == worse
+        assert ("train longer" in advised([row | {"R@1": untrained}, row], row)) == worse
+    assert "one point; train random weights with --bn-freeze 0" in advised([row], row, "one point")
+    for flags in ({"weights": "imagenet"}, {"bn_freeze": 0}):
+        assert "--bn-freeze" not in advised([row], row, "one point", **flags)
+    flat = row | {"ce_loss": 4.6}
+    assert "try a larger --alpha or a smaller --lr-ds" in advised([flat], flat, chance=4.6)
+    assert "a smaller" not in advised([flat], flat, chance=4.6, lr_ds=0.0)
+    assert "--lr-hgnn-factor, is 0" in advised([flat], flat, chance=4.6, lr_hgnn_factor=0.0)
+    assert "did nothing" not in advised([flat], None, chance=4.6)  # warm-up alone
+
+
+def test_a_run_of_torchrun_is_resumed_by_torchrun(trained, monkeypatch):
+    log = SimpleNamespace(folder=trained[1], history=[{"phase": "train", "epoch": 3}])
+    for count, here, words in ((1, 1, "python "), (2, 2, "torchrun --standalone --nproc-per-node=2 ")):
+        monkeypatch.setattr(distributed, "processes", lambda count=count: distributed.Processes(0, count))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+        assert f"Resume with: {words}" in summary.kept(log)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setenv("MASTER_ADDR", "first")
+    words = "torchrun --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=first:29500 --nproc-per-node=1 "
+    assert f"Resume with: {words}" in summary.kept(log)

@@ -148,17 +148,6 @@ def test_optimiser_groups_come_in_a_fixed_order(name):
     assert groups[0].items() >= expected.items()
 
 
-def test_balanced_batches_and_other_flags_train(call, cub, held_out):
-    rows = pd.read_csv(held_out / "results.csv")
-    assert {"val R@1", "R@1"} <= set(rows.columns)
-    recorded = json.loads((held_out / "args.json").read_text())
-    assert recorded["flags"]["IPC"] == 2 and recorded["flags"]["remark"] == "a note"
-    assert {"commit", "torch", "device", "command"} <= recorded["made_by"].keys()
-    # evaluate.py takes all that from the checkpoint
-    scored = call("evaluate.py", "--model-path", held_out, "--data-root", cub, "--gpu-id", -1, "--workers", 0)
-    assert scored.code == 0 and f"R@1     {100 * rows['R@1'].iloc[-1]:.4f}" in scored.out
-
-
 def test_glyphs_are_made_on_first_use(tmp_path, monkeypatch):
     from layouts import glyphs
 
@@ -178,7 +167,6 @@ def test_exported_network_gives_the_same_embeddings(call, tmp_path, model):
     words = ["--model", model, "--embedding-size", 16, "--image-size", 64, "--model-path", tmp_path / "net.pth"]
     exported = call("evaluate.py", *words, "--export", tmp_path / "net.onnx")
     assert exported.code == 0, exported.err
-    assert re.search(r"onnxruntime differs from torch by at most \d\.\de-\d\d", exported.out)
     session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
     for batch in (1, 5):
         images = torch.randn(batch, 3, 64, 64)
@@ -193,19 +181,9 @@ def test_exported_network_gives_the_same_embeddings(call, tmp_path, model):
     assert json.loads(said["mean"]) == list(network.mean)
 
 
-def test_an_export_that_differs_or_lacks_its_packages_is_not_written(refused, tmp_path, monkeypatch):
-    onnxruntime = pytest.importorskip("onnxruntime")
+def test_an_export_that_lacks_its_packages_is_refused(refused, tmp_path, monkeypatch):
     torch.save({"model_state_dict": net.build(MODEL, 16, "none").state_dict()}, tmp_path / "net.pth")
-    words = ["--model", MODEL, "--embedding-size", 16, "--image-size", 64, "--model-path", tmp_path / "net.pth"]
-    words += ["--export", tmp_path / "net.onnx"]
-
-    class Session(onnxruntime.InferenceSession):
-        def run(self, *arguments):
-            return [found + 2e-4 for found in super().run(*arguments)]
-
-    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
-    refused("evaluate.py", *words, match="differ from torch's by 2.0e-04, not written")
-    assert not (tmp_path / "net.onnx").exists()
+    words = ["--model", MODEL, "--embedding-size", 16, "--model-path", tmp_path / "net.pth", "--export", "net.onnx"]
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     refused("evaluate.py", *words, match="pip install onnx onnxscript")
 
@@ -224,36 +202,3 @@ def test_own_pictures_are_found_again_where_they_were(call, cub, trained, tmp_pa
     assert scored.code == 0 and "data: cub in " in scored.out, scored.err
     lost = call("evaluate.py", *run, "--dataset", "cub", "--model", MODEL)
     assert lost.code == 1 and str(pictures) not in lost.err
-
-
-def test_own_pictures_given_by_a_relative_path_are_found_from_elsewhere(call, tmp_path, monkeypatch):
-    trees.make_folder(tmp_path / "mine", "csv")
-    (tmp_path / "mine" / "list.csv").rename(tmp_path / "list.csv")  # beside the images there is but a link to the list
-    (tmp_path / "mine" / "list.csv").symlink_to("../list.csv")
-    monkeypatch.chdir(tmp_path)
-    words = [*TINY, "--dataset", "folder", "--data-root", "mine/list.csv", "--log-dir", "logs", "--epochs", 1]
-    assert call("train.py", *words).code == 0
-    monkeypatch.chdir("/")
-    run = tmp_path / "logs" / "folder" / "run_1"
-    assert call("evaluate.py", "--model-path", run, "--gpu-id", -1, "--workers", 0).code == 0
-    assert call("train.py", "--resume", run / "last.pth", "--epochs", 2).code == 0
-
-
-def test_networks_of_timm_get_images_of_their_own_size(call, cub, tmp_path):
-    words = [*TINY, "--model", "timm:test_vit", "--dataset", "cub", "--data-root", cub, "--log-dir", tmp_path]
-    del words[words.index("--image-size") : words.index("--image-size") + 2]
-    trained = call("train.py", *words, "--epochs", 0, "--warm", 0)
-    assert trained.code == 0, trained.err
-    run = tmp_path / "cub" / "run_1"
-    assert json.loads((run / "args.json").read_text())["flags"]["image_size"] == 160
-    scoring = ["--data-root", cub, "--gpu-id", -1, "--workers", 0]
-    assert call("evaluate.py", "--model-path", run / "last.pth", *scoring).code == 0
-    # of a checkpoint that says nothing, too
-    state = load(run / "last.pth")["model_state_dict"]
-    torch.save({"model_state_dict": state}, tmp_path / "bare.pth")
-    bare = ["--model-path", tmp_path / "bare.pth", "--model", "timm:test_vit", "--embedding-size", 16, "--gpu-id", -1]
-    scored = call("evaluate.py", *bare, "--dataset", "cub", "--data-root", cub, "--json", tmp_path / "figures.json")
-    assert scored.code == 0 and json.loads((tmp_path / "figures.json").read_text())["scored_with"]["image_size"] == 160
-    images = next((cub / "CUB_200_2011" / "images").glob("00*"))
-    words = ["--gallery", images, "--query", images, "--output", tmp_path / "found", "--workers", 0]
-    assert call("retrieve.py", *bare, *words).code == 0
