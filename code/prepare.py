@@ -156,10 +156,15 @@ def show(name: str, data_root: Path, output: Path, train_classes: float | None =
 def shrink(data_root: Path, output: Path, side: int) -> list[str]:
     """Writes each picture of a folder or list as users see it, its shorter side at most `side`; lines about failures.
 
-    Names, folders, labels and splits stay; a list is written anew. What an earlier call has written is kept. Raises
-    Refused for an output that lies in the original, or that this command did not make.
+    Names, folders, labels and splits stay; a list is written anew. What an earlier call has written is kept; it has the
+    time of its original. Raises Refused for pictures that training would refuse, too, and for an output that lies in
+    the original, or that this command did not make.
     """
     listing = layouts.get("folder").read(data_root)
+    examined = layouts.examine("folder", listing, training=False)
+    if examined.obstacles:
+        raise Refused(examined.obstacles[0])
+    print("".join(f"note: {note}\n" for note in examined.notes), end="")
     original, made_of = Path(listing.root).resolve(), f"{data_root.resolve()} {side}\n"
     inside = data_root.is_dir() and output.resolve().is_relative_to(original)  # beside a list there is room
     if inside or original.is_relative_to(output.resolve()):
@@ -178,12 +183,18 @@ def shrink(data_root: Path, output: Path, side: int) -> list[str]:
         checkpoint.remove_leftovers(Path(folder))
     work = functools.partial(shrink_some, files, targets, side)
     found = sorted(dataset.in_workers(work, range(len(files)), dataset.available_cores(), "shrink").items())
+    ready, written = output, {Path(name) for _, (name, _) in found if name}
     if listing.source:
+        ready = output / f"{Path(listing.source).stem}.csv"
         table = pd.DataFrame(rows, columns=["path", "label", "split"]).loc[[row for row, (name, _) in found if name]]
         table["path"] = [os.path.relpath(name, output) for _, (name, _) in found if name]
         table = table.drop(columns=["split"] * ("all" in listing.splits))
-        checkpoint.write_text(table.to_csv(index=False), output / f"{Path(listing.source).stem}.csv")
-    return [why for _, (_, why) in found if why]
+        checkpoint.write_text(table.to_csv(index=False), ready)
+    failed = [why for _, (_, why) in found if why]
+    old = {*output.rglob("*.jpg"), *output.rglob("*.png")} - written
+    failed += [f"{path}: its original is gone or has changed; remove it" for path in sorted(old)]
+    print(f"{ready} is ready" + f" but for {len(failed):,} pictures" * bool(failed))
+    return failed
 
 
 def new_stems(paths: list[str]) -> list[str]:
@@ -204,8 +215,9 @@ def shrink_some(files: list[str], targets: list[str], side: int, rows: list[int]
     found = {}
     for row in rows:
         jpeg, png = (targets[row] + suffix for suffix in (".jpg", ".png"))
+        times = os.stat(files[row])
         there = [name for name in (jpeg, png) if os.path.exists(name)]
-        if there and os.path.getmtime(there[0]) >= os.path.getmtime(files[row]):
+        if there and abs(os.path.getmtime(there[0]) - times.st_mtime) < 0.02:  # the one it was made of
             found[row] = there[0], ""
             continue
         try:
@@ -220,6 +232,7 @@ def shrink_some(files: list[str], targets: list[str], side: int, rows: list[int]
         png_fits = lossless or max(image.size) > 65_500  # more than a JPEG can have
         name, options = (png, {"format": "PNG"}) if png_fits else (jpeg, {"format": "JPEG", "quality": 95})
         checkpoint.write(functools.partial(image.save, **options), Path(name))
+        os.utime(name, ns=(times.st_atime_ns, times.st_mtime_ns))
         found[row] = name, ""
     return found
 
@@ -237,9 +250,9 @@ def build_parser() -> Parser:
         names = {"download": DOWNLOADS, "shrink": ("folder",)}.get(command, layouts.DATASETS)
         sub.add_argument("name", type=dataset_name, choices=names, metavar="NAME", help=f"one of {', '.join(names)}")
         yours = "your folder or .csv, .tsv or .txt file"
-        where = f"{yours}" if command == "shrink" else "folder that holds the benchmarks"
-        where += f"; for folder, {yours}" * (command in ("check", "show"))
-        sub.add_argument("--data-root", type=Path, default=DATA, metavar="DIR", help=where)
+        where = "folder that holds the benchmarks" + f"; for folder, {yours}" * (command in ("check", "show"))
+        root = {"help": yours, "required": True} if command == "shrink" else {"help": where, "default": DATA}
+        sub.add_argument("--data-root", type=Path, metavar="DIR", **root)
         if command == "download":
             sub.add_argument("--url", help="fetch the same archive from another place (its md5 is checked)")
             continue
@@ -266,7 +279,6 @@ def main() -> None:
         failed = shrink(args.data_root, args.output, args.side)
         for line in failed:
             print(f"problem: {line}")
-        print(f"{args.output} is ready" + f" but for {len(failed):,} pictures" * bool(failed))
         sys.exit(1 if failed else 0)
     else:
         show(args.name, args.data_root, args.output or Path(f"{args.name}.png"), args.train_classes)

@@ -1,5 +1,8 @@
 """Pictures as phones and cameras make them: HEIC, camera raw, large files; prepare.py shrink."""
 
+import re
+import shutil
+
 import dataset
 import decoding
 import folders
@@ -150,12 +153,22 @@ def test_shrink_keeps_names_labels_and_splits(call, mixed, tmp_path):
     assert (small.train.class_names, len(small.train), len(small.query)) == (large.train.class_names, 10, 10)
     assert {path: path.read_bytes() for path in mixed.rglob("*.*")} == before
     # what is there is kept, what is newer is done again
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "small").rglob("*.*")}
+    made = {path: path.stat().st_ctime_ns for path in (tmp_path / "small").rglob("*.*")}
     (tmp_path / "small" / "class 1" / "IMG_1.jpg").unlink()
     save(mixed / "class 3" / "small.png", 9, 9)
     assert call(*words).code == 0
-    changed = {path.relative_to(tmp_path) for path, time in made.items() if path.stat().st_mtime_ns != time}
+    changed = {path.relative_to(tmp_path) for path, time in made.items() if path.stat().st_ctime_ns != time}
     assert {str(path) for path in changed} == {"small/class 1/IMG_1.jpg", "small/class 3/small.png.png"}
+    # a copy is that of its own original, and one without an original is said
+    (mixed / "class 0" / "IMG_2.jpg").rename(mixed / "class 1" / "IMG_3.jpg")
+    (mixed / "class 2" / "small.jpg").rename(mixed / "class 2" / "SMALL.jpg")
+    done = call(*words)
+    problems = re.findall(r"problem: .*small/(.*): its original is gone or has changed", done.out)
+    assert done.code == 1 and problems == ["class 0/IMG_2.jpg", "class 2/small.jpg"]
+    shutil.copy(mixed / "class 2" / "SMALL.jpg", mixed / "class 2" / "IMG_2.jpg")  # an older picture of the same name
+    call(*words)
+    with Image.open(tmp_path / "small" / "class 2" / "IMG_2.jpg") as image:
+        assert image.size == (30, 30)
 
 
 def test_shrink_names_what_it_leaves_out_and_refuses_other_places(call, refused, mixed, tmp_path):
