@@ -10,6 +10,7 @@ The runs are those of train.py, in logs/reproduce/RECIPE/DATASET/run_SEED, with 
 """
 
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -17,7 +18,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
 
 import dataset
 import flags
@@ -40,54 +40,54 @@ def plan(logs: Path, words: list[str], seed: int) -> tuple[Path, list[str]]:
         made_by = folder / "args.json"
         names = {name for name, value in vars(args).items() if value is not None} - flags.BOOKKEEPING
         parser.refuse_changes(args, names, json.loads(made_by.read_text(encoding="utf-8"))["flags"], made_by)
-        if pd.read_csv(folder / "results.csv")["epoch"].max() >= args.nb_epochs:
+        results = folder / "results.csv"
+        if results.exists() and pd.read_csv(results)["epoch"].max() >= args.nb_epochs:
             return folder, []
-        words = ["--resume", str(folder)]
+        words += ["--resume", str(folder)]
     elif folder.exists():  # killed before it saved anything
         words.append("--overwrite")
     return folder, [*PYTHON, str(TRAIN), *words]
 
 
 class Work:
-    """Runs one after another, or one on each GPU; SIGTERM and Ctrl-C stop those under way after their batch."""
+    """Runs one after another, or on each GPU. A signal stops those under way after their batch, a second Ctrl-C now."""
 
     def __init__(self, runs: list[tuple[Path, list[str]]], gpus: list[int | None]):
-        self.runs, self.gpus, self.free = runs, gpus, SimpleQueue()
+        self.left, self.count, self.gpus = iter(enumerate(runs)), len(runs), gpus
         self.stopped_by, self.processes, self.seconds, self.failed = 0, [], [], []
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
-        for gpu in gpus:
-            self.free.put(gpu)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
+                signal.signal(number, self.stop)
         with ThreadPoolExecutor(len(gpus)) as pool:
-            list(pool.map(self.train, range(len(runs))))
+            list(pool.map(self.train, gpus))
 
     def stop(self, number: int, frame=None) -> None:
         for process in [*self.processes]:
-            process.send_signal(signal.SIGKILL if self.stopped_by else signal.SIGTERM)
+            process.send_signal(signal.SIGKILL if number == self.stopped_by == signal.SIGINT else signal.SIGTERM)
         self.stopped_by = number
 
-    def train(self, number: int) -> None:
-        if self.stopped_by:
-            return
-        (folder, command), gpu = self.runs[number], self.free.get()
-        started, last, rest = time.monotonic(), "", ""
-        if self.seconds:
-            mean = sum(self.seconds) / len(self.seconds) / len(self.gpus)
-            rest = f", about {(len(self.runs) - len(self.seconds)) * mean / 60:.0f} minutes to go"
-        print(f"run {number + 1} of {len(self.runs)}{rest}: {folder}", flush=True)
-        # In a session of its own, Ctrl-C reaches a run through this process alone.
+    def train(self, gpu: int | None) -> None:
+        # Of a session of its own, a run gets Ctrl-C through this process alone. Runs side by side share /dev/shm.
         options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-        command = command + ["--gpu-id", str(gpu)] * (gpu is not None)
-        self.processes.append(process := subprocess.Popen(command, start_new_session=True, **options))
-        if self.stopped_by:  # while it was started
-            process.terminate()
-        for line in process.stdout:
-            last = line.strip() or last
-            print(f"{folder.name}: " * (len(self.gpus) > 1) + line, end="", flush=True)
-        if process.wait() and not self.stopped_by:
-            self.failed.append(f"{folder}: {last}")
-        self.seconds.append(time.monotonic() - started)
-        self.free.put(gpu)
+        options |= dict(start_new_session=True, env=os.environ | {"LOCAL_WORLD_SIZE": str(len(self.gpus))})
+        for number, (folder, command) in self.left:
+            if self.stopped_by:
+                return
+            started, last, rest = time.monotonic(), "", ""
+            if self.seconds:
+                mean = sum(self.seconds) / len(self.seconds) / len(self.gpus)
+                rest = f", about {(self.count - len(self.seconds)) * mean / 60:.0f} minutes to go"
+            print(f"run {number + 1} of {self.count}{rest}: {folder}", flush=True)
+            with subprocess.Popen(command + ["--gpu-id", str(gpu)] * (gpu is not None), **options) as process:
+                self.processes.append(process)
+                if self.stopped_by:  # while it was started
+                    process.terminate()
+                for line in process.stdout:
+                    last = line.strip() or last
+                    print(f"{folder.name}: " * (len(self.gpus) > 1) + line, end="", flush=True)
+            if process.returncode and not self.stopped_by:
+                self.failed.append(f"{folder}: {last}")
+            self.seconds.append(time.monotonic() - started)
 
 
 def compare(table: pd.DataFrame, whole: str, without: str) -> None:
@@ -95,7 +95,8 @@ def compare(table: pd.DataFrame, whole: str, without: str) -> None:
     for epoch, column in (("best", "R@1 (%)"), ("last", "last R@1 (%)")):
         sides = [table[table["dataset"] == folder].set_index("seed")[column] for folder in (whole, without)]
         pairs = (sides[0] - sides[1]).dropna()
-        said = f"R@1 with the hypergraph minus without, at the {epoch} epochs: {pairs.mean():+.2f} points"
+        said = f"R@1 with the hypergraph minus without, at the {epoch} epochs: "
+        said += f"{pairs.mean():+.2f} points" if len(pairs) else "no seed was trained in both ways"
         if len(pairs) > 1:
             low, high = ttest_1samp(pairs, 0).confidence_interval()
             said += f" ({len(pairs)} pairs of seeds, 95 % interval {low:+.2f} to {high:+.2f})"
@@ -115,7 +116,7 @@ def main() -> None:
     args, further = parser.parse_args(words[: words.index("--")]), words[words.index("--") + 1 : -1]
 
     # The runs, and what is left of them
-    words, logs = [f"@{RECIPES[args.recipe]}", *further], args.log_dir.absolute() / args.recipe
+    words, logs = [f"@{RECIPES[args.recipe]}", *further], args.log_dir.resolve() / args.recipe
     first, given = flags.train_parser().parse(words)
     if ours := given & {"seed", "log_dir", "run_num", "resume", "overwrite"}:
         raise Refused(f"--{min(ours).replace('_', '-')} is set by this script, leave it out")
