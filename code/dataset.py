@@ -333,7 +333,8 @@ class Loader(DataLoader):
         wanted = min(workers, available_cores())  # more would only compete for the cores
         workers, ahead = workers_that_fit(wanted, batch_bytes)
         if (workers, ahead) < (wanted, 4):
-            warn_once("/dev/shm is small, so fewer batches are loaded ahead; docker run --shm-size=8g makes it larger")
+            fit = f"{workers} workers load {ahead} batches ahead" if workers else "no worker loads batches"
+            warn_once(f"/dev/shm is small, so {fit}; docker run --shm-size=8g makes it larger")
         if workers > 0:
             options |= dict(persistent_workers=True, prefetch_factor=ahead, worker_init_fn=leave_stopping_to_the_parent)
         # With its own generator, a loader does not draw from the global one every epoch.
@@ -381,9 +382,6 @@ def make_eval_loader(images: ImageList, transform, batch_size, workers=0, pin_me
     data, mine = ImageDataset(images, transform), range(shard[0], len(images), shard[1])
     batch_bytes = data.bytes_of(min(batch_size, len(mine)))
     return Loader(data, workers, pin_memory, batch_bytes, batch_size=batch_size, sampler=mine)
-
-
-# ---------------------------------------------------------------- what a run was trained on
 
 
 def fingerprint(images: ImageList) -> dict:

@@ -99,7 +99,7 @@ def announce(device: torch.device, gpu_id: int) -> None:
         try:
             torch.cuda.init()
         except Exception as error:
-            unused = f"; there is a GPU, which torch {torch.__version__} cannot use: {one_line(error)[:300]}"
+            unused = f"; torch {torch.__version__} can use no GPU here: {one_line(error)[:300]}"
     print(f"device: {describe(device)}" + f", {count} processes" * (count > 1) + unused)
 
 

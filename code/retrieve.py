@@ -113,7 +113,7 @@ def embed(loaded, images, device) -> tuple[torch.Tensor, np.ndarray, dict[str, s
     """Embeddings (n, D) of those of the images that can be decoded, which these are (n,), {file: why} of the others."""
     args = loaded.args
     marked = MarkedWhereUnreadable(images, dataset.eval_transform(loaded.image_size))
-    batch_bytes = marked.bytes_of(args.sz_batch)
+    batch_bytes = marked.bytes_of(min(args.sz_batch, len(marked)))
     loader = dataset.Loader(marked, args.nb_workers, device.type == "cuda", batch_bytes, batch_size=args.sz_batch)
     done = inference.embed(loaded.network, loader, device, args.amp == "bf16", args.channels_last)
     decoded = done.labels.numpy() >= 0

@@ -220,12 +220,13 @@ class Run:
         for name in CARRIED:
             setattr(self, name, state[name])
         self.best_path = self.folder / checkpoint.best_name(args.dataset, args.model)
+        if distributed.is_first():
+            checkpoint.remove_leftovers(self.folder)
+            self._mend_best(state)
         if args.resume:
             self._note_resumption(data, changed, here)
         if not distributed.is_first():
             return
-        checkpoint.remove_leftovers(self.folder)
-        self._mend_best(state)
         if not (self.done and self.history):
             self.wandb = tracking.start(args, self.folder, self.flags | self.made_by, self.wandb_id)
             self.wandb_id = self.wandb.id if self.wandb else self.wandb_id
@@ -278,13 +279,10 @@ class Run:
         print(f"warning: the data changed since the run began ({changed}); {said}", file=sys.stderr)
         self.best = None
 
-    # ------------------------------------------------------------ the state, and the files that are made of it
-
     def add(self, row: dict) -> None:
-        """Print the row of an epoch and save what it reached."""
+        """Save what an epoch reached, and print its row."""
         self.history.append(row | self.stamp)
         self.epoch = row["epoch"]
-        tqdm.write(summary.console_line(row, self.args.nb_epochs))
         chosen_by = tracking.chosen_by(row)
         is_best = row["phase"] == "train" and (self.best is None or row[chosen_by] > self.best[chosen_by])
         if is_best:
@@ -295,6 +293,7 @@ class Run:
         if is_best:
             self._save_best(state)
         self._write_texts()
+        tqdm.write(summary.console_line(row, self.args.nb_epochs))
         if self.wandb:
             tracking.log(self.wandb, row, self.best)
 
@@ -335,8 +334,6 @@ class Run:
             tracking.finish(self.wandb)
         if distributed.is_first():
             leave(self.folder, new=self.args.resume is None)
-
-    # ------------------------------------------------------------ pictures
 
     def draw(self, draw: Callable[[Path, int], None]) -> None:
         """Draw the curves and the rest; anew while that takes little of the time, in full at the end.

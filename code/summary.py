@@ -172,6 +172,7 @@ def summary(run, usual_root: Path, cores: int) -> str:
 
 def shrink(data_root: Path) -> str:
     """The command that makes large pictures small, once."""
+    data_root = data_root if data_root.name.strip(".") else data_root.resolve()  # . and ..
     output = f"{data_root.with_suffix('') if data_root.is_file() else data_root}_512"
     return command_for("prepare.py", "shrink", "folder", "--data-root", data_root, "--output", output)
 

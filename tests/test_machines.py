@@ -187,7 +187,7 @@ def test_a_gpu_that_torch_cannot_use_is_said(monkeypatch, capsys, sign):
     device = distributed.choose_device(0)
     distributed.announce(device, 0)
     said = capsys.readouterr().out
-    assert f"; there is a GPU, which torch {torch.__version__} cannot use: The NVIDIA driver on your system is" in said
+    assert f"; torch {torch.__version__} can use no GPU here: The NVIDIA driver on your system is too old" in said
     assert said.count("\n") == 1
     distributed.announce(device, -1)  # not asked for
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden
