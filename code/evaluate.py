@@ -32,7 +32,7 @@ def main():
     # Flags, and where results go
     parser = flags.evaluate_parser()
     args, given = parser.parse()
-    names = {"recall", "rp", "map", "nmi"} if "all" in args.metrics else set(args.metrics)
+    names = {"rp", "map", "nmi"} if "all" in (args.metrics or ()) else set(args.metrics or ())
     check_flags(args, given)
     device = distributed.start(args.gpu_id)
     processes = distributed.processes()  # started by torchrun they share the work; process 0 writes and speaks

@@ -129,13 +129,10 @@ def plain(args: argparse.Namespace) -> dict[str, object]:
     return {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
-# ---------------------------------------------------------------- what a script says when it cannot go on
-
-
 def explain(error: Exception) -> str | None:
     """One line for what the user can mend, None for a mistake of the program."""
     line = one_line(error)
-    full_disk = isinstance(error, OSError) and error.errno == errno.ENOSPC  # which writing does not name
+    full_disk = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)  # which writing does not name
     if isinstance(error, Refused) or full_disk or (isinstance(error, OSError) and error.filename):
         return line
     if isinstance(error, torch.OutOfMemoryError):
@@ -176,9 +173,6 @@ def run_script(main) -> None:
         sys.stderr = stderr  # distributed.start silences it; a traceback is never silenced
 
 
-# ---------------------------------------------------------------- types of flags
-
-
 def dataset_name(name: str) -> str:
     """The documented name of a data set, in any letter case and with hyphens; any other as it is, to be refused."""
     return {known.lower(): known for known in layouts.DATASETS}.get(name.lower().replace("-", ""), name)
@@ -213,7 +207,6 @@ def number(kind: type, at_least: float = 0, below: float = math.inf, positive: b
 whole, real = functools.partial(number, int, below=2**31), functools.partial(number, float)
 
 
-# ---------------------------------------------------------------- the flags
 # A row: flag, type or choices or "switch", default, what stands for the value in --help, help; more for argparse, such
 # as a destination of the original that is not named like its flag.
 # fmt: off
@@ -242,8 +235,8 @@ DATA_FLAGS = (
 def image_flags(batch_size: int, smallest: int = 1) -> tuple:
     return (
         ("--image-size", whole(8), None, "PIXELS",
-         "side of the images fed to the network; default: the training size, else the backbone's own (usually 224). "
-         "Evaluation first resizes the shorter side to 256/224 of it"),
+         "side of the images fed to the network; default: the checkpoint's that is scored or searched with, else the "
+         "backbone's own (usually 224). Evaluation first resizes the shorter side to 256/224 of it"),
         ("--batch-size", whole(smallest), batch_size, "N",
          "images in a batch; with several processes, those of all in training, those of each in evaluation",
          {"dest": "sz_batch"}),
@@ -263,8 +256,7 @@ NETWORK_FLAGS = (
 )
 DEVICE_FLAGS = (
     ("--gpu-id", whole(-1), 0, "N",
-     "GPU to use; -1 is the CPU, which is also used where there is no GPU. torchrun gives each process its own: "
-     "choose those with CUDA_VISIBLE_DEVICES"),
+     "GPU to use; -1 is the CPU, which is also used where there is no GPU"),
     ("--amp", ("off", "bf16"), "off", None,
      "bf16: the network computes in bfloat16 where that is safe, the loss in float32; changes results slightly. "
      "off: float32; convolutions on GPUs use TF32, as torch does by default"),
@@ -296,9 +288,9 @@ def train_parser() -> Parser:
     parser.add_table(
         "network", *NETWORK_FLAGS,
         ("--weights", str, "imagenet", "imagenet|none|FILE",
-         "initial weights of the backbone: imagenet (IMAGENET1K_V1, downloaded), none (random), or a file (.pth or "
-         ".safetensors: a state dict of the backbone, or a checkpoint), looked for in the current folder, the data "
-         "root and data/"),
+         "initial weights of the backbone: imagenet (downloaded: torchvision's IMAGENET1K_V1; for timm:NAME timm's own "
+         "default, which need not be ImageNet; none for bn_inception), none (random), or a file (.pth or .safetensors: "
+         "a state dict of the backbone, or a checkpoint), looked for in the current folder, the data root and data/"),
         ("--bn-freeze", binary, 1, "0|1",
          "1: the backbone's BatchNorm statistics stay fixed. Its affine parameters start frozen too, but train once a "
          "warm-up has un-frozen the backbone; with --warm 0 they stay frozen. 0: all of BatchNorm trains"),
@@ -370,8 +362,9 @@ def evaluate_parser() -> Parser:
     parser.add_table("", ("--remark", str, "", "TEXT", "a note to print with the scores"))
     parser.add_table(
         "scores",
-        ("--metrics", ("recall", "rp", "map", "nmi", "all"), ["recall"], "NAME",
-         "recall; rp: R-precision; map: MAP@R; nmi: normalised mutual information of k-means; all", {"nargs": "+"}),
+        ("--metrics", ("rp", "map", "nmi", "all"), None, "NAME",
+         "beside R@K, rp: R-precision; map: MAP@R; nmi: normalised mutual information of k-means; or all",
+         {"nargs": "+"}),
         ("--json", Path, None, "FILE", "also write the scores to FILE"),
         ("--save-embeddings", Path, None, "FILE.npz", "keep embeddings, labels and paths"),
         ("--embeddings", Path, None, "FILE.npz", "score these embeddings, without a network or images"),

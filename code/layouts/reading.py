@@ -33,7 +33,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Layout:
-    """One data set: where it lies, what was published, how it is read and how it is had."""
+    """One data set: where it lies, what was published, how to read it and where to get it."""
 
     home: str  # its folder under the data root
     read: Callable[[Path], Listing]  # from that folder; FileNotFoundError for a list that is not there
