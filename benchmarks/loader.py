@@ -8,7 +8,8 @@
   transforms, which normalise in the worker;
 - decoding and augmenting: images per second of the training loader by number of workers, against a plain ImageFolder
   loader with the usual transforms and the same batch size, taking turns. benchmarks/train_step.py measures what the
-  training step takes.
+  training step takes;
+- photographs of 12 megapixels, as they are and after prepare.py shrink.
 
     python benchmarks/loader.py                          # some minutes on two cores
     python benchmarks/loader.py --images 5864            # as many as CUB trains on
@@ -170,6 +171,24 @@ def bench_worker(folder: Path, size: int, repeats: int) -> None:
         print(f"{kind:<26}{statistics.median(values):>18.0f}{min(values):>9.0f}{max(values):>9.0f}")
 
 
+def bench_large(photos: Path, root: Path, count: int, repeats: int) -> None:
+    import prepare
+    from PIL import Image
+
+    random = np.random.RandomState(0)
+    for number, path in enumerate(sorted(photos.rglob("*.jpg"))[:count]):
+        pixels = np.asarray(Image.open(path).resize((4000, 3000), Image.Resampling.BICUBIC), np.float32)
+        pixels += random.normal(0, 6, (3000, 4000, 1))  # as sensors have it: without it they would decode too fast
+        (folder := root / "large" / str(number % 4)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / path.name, quality=90)
+    megabytes, start = sum(p.stat().st_size for p in root.rglob("*.jpg")) / count / 1e6, time.perf_counter()
+    prepare.shrink(root / "large", root / "large_512", 512)
+    print(f"\n{count} photographs of 4000×3000 ({megabytes:.1f} MB each) shrunk to 512 pixels on all cores: "
+          f"{count / (time.perf_counter() - start):.1f} a second; one worker before, then after")  # fmt: skip
+    for folder in ("large", "large_512"):
+        bench_worker(root / folder, 224, repeats)
+
+
 def images_per_second(loader) -> float:
     start = time.perf_counter()
     images = sum(len(batch) for batch, _ in loader)
@@ -228,6 +247,7 @@ def main() -> None:
         bench_worker(photos / "CUB_200_2011" / "images", 224, args.repeats)
         bench_worker(letters / "images", 64, args.repeats)
         bench_loading(photos, args.repeats)
+        bench_large(photos, Path(scratch) / "phone", min(128, args.images), args.repeats)
 
 
 if __name__ == "__main__":

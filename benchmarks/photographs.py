@@ -1,4 +1,4 @@
-"""Draws a data set of CUB-200-2011's layout, number and size, for measuring where the real one is not at hand.
+"""Draws a data set of CUB-200-2011's layout, number and size, for measuring without the real one.
 
 Each picture is a crop of one of scikit-learn's two photographs, resized: a JPEG of about 500 × 375 at quality 90, some
 50 KB. The crops say what decoding costs; what a network learns from them says nothing.
