@@ -362,7 +362,7 @@ def test_workers_outlive_signals_to_the_group_and_leave_quietly_when_the_trainer
     assert all(x.all() for x, _ in loader)
     (worker,) = (process for process in multiprocessing.active_children() if process not in others)
     for _ in range(2):
-        subprocess.run(["sh", "-c", f"kill {worker.pid}"], check=True)  # not from the trainer, which still needs its workers
+        subprocess.run(["sh", "-c", f"kill {worker.pid}"], check=True)  # not from the trainer, which still needs it
         worker.join(1)
         assert worker.is_alive()
     worker.terminate()

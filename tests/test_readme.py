@@ -20,8 +20,9 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "BENCHMARKS.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-# Flags on these pages that are not this project's: of torchrun and pytest
+# Flags on these pages that are not this project's: of torchrun, pytest, docker and venv
 OTHERS = {"--standalone", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--pdb", "--trace"}
+OTHERS |= {"--shm-size", "--system-site-packages"}
 
 
 def read(page):
@@ -75,7 +76,7 @@ def test_every_command_parses(monkeypatch, script, words, command):
 
 
 def test_commands_are_found():
-    for script in ("train", "evaluate", "retrieve", "report", "prepare"):
+    for script in ("train", "evaluate", "retrieve", "report", "prepare", "reproduce"):
         assert any(f"code/{script}.py" in command for page in PAGES for _, _, command in commands(page))
 
 
@@ -86,6 +87,7 @@ def test_flags_in_the_text_exist(page):
     for action in parsers[-1]._actions:
         parsers += action.choices.values() if isinstance(action, argparse._SubParsersAction) else []
     known = {option for parser in parsers for option in parser._option_string_actions} | OTHERS
+    known |= set(re.findall(r'add_argument\("(--[\w-]+)"', read(ROOT / "code" / "reproduce.py")))
     spoken_of = re.findall(r"`[^`\n]*?(--[A-Za-z][\w-]*)", without_blocks(page))
     assert set(spoken_of) <= known
 
