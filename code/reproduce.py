@@ -2,8 +2,7 @@
 
     python code/reproduce.py glyphs                      # seeds 1 to 5; called again, it goes on where it was
     python code/reproduce.py cub --without-hypergraph    # also each seed with --ls 0, and the difference
-    python code/reproduce.py SOP --gpus 0 1 2 3          # one run on each GPU
-    python code/reproduce.py cars --seeds 1 2 3 -- --data-root /data
+    python code/reproduce.py SOP --gpus 0 1 2 3 -- --data-root /data   # one run on each GPU
     python code/reproduce.py cub --print                 # the command lines, one each, for xargs or a batch system
 
 The runs are those of train.py, in logs/reproduce/RECIPE/DATASET/run_SEED, with --ls 0 below RECIPE_without_hypergraph.
@@ -25,7 +24,7 @@ import pandas as pd
 from refused import Refused
 from scipy.stats import ttest_1samp
 
-RECIPES = {path.stem: path for path in sorted((flags.CODE / "recipes").glob("*.args"))}
+RECIPES = {path.stem: path for path in sorted((flags.CODE / "recipes").glob("*.args")) if path.stem != "pictures"}
 TRAIN, REPORT = flags.CODE / "train.py", flags.CODE / "report.py"
 PYTHON = (sys.executable, "-u")  # what it prints is passed on line by line
 
@@ -38,8 +37,10 @@ def plan(logs: Path, words: list[str], seed: int) -> tuple[Path, list[str]]:
     folder = logs / args.dataset / f"run_{seed}"
     if (folder / "last.pth").exists():
         made_by = folder / "args.json"
+        origin = json.loads(made_by.read_text(encoding="utf-8"))
         names = {name for name, value in vars(args).items() if value is not None} - flags.BOOKKEEPING
-        parser.refuse_changes(args, names, json.loads(made_by.read_text(encoding="utf-8"))["flags"], made_by)
+        names |= {"image_size"} if "--image-size" in origin["made_by"]["command"] else set()  # not that of the network
+        parser.refuse_changes(args, names, origin["flags"], made_by)
         results = folder / "results.csv"
         if results.exists() and pd.read_csv(results)["epoch"].max() >= args.nb_epochs:
             return folder, []
@@ -62,9 +63,9 @@ class Work:
             list(pool.map(self.train, gpus))
 
     def stop(self, number: int, frame=None) -> None:
-        for process in [*self.processes]:
-            process.send_signal(signal.SIGKILL if number == self.stopped_by == signal.SIGINT else signal.SIGTERM)
-        self.stopped_by = number
+        again, self.stopped_by = number == self.stopped_by == signal.SIGINT, number
+        for process in [*self.processes]:  # train() stops those that start now
+            process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
 
     def train(self, gpu: int | None) -> None:
         # Of a session of its own, a run gets Ctrl-C through this process alone. Runs side by side share /dev/shm.
@@ -107,9 +108,9 @@ def main() -> None:
     parser = flags.Parser(__doc__.partition("\n")[0], epilog="Flags of train.py after -- go to every run.")
     names, logs = ", ".join(RECIPES), flags.CODE.parent / "logs" / "reproduce"
     parser.add_argument("recipe", type=str.lower, choices=RECIPES, metavar="RECIPE", help=f"one of {names}")
-    parser.add_argument("--seeds", nargs="+", type=flags.whole(1), default=[1, 2, 3, 4, 5], metavar="N")
+    parser.add_argument("--seeds", nargs="+", type=flags.whole(1), default=[1, 2, 3, 4, 5], metavar="N", help="which")
     parser.add_argument("--without-hypergraph", action="store_true", help="also train each seed with --ls 0")
-    parser.add_argument("--gpus", nargs="+", type=flags.whole(0), default=[None], metavar="N", help="a run on each")
+    parser.add_argument("--gpus", nargs="+", type=flags.whole(0), metavar="N", help="a run on each of these GPUs")
     parser.add_argument("--print", action="store_true", help="only print the command lines of what is not finished")
     parser.add_argument("--log-dir", type=Path, default=logs, metavar="DIR", help="where the runs are kept")
     words = [*sys.argv[1:], "--"]
@@ -131,7 +132,7 @@ def main() -> None:
     # Train. What train.py would say of the data, it would say for each run.
     dataset.load_benchmark(first.dataset, first.data_root, first.train_classes)
     print(f"{args.recipe}: {len(runs) - len(left)} of {len(runs)} runs are finished", flush=True)
-    work = Work(left, args.gpus)
+    work = Work(left, args.gpus or [None])
     if work.stopped_by:
         print("stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(128 + work.stopped_by)
@@ -141,8 +142,7 @@ def main() -> None:
     report = subprocess.run([*PYTHON, str(REPORT), *folders, "--output", str(logs)])
     if args.without_hypergraph and report.returncode == 0:
         compare(pd.read_csv(logs / "report.csv"), *folders)
-    for line in work.failed:
-        print(f"failed: {line}", file=sys.stderr)
+    print("".join(f"failed: {line}\n" for line in work.failed), end="", file=sys.stderr)
     sys.exit(1 if work.failed else report.returncode)
 
 

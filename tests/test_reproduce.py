@@ -30,7 +30,8 @@ if seed == 4:  # takes until it is stopped
     signal.signal(signal.SIGTERM, lambda *_: (print("SIGTERM: stopped. Kept:"), sys.exit(143)))
     time.sleep(60)
 origin = json.loads((here / "args.json").read_text())
-origin["flags"] |= {"seed": seed, "ls": 0.0 if without else 1.0}
+origin["flags"] |= {"seed": seed, "ls": 0.0 if without else 1.0, "image_size": 224}
+origin["made_by"]["command"] = " ".join(words)
 folder.mkdir(parents=True, exist_ok=True)
 (folder / "args.json").write_text(json.dumps(origin))
 (folder / "last.pth").touch()
@@ -38,7 +39,9 @@ if seed == 3 and not (here / "mended").exists():
     (folder / "results.csv").write_text("phase,epoch\\nuntrained,0\\n")
     sys.exit("train.py: error: the disk is full")
 if "--gpu-id" in words:
-    time.sleep(0.5)
+    (here / ("gpu" + value("--gpu-id"))).touch()
+    while len(list(here.glob("gpu*"))) < 2 and time.time() < begun + 60:  # on the other one, too
+        time.sleep(0.01)
 best = 0.7 + 0.01 * seed * (1 + (not without))
 rows = [f"train,{epoch},{best - 0.001 * (40 - epoch)},5.0" for epoch in range(1, 41)]
 (folder / "results.csv").write_text("\\n".join(["phase,epoch,R@1,seconds", *rows]))
@@ -123,6 +126,9 @@ def test_printed_lines_are_what_would_run(run, refused, stand_in, cub):
     refused(*logs, "--seed", 7, match="--seed is set by this script")
     refused("reproduce.py", "cub", "--log-dir", stand_in / "new", "--", "--data-root", stand_in, match="CUB_200_2011")
     refused("reproduce.py", "nothing", match="invalid choice: 'nothing'")
+    refused("reproduce.py", "pictures", match="invalid choice: 'pictures'")  # everybody's are others
+    assert run("cub", "--seeds", 5, further=["--image-size", "224"])[0].code == 0
+    refused(*logs[:2], "--seeds", 5, *logs[4:], match="was trained with --image-size 224, not None: give the same")
     assert not (stand_in / "new").exists()
 
 
