@@ -11,6 +11,7 @@ import functools
 import math
 import os
 import re
+import select
 import shlex
 import signal
 import sys
@@ -108,7 +109,7 @@ class Parser(argparse.ArgumentParser):
             if action.dest in names & stored.keys() and getattr(args, action.dest) != stored[action.dest]
         ]
         if changed:
-            raise Refused(f"{path} was trained with {'; '.join(changed)}: leave that out")
+            raise Refused(f"{path} was trained with {'; '.join(changed)}: give the same, or none")
 
     def adopt(self, args: argparse.Namespace, given: set[str], stored: dict, path: Path) -> argparse.Namespace:
         """Takes flags that were not given from a checkpoint. Given flags override it, except the network's.
@@ -160,6 +161,10 @@ def run_script(main) -> None:
         main()
         sys.stdout.flush()
     except BrokenPipeError:
+        output = select.poll()
+        output.register(sys.stdout, 0)
+        if not output.poll(0):  # it is another pipe that broke
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be written goes there
         sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
@@ -235,18 +240,18 @@ DATA_FLAGS = (
 def image_flags(batch_size: int, smallest: int = 1) -> tuple:
     return (
         ("--image-size", whole(8), None, "PIXELS",
-         "side of the images fed to the network; default: the checkpoint's that is scored or searched with, else the "
+         "side of the images fed to the network; default: that of the loaded checkpoint, else the "
          "backbone's own (usually 224). Evaluation first resizes the shorter side to 256/224 of it"),
         ("--batch-size", whole(smallest), batch_size, "N",
          "images in a batch; with several processes, those of all in training, those of each in evaluation",
          {"dest": "sz_batch"}),
         ("--workers", whole(0), 4, "N",
-         "processes that decode images, for each process that computes; at most one a core; results do not change",
+         "processes that decode images, for each main process; at most one a core; results do not change",
          {"dest": "nb_workers"}),
     )
 
 
-FROM_CHECKPOINT = "only needed for published checkpoints and bare weights: this project's carry them and the image size"
+FROM_CHECKPOINT = "only needed for published checkpoints and bare weights: others carry them and the image size"
 NETWORK_FLAGS = (
     ("--model", str, "resnet50", "NAME",
      "backbone: resnet18, resnet34, resnet50, resnet101, googlenet, bn_inception, or timm:NAME for any model of timm"),
@@ -343,7 +348,7 @@ def train_parser() -> Parser:
          "resume an interrupted run: RUN is its folder or its last.pth; without RUN the run of --run-num, else the one "
          "of --dataset with the highest number. The run's own flags apply", {"nargs": "?", "const": ""}),
         ("--allow-changed-images", "switch", False, None,
-         "resume although images were added or removed; the classes must be the same, in the same order"),
+         "resume although images were added, removed or replaced; the classes must be the same, in the same order"),
         ("--wandb", ("off", "offline", "online"), None, None,
          "also record the run in wandb; without this flag WANDB_MODE decides, else off"),
         ("--remark", str, "", "TEXT", "a note that is kept with the run"),
@@ -352,7 +357,7 @@ def train_parser() -> Parser:
 
 
 def evaluate_parser() -> Parser:
-    parser = Parser("Score a checkpoint: R@K of images of classes that it was not trained on.")
+    parser = Parser("Score a checkpoint: R@K on images of classes that it was not trained on.")
     parser.add_table(
         "", (*MODEL_PATH, "checkpoint or .safetensors file, or a folder that holds DATASET_MODEL_best.pth")
     )
@@ -369,13 +374,13 @@ def evaluate_parser() -> Parser:
         ("--save-embeddings", Path, None, "FILE.npz", "keep embeddings, labels and paths"),
         ("--embeddings", Path, None, "FILE.npz", "score these embeddings, without a network or images"),
         ("--pictures", Path, None, "DIR", "draw the nearest neighbours of some queries and a map of the pictures"),
-        ("--export", Path, None, "FILE.onnx", "write the network for other programs instead of scoring it"),
+        ("--export", Path, None, "FILE.onnx", "write the network as ONNX, for other programs, instead of scoring it"),
     )
     return parser
 
 
 def retrieve_parser() -> Parser:
-    parser = Parser("Find the images of a folder that are most like given ones.")
+    parser = Parser("Find the images in a folder that are most like given ones.")
     parser.add_table("", (*MODEL_PATH, "checkpoint or .safetensors file, or a run's folder that holds its *_best.pth"))
     parser.add_table(
         "search",

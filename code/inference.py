@@ -72,13 +72,13 @@ def slow_bf16(amp: str, device: torch.device, training: bool) -> float:
     """
     if amp != "bf16" or device.type != "cpu":
         return 0.0
-    images, weight = torch.ones(8, 64, 14, 14), torch.ones(64, 64, 3, 3, requires_grad=True)
+    images, weight = torch.ones(8, 64, 28, 28), torch.ones(64, 64, 3, 3, requires_grad=True)
 
     def step(bf16: bool) -> None:
         with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            total = F.conv2d(images, weight, padding=1).sum()
+            output = F.conv2d(images, weight, padding=1)
         if training:
-            total.backward()
+            output.sum().backward()
 
     float32, bf16 = (min(timeit.repeat(functools.partial(step, x), number=1, repeat=4)) for x in (False, True))
     return distributed.from_all(bf16 / float32 if bf16 > 1.2 * float32 else 0.0)[0]  # less is noise

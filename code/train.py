@@ -2,7 +2,6 @@
 
     python code/train.py @recipes/glyphs.args                  # offline, minutes on two CPU cores
     python code/train.py @recipes/cub.args                     # the paper's recipe for CUB-200-2011
-    python code/train.py @recipes/cub.args --seed 2 --tau 24   # later flags override earlier ones
     python code/train.py --resume logs/glyphs/run_1            # go on with a run
 
 run.py says what a run leaves in logs/DATASET/run_N.
@@ -87,13 +86,13 @@ def main() -> None:
 
     # The run's folder, or the run to go on with
     parts = dict(network=network, criterion=criterion, optimizer=optimizer, scheduler=scheduler)
+    stop = StopSignals()
     log = run.Run(args, image_size, device, parts, data, state, changed)
     print(f"run: {log.folder}" + (f", resumed after epoch {log.epoch}" if state else ""))
     if state and log.done:
         print(f"nothing left to do, {log.epoch} of {log.epoch} epochs are done; a larger --epochs trains longer")
 
     # Epochs: warm-up epochs count up to 0, training epochs from 1
-    stop = StopSignals()
     try:
         if not log.history:
             finish_epoch({"phase": "untrained", "epoch": log.epoch}, time.monotonic(), log, loaders, benchmark, stop)

@@ -140,6 +140,7 @@ def test_signal_finishes_the_batch_and_says_how_to_go_on(call, cub, whole, tmp_p
             os.killpg(pid, 0)
             time.sleep(0.1)
     run = tmp_path / "cub" / "run_1"
+    assert not (run / ".lock").exists()
     assert call("train.py", "--resume", run / "last.pth").code == 0
     assert_same_run(run, whole)
 
@@ -227,7 +228,7 @@ def test_resume_takes_the_newest_run_and_refuses_other_flags(call, refused, whol
     refused("train.py", *where, match="there is no such checkpoint; --resume takes .* or finds the newest run")
     for name in ("cub/run_1", "cub/run_2", "kept"):
         shutil.copytree(whole, tmp_path / name)
-    refused("train.py", *where, "--lr", 1e-5, match="trained with --lr 0.001, not 1e-05: leave")
+    refused("train.py", *where, "--lr", 1e-5, match="trained with --lr 0.001, not 1e-05: give the same")
     assert "run_2, resumed after epoch 4" in call("train.py", *where).out
     assert "run_1, resumed" in call("train.py", *where, "--run-num", 1).out
     refused("train.py", *where, "--run-num", 1, "--overwrite", match="cannot be combined")

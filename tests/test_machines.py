@@ -19,6 +19,7 @@ import pytest
 import refused as refusals
 import run
 import torch
+import train
 from conftest import ROOT, options
 from refused import Refused
 
@@ -103,9 +104,9 @@ def test_what_still_fails_is_one_line(said):
     assert line and "\n" not in line and "docker run --shm-size=8g" in line and "Traceback" not in line
 
 
-def test_full_memory_is_one_line(refused, cub, tmp_path):
-    words = options(cub, tmp_path, "--embedding-size", 2**31 - 1)
-    refused("train.py", *words, match="this machine's memory is not enough: smaller sizes")
+def test_full_memory_is_one_line(refused, cub, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "make_network", lambda *_: torch.empty(2**50))  # more than a process can ever address
+    refused("train.py", *options(cub, tmp_path), match="this machine's memory is not enough: smaller sizes")
     assert not (tmp_path / "cub").exists()
     refused(
         "train.py", *options(cub, tmp_path, "--hgnn-hidden", 10**11), match="below 2,147,483,648, got '100000000000'"
@@ -192,7 +193,7 @@ def test_a_gpu_that_torch_cannot_use_is_said(monkeypatch, capsys, sign):
     distributed.announce(device, -1)  # not asked for
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden
     distributed.announce(device, 0)
-    assert "there is a GPU" not in capsys.readouterr().out
+    assert "can use no GPU" not in capsys.readouterr().out
 
 
 def test_whoever_stops_reading_ends_a_script_quietly(trained):
@@ -200,6 +201,14 @@ def test_whoever_stops_reading_ends_a_script_quietly(trained):
     process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait(timeout=100) == 128 + signal.SIGPIPE
+
+
+def test_another_broken_pipe_is_no_end_without_a_word():
+    def main():
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        flags.run_script(main)
 
 
 def test_random_states_are_those_of_the_own_gpu(monkeypatch):
