@@ -1,9 +1,7 @@
 """Score a checkpoint: retrieval among images of classes it was not trained on.
 
-    python code/evaluate.py --model-path logs/glyphs/run_1/glyphs_resnet18_best.pth
-    python code/evaluate.py --dataset cub --model-path logs/          # a folder that holds cub_resnet50_best.pth
-    python code/evaluate.py --model-path FILE --metrics all --json scores.json
-    python code/evaluate.py --model-path FILE --export network.onnx   # for other programs; nothing is scored
+    python code/evaluate.py --model-path logs/glyphs/run_1                    # the best epoch of a run
+    python code/evaluate.py --dataset cub --model-path cub_resnet50_best.pth   # a published one
 
 Checkpoints of this project know their architecture and data set; for published ones the flags say them.
 """
@@ -55,10 +53,7 @@ def main():
         loaders = [inference.make_loader(images, *options) for images in (benchmark.query, benchmark.gallery)]
         options = (device, args.amp == "bf16", args.channels_last)
         query, gallery = (inference.embed(loaded.network, loader, *options) for loader in loaders)
-        ks, measured = (
-            benchmark.recall_at,
-            describe(benchmark, loaded),
-        )
+        ks, measured = benchmark.recall_at, describe(benchmark, loaded)
         if args.save_embeddings and processes.rank == 0:
             save_embeddings(args.save_embeddings, benchmark, query, gallery)
             print(f"embeddings: {args.save_embeddings}")

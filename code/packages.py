@@ -5,15 +5,14 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from refused import Refused
 from tqdm import tqdm
 
 
-@dataclass(frozen=True)
-class Package:
+class Package(NamedTuple):
     spec: str  # what the client is asked for: the name and the exact version
     file: str  # the name of the file that the client writes
     sha256: str  # of that file

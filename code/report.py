@@ -1,7 +1,6 @@
 """Put finished runs into one table, average over seeds, and set them beside the published figures.
 
-    python code/report.py                          # all data sets under logs/
-    python code/report.py logs/cub logs/cars       # these
+    python code/report.py                          # all logs/DATASET
     python code/report.py logs/cub --output paper  # files go to paper/ instead of logs/
 
 Writes report.md, report.csv (one row per run), report_groups.csv (one row per figure of a group and published figure
@@ -58,7 +57,11 @@ UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u206
 def main():
     parser = flags.Parser("Put finished runs into one table, average over seeds, and compare with published figures.")
     parser.add_argument(
-        "folders", nargs="*", type=Path, metavar="logs/DATASET", help="folders that hold run_N; all under logs/ if none"
+        "folders",
+        nargs="*",
+        type=Path,
+        metavar="logs/DATASET",
+        help="folders that hold run_N; all logs/DATASET if none",
     )
     parser.add_argument("--output", type=Path, default=LOGS, help="folder that the report's files go to")
     args = parser.parse_args()
@@ -79,11 +82,12 @@ def main():
 
     args.output.mkdir(parents=True, exist_ok=True)
     text = UNPRINTABLE.sub("?", markdown(sections))
+    page = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
     files = {
         "report.md": text + "".join(f"\n{markdown_escape(line)}\n" for line in left_out),
         "report.csv": pd.concat([section.runs_table() for section in sections]).to_csv(index=False),
         "report_groups.csv": pd.concat([section.figures_table() for section in sections]).to_csv(index=False),
-        "report.html": page(sections, left_out),
+        "report.html": page.render(sections=sections, left_out=left_out, explanations=explanations(sections)),
     }
     for name, content in files.items():
         checkpoint.write_text(UNPRINTABLE.sub("?", content), args.output / name)
@@ -329,12 +333,6 @@ def markdown_escape(text: str) -> str:
     """What to_markdown leaves to its caller: no markup, no tags, no links. run_1 and R@1 need no escape."""
     special = r"[\\`*\[\]<>|~$#]|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\."
     return re.sub(special, lambda match: "\\" + match[0], text)
-
-
-def page(sections: list[Section], left_out: list[str]) -> str:
-    """The report as one file."""
-    template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(sections=sections, left_out=left_out, explanations=explanations(sections))
 
 
 if __name__ == "__main__":

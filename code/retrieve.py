@@ -1,7 +1,6 @@
 """Find the images of a folder that are most like given ones, with a trained network.
 
     python code/retrieve.py --model-path logs/folder/run_1 --gallery my_pictures --query photo.jpg
-    python code/retrieve.py --model-path FILE.pth --gallery my_pictures --query new_pictures --top-k 5 --output found
 
 The gallery is embedded once. Its embeddings are kept beside it in GALLERY.embeddings-KEY.npz, where the key names the
 checkpoint and how images are prepared; later calls only embed new and changed files. Writes neighbours.csv (all

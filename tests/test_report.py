@@ -347,7 +347,7 @@ def test_images_that_changed_during_a_run_keep_it_apart(tmp_path):
     assert "could not be decoded" in made.runs["data"][1] and made.figures_table()["source"].isna().all()
 
 
-def test_a_resumed_run_says_how_often_and_the_last_word_on_its_epochs_counts(tmp_path):
+def test_a_resumed_run_says_how_often_and_the_last_word_on_its_epochs_counts(call, tmp_path):
     """A run that was made longer, or shorter, by --resume --epochs N; or went on as it was."""
     for number, first, then in ((1, 2, 20), (2, 3, 2), (3, 1, 2)):
         more = {"resumptions": [{"after_epoch": 1, "flags": {"nb_epochs": then}}, {"after_epoch": "<b>5"}]}
@@ -358,7 +358,8 @@ def test_a_resumed_run_says_how_often_and_the_last_word_on_its_epochs_counts(tmp
     made = report.Section("cub", runs)
     assert grouped(made) == [("run_4",), ("run_2", "run_3")] and made.runs_table()["epochs"].tolist() == [2, 2, 3]
     assert [run.get("resumed after epoch") for run in made.runs["made by"]] == [*["1 <b>5"] * 2, None]
-    page = Page(report.page([made], []))
+    assert call("report.py", tmp_path / "cub", "--output", tmp_path).code == 0
+    page = Page((tmp_path / "report.html").read_text())
     assert "resumed after epoch: 1 <b>5" in page.text and page.open == []
 
 

