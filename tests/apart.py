@@ -69,6 +69,7 @@ class Apart:
 
 def _run(files, environment, work, arguments):
     multiprocessing.set_start_method("fork", force=True)  # as usual, for the workers of its loaders
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts with &
     os.setsid()  # its workers and it are a group that a test can signal
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # a loader that started the server has it blocked
     os.environ.update(environment)

@@ -154,5 +154,5 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem in SLOW:
             item.add_marker(pytest.mark.slow)
-    # Slow files first (pyproject.toml keeps xdist from sorting them anew): else one core waits for the last of them.
-    items.sort(key=lambda item: item.path.stem not in SLOW)
+    # Files with slow tests first (pyproject.toml keeps xdist from sorting them anew): else one core waits for the last.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -554,8 +554,10 @@ def test_damaged_lists(kind, forest, tmp_path_factory, data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["cars 1", "SOP", "Inshop", "classes", "train+query+gallery", "list"])
-def test_trains_and_scores(call, tmp_path, kind):
+@pytest.mark.parametrize(
+    "kind", ["cars 1", "SOP", "Inshop", "classes", pytest.param("train+query+gallery", marks=pytest.mark.drawn), "list"]
+)
+def test_trains_and_scores(call, undrawn, tmp_path, kind):
     name, make = MAKERS.get(kind, MAKERS["csv"])
     root = tmp_path / "data"
     make(root, classes=8, images=6)
