@@ -67,6 +67,7 @@ def start(gpu_id: int) -> torch.device:
     # What the hosts tell each other stays off the GPUs: asking one for a number would make the host wait for it.
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        all_gather(torch.zeros(1))  # one that ended before all had met would be waited for without an end
     except RuntimeError as error:  # gloo adds a whole stack
         raise Refused(f"the processes cannot reach each other: {str(error).splitlines()[0]}") from error
     if not is_first():

@@ -1,9 +1,8 @@
 """Score a checkpoint: retrieval among images of classes it was not trained on.
 
+Checkpoints of this project know their architecture and data set; for published ones the flags say them:
     python code/evaluate.py --model-path logs/glyphs/run_1                    # the best epoch of a run
     python code/evaluate.py --dataset cub --model-path cub_resnet50_best.pth   # a published one
-
-Checkpoints of this project know their architecture and data set; for published ones the flags say them.
 """
 
 import json
