@@ -333,7 +333,7 @@ class Loader(DataLoader):
         wanted = min(workers, available_cores())  # more would only compete for the cores
         workers, ahead = workers_that_fit(wanted, batch_bytes)
         if (workers, ahead) < (wanted, 4):
-            fit = f"{workers} workers load {ahead} batches ahead" if workers else "no worker loads batches"
+            fit = f"{workers} of {wanted} workers load batches" + f", each {ahead} ahead instead of 4" * (workers > 0)
             warn_once(f"/dev/shm is small, so {fit}; docker run --shm-size=8g makes it larger")
         if workers > 0:
             options |= dict(persistent_workers=True, prefetch_factor=ahead, worker_init_fn=leave_stopping_to_the_parent)
