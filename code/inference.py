@@ -88,8 +88,8 @@ def amp_to_score_with(args: Namespace, given: set[str], device: torch.device) ->
     """--amp for a checkpoint's network: as it was trained, unless float32 is faster here and --amp is not given."""
     if not (times := slow_bf16(args.amp, device, training=False)):
         return args.amp
-    instead = "--amp off is faster" if "amp" in given else "so this is float32; --amp bf16 is as it was trained"
-    print(f"warning: bf16 takes {times:.1f} times as long as float32 on this CPU, {instead}", file=sys.stderr)
+    instead = "--amp off should be faster" if "amp" in given else "so this is float32; --amp bf16 is as it was trained"
+    print(f"warning: a convolution takes {times:.1f} times as long in bf16 on this CPU; {instead}", file=sys.stderr)
     return args.amp if "amp" in given else "off"
 
 

@@ -54,8 +54,8 @@ def main() -> None:
     seed_everything(args.seed, args.deterministic)
     distributed.announce(device, args.gpu_id)
     if times := inference.slow_bf16(args.amp, device, training=True):
-        print(f"warning: bf16 takes {times:.1f} times as long as float32 on this CPU, {'a new run with ' * bool(state)}"
-              "--amp off trains faster", file=sys.stderr)  # fmt: skip
+        print(f"warning: a convolution takes {times:.1f} times as long in bf16 on this CPU; "
+              f"{'a new run with ' * bool(state)}--amp off should train faster", file=sys.stderr)  # fmt: skip
     if args.cuda_graphs:
         print(f"steps: {recorded.way(device)}")
 
