@@ -193,7 +193,7 @@ def shrink(data_root: Path, output: Path, side: int) -> list[str]:
     failed = [why for _, (_, why) in found if why]
     old = {*output.rglob("*.jpg"), *output.rglob("*.png")} - written
     failed += [f"{path}: its original is gone or has changed; remove it" for path in sorted(old)]
-    print(f"{ready} is ready" + f" but for {len(failed):,} pictures" * bool(failed))
+    print(f"{ready} is ready" + f"; problems: {len(failed):,}" * bool(failed))
     return failed
 
 
